@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `pgx`: one thin function a command. Results go to stdout, progress to stderr and only to a terminal."""
+
+import errno
+import json as jsonlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pgxport import __version__
+from pgxport.errors import PgxError
+
+if TYPE_CHECKING:
+    pass
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+engine_option = click.option("--engine", default="cpu", show_default=True, help="The engine to run in; no other is tried.")
+threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of the engine  [default: one a core]")
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="pgx")
+def cli() -> None:
+    """Export PaliGemma and PaliGemma 2 to ONNX, and run what was exported.
+
+    \b
+    Try first:   pgx demo
+    Then:        pgx export --size tiny --res 224 -o b
+                 pgx run b --image scene.png --prompt "detect red circle" --save out.png
+    """
+
+
+@cli.command()
+@click.option("--size", help="A published size, 3b, 10b or 28b, or tiny for the embedded checkpoint.")
+@click.option("--res", type=int, help="Pixels a side: 224, 448 or 896; tiny: 112 or 224.")
+@click.option("--family", type=click.Choice(["paligemma", "paligemma2"]), default="paligemma2", show_default=True)
+@click.option("--variant", default="pt", show_default=True, help="pt, mix or ft-TASK, as the hub names them.")
+@click.option("--checkpoint", help="A folder in hub layout, or a hub id, in place of the published one.")
+@click.option("--masks", type=click.Path(dir_okay=False), help="vae-oid.npz, for the masks of `segment` (tiny brings its own).")
+@click.option("--precision", default="fp32", show_default=True, help="fp32.")
+@click.option("--target", default="cpu", show_default=True, help="The engine to write for: cpu.")
+@click.option("--context", type=click.IntRange(1), help="Longest prefix and answer together, in tokens  [default: image + 512]")
+@click.option(
+    "--local-window", type=click.Choice(["hf", "none"]), default="hf", show_default=True, help="Gemma 2's window: hf or none."
+)
+@click.option("-o", "--output", type=click.Path(), help="The folder to write  [default: named after the model]")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@json_option
+def export(as_json: bool, **options: Any) -> None:
+    """Write a bundle from a checkpoint.
+
+    \b
+    pgx export --size tiny --res 224 -o b
+    pgx export --checkpoint my-finetune/ --precision fp32 -o b
+    """
+    import time
+
+    with needs("export"):
+        from pgxport.exporter.export import ExportOptions, export
+
+    start = time.perf_counter()
+    with progress_bar() as progress:
+        bundle = export(ExportOptions(**options), progress=progress)
+    made = {
+        "bundle": str(bundle.path),
+        "bytes": bundle.nbytes,
+        "seconds": round(time.perf_counter() - start, 2),
+        "peak_rss_bytes": peak_rss(),
+        "files": {name: info.size for name, info in bundle.manifest.files.items()},
+    }
+    if as_json:
+        click.echo(jsonlib.dumps(made, indent=1))
+        return
+    click.echo(f"wrote {bundle.path}: {size(bundle.nbytes)} in {made['seconds']} s, peak memory {size(peak_rss())}")
+    if "mask_decoder" not in bundle.manifest.graphs:
+        click.echo("without a mask decoder: `segment` answers with boxes and codes only; --masks vae-oid.npz adds it")
+    shown = os.path.relpath(bundle.path)
+    click.echo(f'try: pgx run {shown} --image photo.jpg --prompt "caption en"    pgx inspect {shown}')
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path())
+@click.option("--image", "images", multiple=True, required=True, type=click.Path(), help="An image; again for several in order.")
+@click.option("--prompt", required=True, help='"caption en", "ocr", "answer en …", "detect a ; b", "segment a".')
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Stop after so many tokens  [default: the bundle's]")
+@click.option("--save", type=click.Path(dir_okay=False), help="Draw boxes and masks on the image and save it here.")
+@engine_option
+@threads_option
+@json_option
+def run(
+    bundle: str,
+    images: tuple[str, ...],
+    prompt: str,
+    max_new_tokens: int | None,
+    save: str | None,
+    engine: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Answer a prompt about an image.
+
+    \b
+    pgx run b --image scene.png --prompt "detect red circle" --save out.png
+    """
+    from pgxport.runners.draw import save_image
+    from pgxport.runners.image import load_image
+    from pgxport.runners.outputs import terminal_safe
+    from pgxport.runners.runner import Runner
+
+    with Runner.from_pretrained(bundle, engine=engine, threads=threads) as runner:
+        picture = load_image(images[0])
+        answer = runner.answer([picture, *images[1:]], prompt, max_new_tokens=max_new_tokens)
+    if save:
+        save_image(answer.draw(picture), save)
+    if as_json:
+        click.echo(jsonlib.dumps(answer.to_json() | ({"saved": save} if save else {}), indent=1))
+        return
+    click.echo(terminal_safe(answer.text))
+    for box in answer.boxes:
+        click.echo(f"  {terminal_safe(box.label) or '(no label)'}: y {box.y1:.0f}–{box.y2:.0f}, x {box.x1:.0f}–{box.x2:.0f} px")
+    for mask in answer.masks:
+        covered = "" if mask.mask is None else f"{int(mask.mask.sum())} px covered"
+        click.echo(
+            f"  mask of {terminal_safe(mask.label) or '(no label)'}: {covered or 'codes only, this bundle has no mask decoder'}"
+        )
+    for warning in answer.warnings:
+        click.echo(f"malformed answer: {warning}", err=True)
+    if answer.truncated:
+        click.echo(f"stopped after {len(answer.token_ids)} tokens; --max-new-tokens allows more", err=True)
+    times = ", ".join(f"{stage} {seconds * 1e3:.0f}" for stage, seconds in answer.timings.items())
+    click.echo(
+        f"{len(answer.token_ids)} tokens; ms: {times}" + (f"; drawn on {save}" if save else "; --save out.png draws it"), err=True
+    )
+
+
+@cli.command()
+@click.argument("path", type=click.Path())
+@json_option
+def inspect(path: str, as_json: bool) -> None:
+    """Show what a bundle or a checkpoint holds, without loading it.
+
+    \b
+    pgx inspect b
+    """
+    from pgxport.inspection import describe, render
+
+    found = describe(Path(path))
+    click.echo(jsonlib.dumps(found, indent=1) if as_json else render(found))
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say what is installed, which engines really open a session, and what to install.
+
+    \b
+    pgx doctor
+    """
+    from pgxport.doctor import examine, render
+
+    found = examine()
+    click.echo(jsonlib.dumps(found, indent=1) if as_json else render(found))
+
+
+@cli.command()
+@click.option("-o", "--output", type=click.Path(), default="demo", show_default=True, help="The folder to write.")
+def demo(output: str) -> None:
+    """Walk the whole road on the embedded model: draw scenes, export, ask, and save the annotated pictures.
+
+    \b
+    pgx demo -o demo
+    """
+    with needs("export"):
+        from pgxport.demo import walk
+
+    walk(Path(output), echo=click.echo)
+
+
+class needs:
+    """Turn a missing import inside into the one line that says what to install."""
+
+    def __init__(self, extra: str):
+        self.extra = extra
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("pgxport"):
+            from pgxport.errors import UsageError
+
+            raise UsageError(f'this command needs {error.name}: pip install "pgxport[{self.extra}]"') from error
+
+
+class progress_bar:
+    """A bar with bytes, rate and time left, on a terminal; nothing elsewhere."""
+
+    def __enter__(self) -> Callable[[str, int, int], None] | None:
+        if not sys.stderr.isatty():
+            self._bar = None
+            return None
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._bar.start()
+        task = self._bar.add_task("")
+        return lambda label, done, total: self._bar.update(task, description=label, completed=done, total=total)  # type: ignore[union-attr]
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def size(count: int) -> str:
+    """Bytes for people, in decimal units.
+
+    >>> size(1_750_000_000)
+    '1.75 GB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count} B"
+        count /= 1000  # type: ignore[assignment]
+    raise AssertionError
+
+
+def peak_rss() -> int:
+    """The most memory this process has had resident, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main() -> None:
+    """Run a command; errors we raise on purpose end with their own exit code (docs/reference/exit-codes.md)."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except PgxError as error:
+        click.echo(f"pgx: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except MemoryError:
+        click.echo("pgx: not enough memory", err=True)
+        sys.exit(6)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # `pgx … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        click.echo(f"pgx: {error.filename or 'input or output'}: {error.strerror}", err=True)
+        sys.exit(5)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors pgx raises on purpose, each with the exit code its command ends with (docs/reference/exit-codes.md)."""
+
+
+class PgxError(Exception):
+    """A failure that is not a bug of ours. The message says what, where, the value seen, and the fix."""
+
+    exit_code = 1
+
+
+class UsageError(PgxError):
+    """The command or the configuration asks for something that does not exist."""
+
+    exit_code = 2
+
+
+class InputError(PgxError):
+    """A model, an image or a prompt that is invalid or not supported."""
+
+    exit_code = 3
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is not a complete, sound PaliGemma."""
+
+
+class IntegrityError(PgxError):
+    """A file is not what its digest, its manifest or its format promises, or it reaches outside its folder."""
+
+    exit_code = 4
+
+
+class DiskError(PgxError):
+    """Reading or writing failed: no space, no permission, already there."""
+
+    exit_code = 5
+
+
+class NumericError(PgxError):
+    """Not enough memory, or numbers that are not finite."""
+
+    exit_code = 6
+
+
+class EngineError(PgxError):
+    """The device or the engine that was asked for is not available."""
+
+    exit_code = 7
+
+
+class GateError(PgxError):
+    """A quality gate failed."""
+
+    exit_code = 8
+
+
+class HubError(PgxError):
+    """The model hub could not be reached or refused."""
+
+    exit_code = 9

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline of `pgx export`: find the checkpoint, check it, write the graphs, stream the weights, commit the bundle."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import ml_dtypes  # noqa: F401  before numpy meets a bfloat16 checkpoint
+import numpy as np
+import onnx_ir as ir
+
+from pgxport import __version__
+from pgxport.bundle import Bundle, BundleWriter, Cache, GraphInfo, Manifest, Provenance, TensorInfo, TokenTable, file_sha256
+from pgxport.errors import CheckpointError, UsageError
+from pgxport.exporter.graph import GraphBuilder
+from pgxport.exporter.locate import Located, locate
+from pgxport.exporter.recipe import RECIPES
+from pgxport.exporter.stream import Promise
+from pgxport.exporter.targets import TARGETS
+from pgxport.models.checkpoint import Checkpoint
+from pgxport.models.gemma import TOKEN_TABLE, decoder_step
+from pgxport.models.mask_decoder import MaskWeights, mask_decoder
+from pgxport.models.projector import projector
+from pgxport.models.siglip import vision_encoder
+from pgxport.models.spec import ModelSpec, read_config, without_window
+from pgxport.models.weights import parameters, weight_shapes
+from pgxport.runners.tokenizer import read_token_ids
+
+TABLE_FILE = "token_table.bin"
+MAX_NEW_TOKENS = 256
+PAGE = 4096  # weights begin at a page, so that an engine can map them
+
+T = TypeVar("T")
+Progress = Callable[[str, int, int], None]  # what is being written, bytes so far, bytes in all
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export. Names are those of `pgx export`'s flags.
+
+    Attributes:
+        output: The folder to write; None names it after the model.
+        size: A published size, or "tiny" for the embedded checkpoint; None where `checkpoint` says all.
+        res: Pixels a side.
+        checkpoint: A folder in hub layout, or a hub id.
+        masks: `vae-oid.npz`, for the mask decoder; the embedded checkpoint brings its own.
+        context: The longest prefix and answer together, in tokens; None leaves room for a long prompt and answer.
+        local_window: "hf": generated tokens see a window of the prefix in Gemma 2's local layers, as in transformers;
+            "none": they see all of it, as in the training code. The same below 4,096 tokens.
+    """
+
+    output: str | Path | None = None
+    size: str | None = None
+    res: int | None = None
+    family: str = "paligemma2"
+    variant: str = "pt"
+    checkpoint: str | Path | None = None
+    masks: str | Path | None = None
+    precision: str = "fp32"
+    target: str = "cpu"
+    context: int | None = None
+    local_window: str = "hf"
+    overwrite: bool = False
+
+
+def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundle:
+    """Write a bundle from a checkpoint.
+
+    Raises:
+        UsageError: an option names what does not exist, or the output is there already.
+        CheckpointError: the checkpoint is not a complete, sound PaliGemma.
+        DiskError: the bundle cannot be written; nothing is left at its name.
+    """
+    recipe = _choose("precision", options.precision, RECIPES)
+    target = _choose("target", options.target, TARGETS)
+    if options.local_window not in ("hf", "none"):
+        raise UsageError(f"local window {options.local_window!r} does not exist; choose 'hf' or 'none'")
+    found = locate(options.size, options.res, options.family, options.variant, options.checkpoint)
+    checkpoint = Checkpoint.open(found.path)
+    spec = read_config(checkpoint.config, local_window=options.local_window == "hf")
+    _check_spec(spec, found, options)
+    _check_weights(checkpoint, spec)
+    context = options.context or spec.image_tokens + 2 * MAX_NEW_TOKENS
+    if context <= spec.image_tokens:
+        raise UsageError(f"--context {context} has no room for an image of {spec.image_tokens} tokens and a prompt")
+    masks = _mask_source(options, found)
+
+    graphs = {}
+    for write in (vision_encoder, projector, decoder_step):
+        graphs[write.__name__] = GraphBuilder(write.__name__, checkpoint, recipe, target, context_length=context)
+        write(graphs[write.__name__], spec)
+    if masks:
+        graphs["mask_decoder"] = GraphBuilder("mask_decoder", masks, recipe, target)
+        mask_decoder(graphs["mask_decoder"])
+
+    tokenizer = checkpoint.file("tokenizer.json")
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{found.name}: tokenizer.json is missing; download it beside the weights, from the same repository"
+        )
+    token_ids = read_token_ids(tokenizer, checkpoint.config)
+    output = Path(options.output) if options.output else Path(f"{found.name}-{recipe.name}-{target.name}")
+    table = graphs["decoder_step"].promises.pop(TOKEN_TABLE)
+    count = _Counter(progress, sum(p.nbytes for g in graphs.values() for p in g.promises.values()) + table.nbytes)
+
+    with BundleWriter(output, overwrite=options.overwrite) as writer:
+        writer.write(TABLE_FILE, count(TABLE_FILE, _bytes(table)))
+        external = {TOKEN_TABLE: (TABLE_FILE, 0, table.nbytes)}
+        infos = {name: _write_graph(writer, g, dict(external), count) for name, g in graphs.items()}
+        writer.write("tokenizer.json", [tokenizer.read_bytes()])
+        if left := checkpoint.unread():
+            raise CheckpointError(f"Bug: {', '.join(left[:5])} of {found.name} reached no graph")
+        manifest = Manifest(
+            name=found.name, family=spec.family, resolution=spec.resolution, image_tokens=spec.image_tokens, context_length=context,
+            max_new_tokens=MAX_NEW_TOKENS, local_window=spec.text.window if _has_input(infos["decoder_step"], "local_bias") else None,
+            recipe=recipe.name, target=target.name, parameters=parameters(spec), spec=asdict(spec), token_ids=token_ids,
+            token_table=TokenTable(file=TABLE_FILE, dtype="float32", shape=(spec.text.vocab, spec.text.width), scale=spec.text.embed_scale),
+            cache=Cache(layers=spec.text.depth, kv_heads=spec.text.kv_heads, head_dim=spec.text.head_dim, dtype="float32"),
+            graphs=infos, files={}, provenance=_provenance(checkpoint, found),
+        )  # fmt: skip
+        writer.write("README.md", [_card(manifest).encode()])
+        return writer.commit(manifest.model_copy(update={"files": writer.files}))
+
+
+def _write_graph(
+    writer: BundleWriter, g: GraphBuilder, external: dict[str, tuple[str, int, int]], count: "_Counter"
+) -> GraphInfo:
+    """Write the graph's data file, point its initializers there, and write the graph."""
+    data, offset = f"{g.name}.data", 0
+    for promise in g.promises.values():
+        offset = -(-offset // PAGE) * PAGE
+        external[promise.name] = (data, offset, promise.nbytes)
+        offset += promise.nbytes
+
+    def chunks() -> Iterator[memoryview | bytes]:
+        position = 0
+        for promise in g.promises.values():
+            _, start, length = external[promise.name]
+            if start > position:
+                yield bytes(start - position)
+            yield from count(data, _bytes(promise))
+            position = start + length
+
+    if g.promises:
+        writer.write(data, chunks())
+    for name, value in g.graph.initializers.items():
+        if name in external:
+            file, start, length = external[name]
+            assert value.dtype is not None, f"Bug: {name} has no type"
+            assert value.shape is not None, f"Bug: {name} has no shape"
+            value.const_value = ir.ExternalTensor(file, start, length, value.dtype, shape=value.shape, name=name)
+    model = ir.Model(g.graph, ir_version=g.target.ir_version, producer_name="pgxport", producer_version=__version__)
+    writer.write(f"{g.name}.onnx", [ir.to_proto(model).SerializeToString(deterministic=True)])
+    return GraphInfo(file=f"{g.name}.onnx", inputs=_tensors(g.graph.inputs), outputs=_tensors(g.graph.outputs))
+
+
+def _bytes(promise: Promise) -> Iterator[memoryview]:
+    """The promised bytes, block by block, and no other number of them."""
+    left = promise.nbytes
+    for block in promise.blocks():
+        piece = np.ascontiguousarray(block, promise.dtype)
+        left -= piece.nbytes
+        yield piece.reshape(-1).view(np.uint8).data
+    assert left == 0, f"Bug: {promise.name} was written {left} bytes short"
+
+
+def _check_spec(spec: ModelSpec, found: Located, options: ExportOptions) -> None:
+    promised = found.spec and (found.spec if options.local_window == "hf" else without_window(found.spec))
+    if promised and promised != spec:
+        raise CheckpointError(f"{found.name} is not the {options.size} model its name promises: its config.json says {spec}")
+    if options.res is not None and spec.resolution != options.res:
+        raise UsageError(
+            f"--res {options.res} was asked for, and {found.name} is a checkpoint for {spec.resolution} px; leave --res away"
+        )
+
+
+def _check_weights(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    expected, there = weight_shapes(spec), set(checkpoint.names())
+    where = checkpoint.path.name
+    if missing := [n for n in expected if n not in there]:
+        raise CheckpointError(f"{where}: {_named(missing)} missing; the checkpoint is not complete, download it again")
+    if strangers := sorted(there - set(expected)):
+        raise CheckpointError(
+            f"{where}: {_named(strangers)} not part of a PaliGemma of this configuration; is config.json the right one?"
+        )
+    if wrong := [n for n, shape in expected.items() if checkpoint.shape(n) != shape]:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{where}: {name} is {list(checkpoint.shape(name))} where config.json says {list(expected[name])}"
+            + (f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
+        )
+
+
+class _Counter:
+    """Passes chunks through and tells how many bytes have gone by."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self, label: str, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
+        for chunk in chunks:
+            yield chunk
+            self._done += len(chunk)
+            if self._progress:
+                self._progress(label, self._done, self._total)
+
+
+def _mask_source(options: ExportOptions, found: Located) -> MaskWeights | None:
+    file = options.masks or found.masks
+    return MaskWeights(Path(file)) if file else None
+
+
+def _tensors(values: Sequence[ir.Value]) -> tuple[TensorInfo, ...]:
+    found = []
+    for v in values:
+        assert v.name, "Bug: an input or output has no name"
+        assert v.dtype is not None, f"Bug: {v.name} has no type"
+        assert v.shape is not None, f"Bug: {v.name} has no shape"
+        shape = tuple(d if isinstance(d, int) else str(d.value) for d in v.shape)
+        found.append(TensorInfo(name=v.name, dtype=v.dtype.numpy().name, shape=shape))
+    return tuple(found)
+
+
+def _has_input(graph: GraphInfo, name: str) -> bool:
+    return any(tensor.name == name for tensor in graph.inputs)
+
+
+def _provenance(checkpoint: Checkpoint, found: Located) -> Provenance:
+    digest = hashlib.sha256()
+    for file in checkpoint.files():
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    packages = ("numpy", "onnx-ir", "ml-dtypes")
+    return Provenance(
+        checkpoint=found.name,
+        checkpoint_sha256=digest.hexdigest(),
+        versions={"pgxport": __version__, **{p: importlib.metadata.version(p) for p in packages}},
+    )
+
+
+def _card(m: Manifest) -> str:
+    """The bundle's README.md, as the hub shows it."""
+    return f"""---
+library_name: pgxport
+pipeline_tag: image-text-to-text
+tags: [paligemma, onnx]
+---
+# {m.name}, {m.recipe}, for {m.target}
+
+{m.family} at {m.resolution} px, {m.parameters / 1e6:,.1f} million parameters, written by pgx {m.provenance.versions["pgxport"]}.
+Up to {m.context_length} tokens of prefix and answer, {m.image_tokens} of them an image.
+
+    pip install "pgxport[cpu]"
+    pgx run . --image cat.jpg --prompt "detect cat" --save out.png
+"""
+
+
+def _named(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{shown} is" if len(names) == 1 else f"{shown}{f' and {len(names) - 5} more' if len(names) > 5 else ''} are"
+
+
+def _choose(option: str, name: str, table: dict[str, T]) -> T:
+    if name not in table:
+        raise UsageError(f"--{option} {name!r} does not exist; choose {', '.join(table)}")
+    return table[name]

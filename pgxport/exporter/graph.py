@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write an ONNX graph: named scopes, operators, and weights that stay in the checkpoint until the file is written."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ml_dtypes  # noqa: F401  before onnx_ir: it registers bfloat16 and int4 with numpy
+import numpy as np
+import onnx_ir as ir
+
+from pgxport.exporter import lower
+from pgxport.exporter.recipe import Recipe
+from pgxport.exporter.stream import Promise, row_blocks
+from pgxport.exporter.targets import Target
+from pgxport.models.checkpoint import TensorSource
+from pgxport.models.spec import TextSpec
+
+INLINE_BYTES = 1024  # a constant up to this size stands in the .onnx file itself
+
+
+class GraphBuilder:
+    """One graph being written. Implements `pgxport.models.layers.Writer`."""
+
+    def __init__(self, name: str, source: TensorSource, recipe: Recipe, target: Target, *, context_length: int = 0):
+        self.name, self.source, self.recipe, self.target = name, source, recipe, target
+        self.context_length = context_length  # the longest prefix and answer together that a decoder is written for
+        self.promises: dict[str, Promise] = {}
+        self.graph = ir.Graph((), (), nodes=(), name=name, opset_imports=dict(target.opsets))
+        self._scope: list[str] = []
+        self._constants: dict[tuple[Any, ...], ir.Value] = {}
+
+    # Names -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        self._scope.append(name)
+        yield
+        self._scope.pop()
+
+    def path(self, name: str) -> str:
+        return ".".join([*self._scope, name])
+
+    # Values ------------------------------------------------------------------------------------------------------
+
+    def input(self, name: str, shape: Sequence[int | str], dtype: Any = np.float32) -> ir.Value:
+        for value in self.graph.inputs:
+            if value.name == name:
+                return value
+        value = _value(name, np.dtype(dtype), shape)
+        self.graph.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, shape: Sequence[int | str], dtype: Any = np.float32) -> None:
+        value.name, value.shape = name, ir.Shape(shape)
+        value.dtype = ir.DataType.from_numpy(np.dtype(dtype))
+        self.graph.outputs.append(value)
+
+    def constant(self, value: Any, dtype: Any = None) -> ir.Value:
+        """A number or array that is part of the architecture, not of the checkpoint."""
+        array = np.asarray(value, dtype or (np.float32 if np.asarray(value).dtype.kind == "f" else np.int64))
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            if array.nbytes > INLINE_BYTES:
+                self._constants[key] = self.promise(Promise(name, array.dtype, array.shape, lambda: iter([array])))
+            else:
+                self._constants[key] = self._initializer(_value(name, array.dtype, array.shape), ir.tensor(array, name=name))
+        return self._constants[key]
+
+    def weight(self, name: str, transform: Callable[[np.ndarray], np.ndarray] | None = None) -> ir.Value:
+        return self.tensor(self.path(name), transform)
+
+    def tensor(self, path: str, transform: Callable[[np.ndarray], np.ndarray] | None = None) -> ir.Value:
+        """A tensor of the checkpoint by its whole name."""
+        if path in self.graph.initializers:
+            return self.graph.initializers[path]
+        shape = self.source.shape(path)
+        rows, row_bytes = (shape[0] if shape else 1), 4 * int(np.prod(shape[1:], dtype=np.int64))
+
+        def blocks() -> Iterator[np.ndarray]:
+            for start, stop in row_blocks(rows, row_bytes):
+                block = self.source.rows(path, start, stop).astype(np.float32)
+                yield block if transform is None else transform(block)
+
+        return self.promise(Promise(path, np.dtype(np.float32), shape, blocks))
+
+    def promise(self, promise: Promise) -> ir.Value:
+        """An initializer whose bytes are written later, into the graph's data file."""
+        self.promises[promise.name] = promise
+        dtype = ir.DataType.from_numpy(promise.dtype)
+        tensor = ir.LazyTensor(_unwritten, dtype=dtype, shape=ir.Shape(promise.shape), name=promise.name)
+        return self._initializer(_value(promise.name, promise.dtype, promise.shape), tensor)
+
+    def _initializer(self, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
+        value.const_value = tensor
+        self.graph.register_initializer(value)
+        return value
+
+    # Operators ---------------------------------------------------------------------------------------------------
+
+    def op(self, kind: str, *inputs: Any, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+        """Append a node; Python numbers and lists among its inputs become constants."""
+        values = [x if x is None or isinstance(x, ir.Value) else self.constant(x) for x in inputs]
+        name = self.path(f"{kind}_{self.graph.num_nodes()}")
+        node = ir.node(kind, values, attributes, domain=domain, num_outputs=outputs, name=name)
+        for i, out in enumerate(node.outputs):
+            out.name = f"{name}.{i}"
+        self.graph.append(node)
+        return node.outputs[0] if outputs == 1 else node.outputs
+
+    def linear(self, x: ir.Value, name: str, *, bias: bool = False) -> ir.Value:
+        with self.scope(name):
+            y = lower.linear(self, x, self.path("weight"))
+            return self.op("Add", y, self.weight("bias")) if bias else y
+
+    def lm_head(self, x: ir.Value, name: str) -> ir.Value:
+        return lower.linear(self, x, name)
+
+    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, *, heads: int, scale: float) -> ir.Value:
+        return lower.attention(self, q, k, v, heads=heads, scale=scale)
+
+    def cached_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, *, layer: int, text: TextSpec) -> ir.Value:
+        return lower.cached_attention(self, q, k, v, layer=layer, text=text)
+
+
+def _unwritten() -> ir.TensorProtocol:
+    raise AssertionError("Bug: a promise was read before it was written; export.py points it at the data file first")
+
+
+def _value(name: str, dtype: np.dtype, shape: Sequence[int | str]) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.from_numpy(dtype)))

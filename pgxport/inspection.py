@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a bundle or a checkpoint holds, told from its manifest or its headers; no weight is read."""
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pgxport.bundle import MANIFEST, Bundle, TensorInfo
+from pgxport.errors import InputError
+
+PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector"}
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Plain data about a bundle (verified first) or a checkpoint.
+
+    Raises:
+        InputError: the path is neither.
+        IntegrityError: it is a bundle that is not sound.
+    """
+    if (path / MANIFEST).exists():
+        return _bundle(Bundle.open(path))
+    if path.is_dir():
+        return _checkpoint(path)
+    raise InputError(f"{path} is neither a bundle (no {MANIFEST}) nor a checkpoint folder")
+
+
+def render(found: dict[str, Any]) -> str:
+    """The same, for people."""
+    if found["kind"] == "checkpoint":
+        lines = [
+            f"{found['name']}: {found['family']} at {found['resolution']} px, {found['parameters']:,} parameters, {found['bytes']:,} bytes"
+        ]
+        lines += [
+            f"  {part}: {row['parameters']:,} parameters, {row['bytes']:,} bytes ({row['dtypes']})"
+            for part, row in found["parts"].items()
+        ]
+        return "\n".join([*lines, f"try: pgx export --checkpoint {found['path']} -o bundle"])
+    lines = [
+        f"{found['name']}: {found['family']} at {found['resolution']} px, {found['parameters']:,} parameters",
+        f"  {found['recipe']} for {found['target']}, {found['bytes']:,} bytes, every file as its manifest says",
+        f"  {found['image_tokens']} image tokens, up to {found['context_length']} tokens of prefix and answer",
+    ]
+    for name, graph in found["graphs"].items():
+        lines.append(f"  {name}: {graph['bytes']:,} bytes")
+        for kind in ("inputs", "outputs"):
+            lines += [f"    {kind[:-1]:6} {row}" for row in _fold(graph[kind])]
+    return "\n".join([*lines, f'try: pgx run {found["path"]} --image photo.jpg --prompt "caption en"'])
+
+
+def _bundle(bundle: Bundle) -> dict[str, Any]:
+    m = bundle.manifest
+    graphs = {
+        name: {
+            "inputs": [t.model_dump() for t in graph.inputs],
+            "outputs": [t.model_dump() for t in graph.outputs],
+            "bytes": sum(info.size for file, info in m.files.items() if file.partition(".")[0] == name),
+        }
+        for name, graph in m.graphs.items()
+    }
+    facts = m.model_dump(
+        include={
+            "name",
+            "family",
+            "resolution",
+            "image_tokens",
+            "context_length",
+            "local_window",
+            "recipe",
+            "target",
+            "parameters",
+        }
+    )
+    return {
+        "kind": "bundle", "path": str(bundle.path), **facts, "bytes": bundle.nbytes, "graphs": graphs,
+        "files": {name: info.size for name, info in m.files.items()}, "spec": m.spec, "provenance": m.provenance.model_dump(),
+    }  # fmt: skip
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    from pgxport.models.checkpoint import Checkpoint
+    from pgxport.models.spec import read_config
+
+    checkpoint = Checkpoint.open(path)
+    spec = read_config(checkpoint.config)
+    parameters: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    dtypes: dict[str, set[str]] = {}
+    for name in checkpoint.names():
+        part = PARTS.get(name.partition(".")[0], "token table" if "embed_tokens" in name else "decoder")
+        count = prod(checkpoint.shape(name))
+        parameters[part] += count
+        size[part] += count * checkpoint.dtype(name).itemsize
+        dtypes.setdefault(part, set()).add(checkpoint.dtype(name).name)
+    parts = {p: {"parameters": n, "bytes": size[p], "dtypes": ", ".join(sorted(dtypes[p]))} for p, n in parameters.items()}
+    return {
+        "kind": "checkpoint", "name": path.resolve().name, "path": str(path), "family": spec.family, "resolution": spec.resolution,
+        "parameters": parameters.total(), "bytes": size.total(), "parts": parts,
+    }  # fmt: skip
+
+
+def _fold(tensors: list[dict[str, Any]]) -> list[str]:
+    """A line for each tensor, and one for all layers of the cache together."""
+    lines = []
+    layers = 1 + max((int(t["name"].split(".")[1]) for t in tensors if t["name"].count(".") == 2), default=-1)
+    for tensor in map(TensorInfo.model_validate, tensors):
+        stem, dot, rest = tensor.name.partition(".")
+        if dot and rest.startswith("0."):
+            lines.append(f"{stem}.0…{layers - 1}.{rest[2:]} {tensor.dtype} {list(tensor.shape)}")
+        elif not dot:
+            lines.append(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}")
+    return lines

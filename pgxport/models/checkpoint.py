@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint on disk: its tensors by their published names, in row blocks, whatever layout they are stored in.
+
+The only door to weights. Opening reads headers; every row that is asked for is remembered, so that nothing is dropped in silence.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pgxport.errors import CheckpointError
+from pgxport.models import lora, npz
+from pgxport.models.names import EMBEDDING, LM_HEAD, canonical
+from pgxport.models.safetensors import Stored, Tensor, listed, read_header, read_json, shown
+
+CONFIG = "config.json"
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# What other programs write, why it is not read, and what to do.
+FOREIGN = {
+    (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"): "a pickle, which can run code when it is loaded; where you trust it, "
+    "convert it with transformers (from_pretrained, then save_pretrained) and export the model.safetensors it writes",
+    (".gguf", ".ggml"): "a GGUF, already quantized for llama.cpp; export the safetensors checkpoint it was made from",
+    (
+        ".h5",
+        ".keras",
+    ): "a Keras checkpoint; export the same model's safetensors checkpoint (the hub's google/paligemma… repositories)",
+    (".msgpack",): "a Flax checkpoint; export the same model's safetensors checkpoint, or the training code's npz",
+    (
+        ".tflite",
+        ".task",
+        ".litertlm",
+        ".onnx",
+        ".engine",
+    ): "an exported model; export the safetensors checkpoint it was made from",
+}
+
+
+class TensorSource(Protocol):
+    """What a graph's weights come from."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> np.dtype[Any]: ...
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Tied:
+    """An embedding of which the file holds a second copy, the lm_head: each row is compared with its copy as it is read."""
+
+    embedding: Tensor
+    lm_head: Tensor
+    where: Path
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.embedding.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.embedding.shape
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        rows, copy = self.embedding.rows(start, stop), self.lm_head.rows(start, stop)
+        # Bit for bit, for +0 and -0 are two values to a digest.
+        if not np.array_equal(rows.view(np.uint8), copy.view(np.uint8)):
+            raise CheckpointError(_untied(self.where, f"they differ in rows {start} to {stop}"))
+        return rows
+
+
+class Checkpoint:
+    """Tensors by published name (docs/reference). Open with `Checkpoint.open`."""
+
+    def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], files: list[Path]):
+        self.path = path
+        self.config = config
+        self._tensors = dict(tensors)
+        self._files = files
+        self._read: set[str] = set()
+
+    @classmethod
+    def open(cls, path: Path, adapter: Path | None = None) -> "Checkpoint":
+        """Open a folder in the hub's layout, or a training npz alone or in a folder; merge a LoRA adapter while reading.
+
+        Raises:
+            CheckpointError: it is not a complete, sound checkpoint in a layout that pgx reads.
+        """
+        path = Path(path)
+        tensors, config, files = _open(path)
+        if adapter is not None:
+            tensors, more = lora.merge(tensors, Path(adapter))
+            files = [*files, *more]
+        return cls(path, config, _tie(tensors, path), files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def names(self) -> list[str]:
+        """The published names, sorted. A copy of the embedding that is stored as lm_head is not among them."""
+        return sorted(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensor(name).shape
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """What `rows` gives: the stored dtype, or float32 for a weight that an adapter is merged into."""
+        return self._tensor(name).dtype
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop along axis 0, read now; what they take is what the caller asked for.
+
+        Raises:
+            CheckpointError: a value is infinite or not a number, or the file has changed since it was opened.
+        """
+        tensor = self._tensor(name)
+        assert 0 <= start <= stop <= tensor.shape[0], f"Bug: rows {start} to {stop} of {name}, which has {tensor.shape[0]}"
+        self._read.add(name)
+        return tensor.rows(start, stop)
+
+    def unread(self) -> list[str]:
+        """The names that were never asked for."""
+        return sorted(self._tensors.keys() - self._read)
+
+    def files(self) -> list[Path]:
+        """Every file whose bytes make up the weights and the config, for a digest."""
+        return list(self._files)
+
+    def file(self, name: str) -> Path | None:
+        """A file beside the weights, such as tokenizer.json; None where there is none. A lone npz has nothing beside it."""
+        assert Path(name).name == name, f"Bug: {name!r} is not a plain file name"
+        return self.path / name if (self.path / name).is_file() else None
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            close = get_close_matches(name, self._tensors, 1)
+            hint = f"; it has {close[0]!r}" if close else ""
+            raise CheckpointError(
+                f"{self.path}: has no {shown(name)}{hint}; the checkpoint is incomplete, or config.json is another's"
+            )
+        return self._tensors[name]
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[Path]]:
+    if path.is_file():
+        if path.suffix == ".npz":
+            return _training(path)
+        raise CheckpointError(f"{path}: {_why_not(path) or 'is a file; give the folder that holds config.json and the weights'}")
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: there is no such folder; give the one that holds config.json and {WHOLE}, or a training npz"
+        )
+    whole, index = path / WHOLE, path / INDEX
+    arrays = sorted(path.glob("*.npz"))
+    if whole.is_file() and index.is_file():
+        raise CheckpointError(f"{path}: holds both {WHOLE} and {INDEX}; move away the one that is not meant")
+    if whole.is_file() or index.is_file():
+        stored, files = _sharded(index) if index.is_file() else (read_header(whole), [whole])
+        return _renamed(stored.values()), _config(path), [path / CONFIG, *files]
+    if (path / lora.CONFIG).is_file():
+        raise CheckpointError(
+            f"{path}: looks like a LoRA adapter ({lora.CONFIG}, no {WHOLE}); give its base checkpoint, and this as the adapter"
+        )
+    if len(arrays) == 1:
+        return _training(arrays[0], path / CONFIG)
+    if arrays:
+        raise CheckpointError(f"{path}: holds {listed([a.name for a in arrays])}; give the one that is meant, not the folder")
+    raise CheckpointError(f"{path}: {_why_no_weights(path)}")
+
+
+def _training(file: Path, config: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any], list[Path]]:
+    """A training npz. A config.json in its folder goes before what its shapes say, for they do not say everything."""
+    tensors, shapes = npz.read_npz(file)
+    if config is not None and config.is_file():
+        return tensors, read_json(config), [config, file]
+    return tensors, npz.config_of(shapes, file), [file]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder}: has no {CONFIG}; fetch it from where the weights came from")
+    return read_json(folder / CONFIG)
+
+
+def _sharded(index: Path) -> tuple[dict[str, Stored], list[Path]]:
+    """The tensors of all shards. The index and the shards' own headers have to agree, tensor by tensor."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(shard, str) for shard in where.values()):
+        raise CheckpointError(f"{index}: weight_map is not a table from tensor to file; fetch it again")
+    tensors: dict[str, Stored] = {}
+    shards = sorted(set(where.values()))
+    for shard in shards:
+        # The file itself may be a link: the hub's local cache is made of links out of the folder.
+        if not shard.endswith(".safetensors") or set("/\\\0") & set(shard) or len(shard.encode()) > 255:
+            raise CheckpointError(
+                f"{index}: {shown(shard)} is not the plain name of a safetensors file in the same folder; refused"
+            )
+        if not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index.parent / shard}: this shard is missing, which {index.name} names; fetch it")
+        header = read_header(index.parent / shard)
+        promised = {name for name, file in where.items() if file == shard}
+        if lost := sorted(promised - header.keys()):
+            raise CheckpointError(f"{index.parent / shard}: has no {listed(lost)}, which {index.name} says it holds")
+        if extra := sorted(header.keys() - promised):
+            raise CheckpointError(
+                f"{index.parent / shard}: holds {listed(extra)}, which {index.name} places elsewhere or nowhere"
+            )
+        tensors |= header
+    return tensors, [index, *(index.parent / shard for shard in shards)]
+
+
+def _renamed(stored: Iterable[Stored]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    theirs: dict[str, Stored] = {}
+    for tensor in stored:
+        name = canonical(tensor.name)
+        if name in theirs:
+            other = theirs[name]
+            raise CheckpointError(
+                f"{tensor.file}: {shown(tensor.name)} and {shown(other.name)} ({other.file.name}) are both {name}"
+            )
+        tensors[name] = theirs[name] = tensor
+    return tensors
+
+
+def _tie(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Put a stored lm_head behind the embedding, whose copy it has to be."""
+    tied = dict(tensors)
+    lm_head = tied.pop(LM_HEAD, None)
+    if lm_head is None:
+        return tied
+    embedding = tied.get(EMBEDDING)
+    if embedding is None:
+        raise CheckpointError(f"{path}: has {LM_HEAD} and no {EMBEDDING}; the checkpoint is incomplete")
+    if lm_head.shape != embedding.shape or lm_head.dtype != embedding.dtype:
+        raise CheckpointError(
+            _untied(path, f"{lm_head.dtype} {list(lm_head.shape)} is not {embedding.dtype} {list(embedding.shape)}")
+        )
+    return {**tied, EMBEDDING: Tied(embedding, lm_head, path)}
+
+
+def _untied(path: Path, why: str) -> str:
+    return f"{path}: {LM_HEAD} is not the embedding ({why}); pgx exports models whose lm_head is tied to it, as Google's are"
+
+
+def _why_not(file: Path) -> str | None:
+    return next((f"is {why}" for suffixes, why in FOREIGN.items() if file.suffix.lower() in suffixes), None)
+
+
+def _why_no_weights(folder: Path) -> str:
+    present = sorted(p for p in folder.iterdir() if p.suffix != ".json")
+    if any(p.suffix == ".safetensors" for p in present):
+        names = [p.name for p in present if p.suffix == ".safetensors"]
+        return f"holds {listed(names)}, and neither {WHOLE} nor {INDEX}, which says what is in them; fetch that file"
+    for file in present:
+        if why := _why_not(file):
+            return f"{file.name} {why}"
+    if (folder / "snapshots").is_dir():
+        return "is a whole repository of the hub's cache; give one of the folders under snapshots/"
+    return f"holds no weights; expected {WHOLE}, {INDEX} with its shards, or a training npz"

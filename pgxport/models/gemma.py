@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder: Gemma (2024) and Gemma 2 (2024) as one graph for prefill and decode step, which differ in T alone."""
+
+from pgxport.models.layers import Value, Writer, gelu, rms_norm, softcap
+from pgxport.models.spec import ModelSpec, TextSpec
+
+TOKEN_TABLE = "language_model.model.embed_tokens.weight"  # the embedding, and by tying the output matrix
+
+
+def decoder_step(g: Writer, spec: ModelSpec) -> None:
+    """inputs_embeds [B, T, H] (image features, then scaled token embeddings) -> logits of the last token [B, 1, V]
+
+    Keys and values go to the cache by `g.cached_attention`.
+    """
+    t = spec.text
+    x = g.input("inputs_embeds", ["batch", "tokens", t.width])
+    with g.scope("language_model.model"):
+        for i in range(t.depth):
+            with g.scope(f"layers.{i}"):
+                x = block(g, x, i, t)
+        # A prefix needs the logits of its last token only; at 896 px the others would take 4 GB.
+        x = rms_norm(g, g.op("Slice", x, [-1], [2**31 - 1], [1]), "norm", t.eps)
+    x = softcap(g, g.lm_head(x, TOKEN_TABLE), t.logit_softcap)
+    g.output(x, "logits", ["batch", 1, t.vocab])
+
+
+def block(g: Writer, x: Value, layer: int, t: TextSpec) -> Value:
+    h = attention(g, rms_norm(g, x, "input_layernorm", t.eps), layer, t)
+    if t.post_norms:
+        h = rms_norm(g, h, "post_attention_layernorm", t.eps)
+    x = g.op("Add", x, h)
+    # The same tensor name means a different place in Gemma 1 and Gemma 2.
+    h = mlp(g, rms_norm(g, x, "pre_feedforward_layernorm" if t.post_norms else "post_attention_layernorm", t.eps))
+    if t.post_norms:
+        h = rms_norm(g, h, "post_feedforward_layernorm", t.eps)
+    return g.op("Add", x, h)
+
+
+def attention(g: Writer, x: Value, layer: int, t: TextSpec) -> Value:
+    with g.scope("self_attn"):
+        q, k, v = (g.linear(x, f"{part}_proj") for part in "qkv")
+        return g.linear(g.cached_attention(q, k, v, layer=layer, text=t), "o_proj")
+
+
+def mlp(g: Writer, x: Value) -> Value:
+    with g.scope("mlp"):
+        return g.linear(g.op("Mul", gelu(g, g.linear(x, "gate_proj")), g.linear(x, "up_proj")), "down_proj")

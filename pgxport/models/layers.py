@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers both towers are made of, and the `Writer` they write to.
+
+Axis letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads, D head width, H hidden width.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+
+from pgxport.models.spec import TextSpec
+
+Value = Any  # a node's output in a graph, or an array where the functions are run eagerly
+
+
+class Writer(Protocol):
+    """What a model function is handed: it writes an ONNX graph (exporter/graph.py) or computes (tests/eager.py)."""
+
+    def scope(self, name: str) -> AbstractContextManager[None]:
+        """Prefix the names inside, so that a weight's path is its name in the checkpoint."""
+
+    def input(self, name: str, shape: list[int | str], dtype: Any = np.float32) -> Value: ...
+
+    def output(self, value: Value, name: str, shape: list[int | str]) -> None: ...
+
+    def weight(self, name: str, transform: Callable[[np.ndarray], np.ndarray] | None = None) -> Value:
+        """A tensor of the checkpoint; `transform` acts on blocks of its rows."""
+
+    def op(self, kind: str, *inputs: Value, outputs: int = 1, **attributes: Any) -> Any: ...
+
+    def linear(self, x: Value, name: str, *, bias: bool = False) -> Value:
+        """x [..., in] times the matrix `name`.weight [out, in], stored as the recipe says."""
+
+    def lm_head(self, x: Value, name: str) -> Value:
+        """x [B, T, H] times the token table `name` [V, H], which is stored once for lookup and output."""
+
+    def attention(self, q: Value, k: Value, v: Value, *, heads: int, scale: float) -> Value:
+        """Everything sees everything: q, k, v [B, T, N*D] -> [B, T, N*D]"""
+
+    def cached_attention(self, q: Value, k: Value, v: Value, *, layer: int, text: TextSpec) -> Value:
+        """Rotate, append to the layer's KV cache, attend: q [B, T, N*D], k, v [B, T, K*D] -> [B, T, N*D]"""
+
+
+def rms_norm(g: Writer, x: Value, name: str, eps: float) -> Value:
+    with g.scope(name):
+        # Gemma stores the gain minus one.
+        return g.op("RMSNormalization", x, g.weight("weight", lambda w: w + 1), axis=-1, epsilon=eps)
+
+
+def layer_norm(g: Writer, x: Value, name: str, eps: float) -> Value:
+    with g.scope(name):
+        return g.op("LayerNormalization", x, g.weight("weight"), g.weight("bias"), axis=-1, epsilon=eps)
+
+
+def gelu(g: Writer, x: Value) -> Value:
+    return g.op("Gelu", x, approximate="tanh")
+
+
+def softcap(g: Writer, x: Value, cap: float | None) -> Value:
+    return x if cap is None else g.op("Mul", g.op("Tanh", g.op("Div", x, cap)), cap)

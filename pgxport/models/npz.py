@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training code's npz under the hub's names: parameters stacked over layers and shaped for einsum, sliced while reading.
+
+The names and axes are those of big_vision (models/vit.py, models/ppp/gemma.py); what they become is what transformers'
+convert_paligemma_weights_to_hf.py and convert_paligemma2_weights_to_hf.py make of them.
+"""
+
+import math
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+
+from pgxport.errors import CheckpointError
+from pgxport.models.names import EMBEDDING
+from pgxport.models.safetensors import BFLOAT16, DTYPES, Tensor, listed, opened, read_exactly, refuse_non_finite, shown
+from pgxport.models.spec import TEXT
+
+# Published name, parameter, axes. Left of the arrow what is stored, right of it what we give: a comma parts the axes, letters
+# without one merge. L is the layer and a digit one of two things that are stacked. D: width, F: mlp, N: query heads,
+# K: key/value heads, H: head dim, V: vocabulary, P: patches, and a patch is Y × X pixels of C colours. (LM, the other width: M.)
+VISION = (
+    ("vision_tower.vision_model.embeddings.patch_embedding.weight", "img/embedding/kernel", "YXCD->D,C,Y,X"),
+    ("vision_tower.vision_model.embeddings.patch_embedding.bias", "img/embedding/bias", "D->D"),
+    ("vision_tower.vision_model.embeddings.position_embedding.weight", "img/pos_embedding", "0PD->P,D"),
+    ("vision_tower.vision_model.post_layernorm.weight", "img/Transformer/encoder_norm/scale", "D->D"),
+    ("vision_tower.vision_model.post_layernorm.bias", "img/Transformer/encoder_norm/bias", "D->D"),
+    ("multi_modal_projector.linear.weight", "img/head/kernel", "DM->M,D"),
+    ("multi_modal_projector.linear.bias", "img/head/bias", "M->M"),
+)
+BLOCK = "img/Transformer/encoderblock"
+VISION_LAYER = (
+    ("layer_norm1.weight", f"{BLOCK}/LayerNorm_0/scale", "LD->D"),
+    ("layer_norm1.bias", f"{BLOCK}/LayerNorm_0/bias", "LD->D"),
+    ("layer_norm2.weight", f"{BLOCK}/LayerNorm_1/scale", "LD->D"),
+    ("layer_norm2.bias", f"{BLOCK}/LayerNorm_1/bias", "LD->D"),
+    ("mlp.fc1.weight", f"{BLOCK}/MlpBlock_0/Dense_0/kernel", "LDF->F,D"),
+    ("mlp.fc1.bias", f"{BLOCK}/MlpBlock_0/Dense_0/bias", "LF->F"),
+    ("mlp.fc2.weight", f"{BLOCK}/MlpBlock_0/Dense_1/kernel", "LFD->D,F"),
+    ("mlp.fc2.bias", f"{BLOCK}/MlpBlock_0/Dense_1/bias", "LD->D"),
+    *(
+        row
+        for short, word in (("q", "query"), ("k", "key"), ("v", "value"))
+        for row in (
+            (f"self_attn.{short}_proj.weight", f"{BLOCK}/MultiHeadDotProductAttention_0/{word}/kernel", "LDNH->NH,D"),
+            (f"self_attn.{short}_proj.bias", f"{BLOCK}/MultiHeadDotProductAttention_0/{word}/bias", "LNH->NH"),
+        )
+    ),
+    ("self_attn.out_proj.weight", f"{BLOCK}/MultiHeadDotProductAttention_0/out/kernel", "LNHD->D,NH"),
+    ("self_attn.out_proj.bias", f"{BLOCK}/MultiHeadDotProductAttention_0/out/bias", "LD->D"),
+)
+TEXT_MODEL = (
+    (EMBEDDING, "llm/embedder/input_embedding", "VD->V,D"),
+    ("language_model.model.norm.weight", "llm/final_norm/scale", "D->D"),
+)
+TEXT_LAYER = (
+    ("self_attn.q_proj.weight", "llm/layers/attn/q_einsum/w", "LNDH->NH,D"),
+    ("self_attn.k_proj.weight", "llm/layers/attn/kv_einsum/w", "L0KDH->KH,D"),
+    ("self_attn.v_proj.weight", "llm/layers/attn/kv_einsum/w", "L1KDH->KH,D"),
+    ("self_attn.o_proj.weight", "llm/layers/attn/attn_vec_einsum/w", "LNHD->D,NH"),
+    ("mlp.gate_proj.weight", "llm/layers/mlp/gating_einsum", "L0DF->F,D"),
+    ("mlp.up_proj.weight", "llm/layers/mlp/gating_einsum", "L1DF->F,D"),
+    ("mlp.down_proj.weight", "llm/layers/mlp/linear", "LFD->D,F"),
+    ("input_layernorm.weight", "llm/layers/pre_attention_norm/scale", "LD->D"),
+)
+# The same parameter means a different place in Gemma 1 and Gemma 2, and the hub's names differ with it.
+GEMMA1_LAYER = (*TEXT_LAYER, ("post_attention_layernorm.weight", "llm/layers/pre_ffw_norm/scale", "LD->D"))
+GEMMA2_LAYER = (
+    *TEXT_LAYER,
+    ("post_attention_layernorm.weight", "llm/layers/post_attention_norm/scale", "LD->D"),
+    ("pre_feedforward_layernorm.weight", "llm/layers/pre_ffw_norm/scale", "LD->D"),
+    ("post_feedforward_layernorm.weight", "llm/layers/post_ffw_norm/scale", "LD->D"),
+)
+# Only Gemma 2 has it.
+POST_NORM = "llm/layers/post_attention_norm/scale"
+# What a training checkpoint holds besides the weights.
+TRAINING_STATE = ("opt/", "chrono/")
+# <image> has no row in the training code's table: it is the id after the last one (transformers' conversion adds rows for it).
+IMAGE_TOKEN = 257152
+
+
+@dataclass(frozen=True)
+class Member:
+    """An array in an npz, at its place in the file."""
+
+    file: Path
+    name: str
+    offset: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    order: str  # "C" or "F"
+
+    def mapped(self) -> np.ndarray:
+        try:
+            return np.memmap(self.file, self.dtype, "r", self.offset, self.shape, "F" if self.order == "F" else "C")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.file}: {shown(self.name)} cannot be mapped any more: {error}") from error
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """One layer's weight, as the hub shapes it, out of a stacked parameter."""
+
+    member: Member
+    axes: str
+    layer: int = 0
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.member.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        stored, given = self.axes.split("->")
+        size = dict(zip(stored, self.member.shape, strict=True))
+        return tuple(math.prod(size[axis] for axis in group) for group in given.split(","))
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        stored, given = self.axes.split("->")
+        index = tuple(self.layer if a == "L" else int(a) if a.isdigit() else slice(None) for a in stored)
+        left = [a for a in stored if a != "L" and not a.isdigit()]
+        view = self.member.mapped()[index].transpose([left.index(a) for a in given.replace(",", "")])
+        # Rows that are [N, H] merged: whole heads are copied, and the ends cut off. At most two heads too many.
+        inner = math.prod(view.shape[1 : len(given.split(",")[0])])
+        first = start // inner
+        heads = view[first : -(-stop // inner)].reshape(-1, *self.shape[1:])
+        rows = np.array(heads[start - first * inner : stop - first * inner], order="C")
+        refuse_non_finite(rows, start, self.member.name, self.member.file)
+        return rows
+
+
+def read_npz(file: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """The tensors of a training checkpoint by their published names, and its parameters' shapes. Reads no weight.
+
+    Raises:
+        CheckpointError: it is not sound, is compressed, or is not the training code's PaliGemma.
+    """
+    members: dict[str, Member] = {}
+    for name, member in _members(file).items():
+        # The fine-tuning notebook of big_vision saves without `params/`.
+        key = name.removeprefix("params/")
+        if key in members:
+            raise CheckpointError(f"{file}: {shown(key)} is there twice, with and without params/")
+        if not key.startswith(TRAINING_STATE):
+            members[key] = member
+    shapes = {key: member.shape for key, member in members.items()}
+    return {name: Sliced(members[key], axes, layer) for name, (key, axes, layer) in layout(shapes, file).items()}, shapes
+
+
+def layout(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, tuple[str, str, int]]:
+    """Published name -> parameter, axes and layer, for these parameters."""
+    if not any(key.startswith("llm/") for key in shapes) or not any(key.startswith("img/") for key in shapes):
+        raise CheckpointError(
+            f"{file}: holds {listed(sorted(shapes)) or 'nothing'}, and no params/img/… and params/llm/…; "
+            f"this npz is not a PaliGemma of the training code"
+        )
+    text_layer = GEMMA2_LAYER if POST_NORM in shapes else GEMMA1_LAYER
+    known = {key: axes for _, key, axes in (*VISION, *VISION_LAYER, *TEXT_MODEL, *text_layer)}
+    if missing := sorted(known.keys() - shapes.keys()):
+        raise CheckpointError(f"{file}: {listed(missing)} missing; it is incomplete, or no PaliGemma of the training code")
+    if strange := sorted(shapes.keys() - known.keys()):
+        raise CheckpointError(f"{file}: {listed(strange)}: pgx does not know this parameter, and would not use it")
+    for key, axes in known.items():
+        stored, shape = axes.split("->")[0], shapes[key]
+        # A digit is an axis of two things, but for the position embedding's batch axis of one.
+        stacked = 1 if key == "img/pos_embedding" else 2
+        if len(shape) != len(stored) or any(n != stacked for a, n in zip(stored, shape, strict=True) if a.isdigit()):
+            raise CheckpointError(f"{file}: {shown(key)} has the shape {list(shape)}; expected are the axes {' '.join(stored)}")
+    tables = {name: (key, axes, 0) for name, key, axes in (*VISION, *TEXT_MODEL)}
+    for prefix, rows in (("vision_tower.vision_model.encoder.layers", VISION_LAYER), ("language_model.model.layers", text_layer)):
+        depths = {shapes[key][0] for _, key, _ in rows}
+        if len(depths) != 1:
+            raise CheckpointError(f"{file}: the parameters of {prefix} are stacked {sorted(depths)} deep, and should be alike")
+        for i in range(depths.pop()):
+            tables |= {f"{prefix}.{i}.{name}": (key, axes, i) for name, key, axes in rows}
+    return tables
+
+
+def config_of(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, Any]:
+    """The config.json that the hub would have for parameters of these shapes.
+
+    Raises:
+        CheckpointError: shapes do not say it all. Gemma 2's attention scale is not one of them, and is known for published sizes.
+    """
+    patch, _, _, vision_width = shapes["img/embedding/kernel"]
+    _, patches, _ = shapes["img/pos_embedding"]
+    vision_depth, _, vision_mlp = shapes[f"{BLOCK}/MlpBlock_0/Dense_0/kernel"]
+    vision_heads = shapes[f"{BLOCK}/MultiHeadDotProductAttention_0/query/kernel"][2]
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise CheckpointError(f"{file}: 'img/pos_embedding' has {patches} positions, which are no square of patches")
+    vocab, width = shapes["llm/embedder/input_embedding"]
+    depth, heads, _, head_dim = shapes["llm/layers/attn/q_einsum/w"]
+    kv_heads = shapes["llm/layers/attn/kv_einsum/w"][2]
+    mlp = shapes["llm/layers/mlp/linear"][1]
+    gemma2 = POST_NORM in shapes
+    text: dict[str, Any] = {
+        "model_type": "gemma2" if gemma2 else "gemma",
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "intermediate_size": mlp,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocab,
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
+    if gemma2:
+        size = (width, depth, mlp, heads, kv_heads, head_dim)
+        scales = [t.query_scale for t in TEXT.values() if size == (t.width, t.depth, t.mlp, t.heads, t.kv_heads, t.head_dim)]
+        if not scales:
+            raise CheckpointError(
+                f"{file}: a Gemma 2 of width {width} and {depth} layers was not published, and an npz does not say its "
+                f"query_pre_attn_scalar and sliding_window; put the npz and a config.json into a folder and give that"
+            )
+        text["query_pre_attn_scalar"] = round(scales[0] ** -2)
+    return {
+        "model_type": "paligemma",
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "image_token_index": min(vocab, IMAGE_TOKEN),
+        "projection_dim": width,
+        "text_config": text,
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": vision_width,
+            "num_hidden_layers": vision_depth,
+            "intermediate_size": vision_mlp,
+            "num_attention_heads": vision_heads,
+            "image_size": side * patch,
+            "patch_size": patch,
+            "hidden_act": "gelu_pytorch_tanh",
+            "projection_dim": width,
+            "vision_use_head": False,
+        },
+    }
+
+
+def _members(file: Path) -> dict[str, Member]:
+    members: dict[str, Member] = {}
+    with opened(file) as f:
+        size = file.stat().st_size
+        try:
+            with zipfile.ZipFile(f) as archive:
+                entries = archive.infolist()
+        # zipfile and numpy's header parser raise a dozen kinds of error on damaged bytes, MemoryError and RecursionError too.
+        except Exception as error:
+            raise CheckpointError(
+                f"{file}: not a sound npz: {error}; the download was cut short or damaged, fetch it again"
+            ) from error
+        end = 0
+        for entry in sorted(entries, key=lambda e: e.header_offset):
+            name = entry.filename.removesuffix(".npy")
+            where = f"{file}: {shown(name)}"
+            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+                raise CheckpointError(
+                    f"{where} is compressed or encrypted, and cannot be read in rows; save it again with numpy.savez "
+                    f"(not savez_compressed), which takes as much disk as the weights"
+                )
+            if entry.header_offset < end:
+                raise CheckpointError(f"{where} overlaps the member before it; the file is damaged, fetch it again")
+            f.seek(entry.header_offset)
+            local = read_exactly(f, 30, file)
+            if local[:4] != b"PK\x03\x04":
+                raise CheckpointError(f"{where} does not begin where the npz says; the file is damaged, fetch it again")
+            begin = entry.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+            end = begin + entry.file_size
+            if entry.file_size != entry.compress_size or end > size:
+                raise CheckpointError(f"{where} ends beyond the file; it is truncated or damaged, fetch it again")
+            if name in members:
+                raise CheckpointError(f"{where} is there twice")
+            f.seek(begin)
+            try:
+                # Later versions are for longer headers, which no plain array has, and would be read whole whatever they claim.
+                if (version := npy.read_magic(f)) != (1, 0):
+                    raise ValueError(f"npy version {version}")
+                shape, fortran, dtype = npy.read_array_header_1_0(f)
+            except Exception as error:
+                raise CheckpointError(f"{where} is not a sound array: {shown(str(error))}; fetch the file again") from error
+            offset = f.tell()
+            members[name] = Member(file, name, offset, _dtype(dtype, where), _shape(shape, where), "F" if fortran else "C")
+            if (needed := math.prod(shape) * dtype.itemsize) != end - offset:
+                raise CheckpointError(f"{where} is {dtype} {list(shape)}, which takes {needed:,} bytes, and has {end - offset:,}")
+    return members
+
+
+def _dtype(dtype: np.dtype[Any], where: str) -> np.dtype[Any]:
+    # numpy has no bfloat16 and saves it as two bytes without a meaning; transformers' conversion reads them the same way.
+    if dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None and dtype.subdtype is None:
+        return BFLOAT16
+    if dtype not in (DTYPES["F32"], DTYPES["F16"]):
+        raise CheckpointError(f"{where} is stored as {shown(str(dtype))}; pgx reads float32, float16 and bfloat16")
+    return dtype
+
+
+def _shape(shape: tuple[int, ...], where: str) -> tuple[int, ...]:
+    if any(type(n) is not int or n < 1 for n in shape) or not shape:
+        raise CheckpointError(f"{where} has the shape {list(shape)}, which is no weight's")
+    return shape

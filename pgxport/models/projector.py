@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The projector: one linear map from the vision encoder's space into the decoder's."""
+
+from pgxport.models.layers import Writer
+from pgxport.models.spec import ModelSpec
+
+
+def projector(g: Writer, spec: ModelSpec) -> None:
+    """image_hidden [B, image tokens, vision width] -> image_features [B, image tokens, H], which nobody scales"""
+    x = g.input("image_hidden", ["batch", spec.image_tokens, spec.vision.width])
+    with g.scope("multi_modal_projector"):
+        x = g.linear(x, "linear", bias=True)
+    g.output(x, "image_features", ["batch", spec.image_tokens, spec.text.width])

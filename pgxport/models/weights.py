@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every weight of a PaliGemma by its name on the hub, with its shape: what a complete checkpoint holds, and nothing else."""
+
+from math import prod
+
+from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def weight_shapes(spec: ModelSpec) -> Shapes:
+    """Name -> shape of every tensor; matrices are [out, in]."""
+    h = spec.text.width
+    projector: Shapes = {"multi_modal_projector.linear.weight": (h, spec.vision.width), "multi_modal_projector.linear.bias": (h,)}
+    return _vision(spec.vision) | projector | _text(spec.text)
+
+
+def parameters(spec: ModelSpec) -> int:
+    """How many numbers the checkpoint holds; the tied output matrix counts once."""
+    return sum(prod(shape) for shape in weight_shapes(spec).values())
+
+
+def _vision(v: VisionSpec) -> Shapes:
+    tower = "vision_tower.vision_model"
+    shapes: Shapes = {
+        f"{tower}.embeddings.patch_embedding.weight": (v.width, 3, v.patch, v.patch),
+        f"{tower}.embeddings.patch_embedding.bias": (v.width,),
+        f"{tower}.embeddings.position_embedding.weight": (v.image_tokens, v.width),
+        f"{tower}.post_layernorm.weight": (v.width,),
+        f"{tower}.post_layernorm.bias": (v.width,),
+    }
+    matrices = {f"self_attn.{part}_proj": (v.width, v.width) for part in ("q", "k", "v", "out")}
+    matrices |= {"mlp.fc1": (v.mlp, v.width), "mlp.fc2": (v.width, v.mlp)}
+    for i in range(v.depth):
+        layer = f"{tower}.encoder.layers.{i}"
+        for name, shape in matrices.items():
+            shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
+        for norm in ("layer_norm1", "layer_norm2"):
+            shapes |= {f"{layer}.{norm}.weight": (v.width,), f"{layer}.{norm}.bias": (v.width,)}
+    return shapes
+
+
+def _text(t: TextSpec) -> Shapes:
+    model, queries, keys = "language_model.model", t.heads * t.head_dim, t.kv_heads * t.head_dim
+    shapes: Shapes = {f"{model}.embed_tokens.weight": (t.vocab, t.width), f"{model}.norm.weight": (t.width,)}
+    matrices = {
+        "self_attn.q_proj": (queries, t.width),
+        "self_attn.k_proj": (keys, t.width),
+        "self_attn.v_proj": (keys, t.width),
+        "self_attn.o_proj": (t.width, queries),
+        "mlp.gate_proj": (t.mlp, t.width),
+        "mlp.up_proj": (t.mlp, t.width),
+        "mlp.down_proj": (t.width, t.mlp),
+    }
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if t.post_norms else []
+    for i in range(t.depth):
+        shapes |= {f"{model}.layers.{i}.{name}.weight": shape for name, shape in matrices.items()}
+        shapes |= {f"{model}.layers.{i}.{norm}.weight": (t.width,) for norm in norms}
+    return shapes
