@@ -54,7 +54,7 @@ def random_paligemma(folder: Path, *, family: str = "paligemma", seed: int = 0, 
 
 
 def randomize(model: Any, seed: int) -> None:
-    """Give every parameter a random value of a size that keeps activations near one: norms that are not 1, biases that are not 0."""
+    """Give every parameter a random value that keeps activations near one: norms are not 1, and biases not 0."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pgxport.errors import UsageError
+from pgxport.errors import CheckpointError, UsageError
 from pgxport.models.spec import TextSpec
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ def cached_attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, 
     One GroupQueryAttention with `causal` 0 is the whole prefix rule: a prefix sees itself both ways, and a single new
     token sees everything before it. What a window hides from a new token comes in as `local_bias`.
     """
+    if text.head_dim % 16:
+        raise CheckpointError(
+            f"head_dim is {text.head_dim}; target {g.target.name!r} attends with head sizes that are multiples of 16"
+        )
     shape: list[int | str] = ["batch", text.kv_heads, "capacity", text.head_dim]
     past = [g.input(f"past_key_values.{layer}.{part}", shape) for part in ("key", "value")]
     lengths = g.input("seqlens_k", ["batch"], np.int32)  # tokens in the cache after this call, less one

@@ -76,7 +76,7 @@ class Tied:
 
 
 class Checkpoint:
-    """Tensors by published name (docs/reference). Open with `Checkpoint.open`."""
+    """Tensors by their published names, wherever they are stored. Made by `Checkpoint.open`."""
 
     def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], files: list[Path]):
         self.path = path

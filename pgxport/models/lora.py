@@ -98,6 +98,9 @@ def merge(tensors: Mapping[str, Tensor], folder: Path) -> tuple[dict[str, Tensor
     if both := sorted(merged.keys() & saved.keys()):
         raise CheckpointError(f"{folder / WEIGHTS}: {listed(both)}: both replaced (modules_to_save) and adapted; {MERGE_FIRST}")
     _check_complete(tensors, {*merged, *saved}, config, folder)
+    if EMBEDDING in saved and LM_HEAD not in saved:
+        # The adapter keeps the two tied, so a copy of the old embedding is one no more.
+        tensors = {name: tensor for name, tensor in tensors.items() if name != LM_HEAD}
     return {**tensors, **merged, **saved}, [folder / CONFIG, folder / WEIGHTS]
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("ml_dtypes")
 import ml_dtypes
 
 from pgxport.errors import CheckpointError
-from pgxport.models.safetensors import read_header
+from pgxport.models.safetensors import Stored, read_header
 
 BODY = np.arange(24, dtype="<f4").tobytes()
 HEADER = {
@@ -41,6 +41,18 @@ def library_accepts(data: bytes) -> bool:
     except safetensors.SafetensorError:
         return False
     return True
+
+
+def accepted(file: Path, data: bytes) -> list[Stored]:
+    """Write the bytes, and return the tensors, or none where they are refused as they should be: by the file's name."""
+    file.write_bytes(data)
+    fault = None
+    try:
+        return list(read_header(file).values())
+    except CheckpointError as error:
+        fault = str(error)
+    assert fault.startswith(str(file))
+    return []
 
 
 def refused(file: Path, data: bytes) -> str:
@@ -130,7 +142,7 @@ LIES = {
     "dims as text": ({"a": entry(shape="34")}, "no weight's"),
     "dims are null": ({"a": entry(shape=None)}, "no weight's"),
     "wrong dtype": ({"a": entry("BF16")}, "takes 24 bytes, and has 48"),
-    **{f"dtype {d}": ({"a": entry(d)}, f"'a' is stored as '{d}'") for d in ("F64", "I8", "U8", "I32", "I64", "BOOL", "F8_E4M3", "f32", "")},
+    **{f"dtype {d}": ({"a": entry(d)}, f"'a' is stored as '{d}'") for d in ("F64", "I8", "U8", "I64", "BOOL", "F8_E4M3", "f32", "")},
     "dtype is a number": ({"a": entry(3)}, "'a' is stored as '3'"),
     "dtype is a list": ({"a": entry(["F32"])}, "'a' is stored as"),
     "another field": ({"a": {**entry(), "x": 1}}, "'a' is not described by"),
@@ -152,7 +164,7 @@ LIES = {
     "single quotes": (str(HEADER).encode(), "not sound JSON"),
     "a trailing comma": (json.dumps(HEADER).encode()[:-1] + b",}", "not sound JSON"),
     "a comment": (json.dumps(HEADER).encode()[:-1] + b"/**/}", "not sound JSON"),
-    "a tensor twice": (b'{"a":%s,"a":%s}' % ((json.dumps(entry(shape=[24], offsets=[0, 96])).encode(),) * 2), "'a' stands there twice"),
+    "a tensor twice": (b'{"a":{"dtype":"F32","shape":[24],"data_offsets":[0,96]},"a":{}}', "'a' stands there twice"),
     "a field twice": (b'{"a":{"dtype":"F32","dtype":"F32","shape":[24],"data_offsets":[0,96]}}', "'dtype' stands there twice"),
     "NaN": (b'{"a":{"dtype":"F32","shape":[24],"data_offsets":[NaN,96]}}', "NaN"),
     "Infinity": (b'{"a":{"dtype":"F32","shape":[24],"data_offsets":[0,Infinity]}}', "Infinity"),
@@ -182,16 +194,10 @@ def test_a_name_cannot_write_to_the_terminal_or_fill_it(tmp_path: Path):
 def test_one_flipped_bit_of_the_header_is_refused_or_still_sound(tmp_path: Path, bit: int):
     data = bytearray(whole())
     data[bit // 8] ^= 1 << bit % 8
-    file = tmp_path / "f.safetensors"
-    file.write_bytes(data)
-    try:
-        tensors = read_header(file)
-    except CheckpointError as error:
-        assert str(error).startswith(str(file))
-    else:
+    if tensors := accepted(tmp_path / "f.safetensors", bytes(data)):
         # A letter of a name, or of the metadata.
         assert library_accepts(bytes(data))
-        assert [t.shape for t in tensors.values()] == [(3, 4), (8,), (2, 2, 4)]
+        assert [t.shape for t in tensors] == [(3, 4), (8,), (2, 2, 4)]
 
 
 numbers = st.one_of(
@@ -209,13 +215,9 @@ entries = st.fixed_dictionaries(
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(header=st.dictionaries(st.text(max_size=3), entries, max_size=3), body=st.integers(0, 96))
 def test_nothing_is_accepted_that_the_library_rejects(tmp_path: Path, header: dict[str, object], body: int):
-    file = tmp_path / "f.safetensors"
-    file.write_bytes(whole(header, BODY[:body]))
-    try:
-        read_header(file)
-    except CheckpointError:
-        return
-    assert library_accepts(file.read_bytes())
+    data = whole(header, BODY[:body])
+    if accepted(tmp_path / "f.safetensors", data):
+        assert library_accepts(data)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
@@ -224,18 +226,15 @@ def test_changed_bytes_are_never_accepted_unless_the_library_does(tmp_path: Path
     data = bytearray(whole())
     for at, value in edits:
         data[at] = value
-    file = tmp_path / "f.safetensors"
-    file.write_bytes(data)
-    try:
-        tensors = read_header(file)
-    except CheckpointError:
-        return
-    assert library_accepts(bytes(data))
-    for tensor in tensors.values():
+    for tensor in accepted(tmp_path / "f.safetensors", bytes(data)):
+        assert library_accepts(bytes(data))
         try:
             tensor.rows(0, tensor.shape[0])
         except CheckpointError as error:
-            assert "which is no weight" in str(error)
+            fault = str(error)
+        else:
+            continue
+        assert f"{tensor.name!r} holds" in fault
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
