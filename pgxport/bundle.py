@@ -2,27 +2,46 @@
 """A bundle: the folder that export writes and runners read, and the only contract between them.
 
 Written whole or not at all: files go to `NAME.partial`, the manifest last, and one rename gives the folder its name.
-Verified before an engine sees it: every file is listed, is a plain file inside the folder, and has its size and sha256.
+Verified before an engine sees it: every file is listed, is a plain file inside the folder, and has its size and sha256;
+every graph reads and writes what runners rely on, and its weights lie in these files.
 """
 
+import ctypes
+import fcntl
 import hashlib
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from pgxport.errors import DiskError, IntegrityError, UsageError
+from pgxport.onnx_check import read_signature
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
-_CHUNK = 1 << 20
+
+
+def _plain(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", name):
+        raise ValueError(f"{name!r} is not a plain file name")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_plain)]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+Float = Literal["float32", "float16", "bfloat16"]
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # numpy alone does not know bfloat16
 
 
 class _Model(BaseModel):
@@ -43,7 +62,7 @@ class TensorInfo(_Model):
 
 
 class GraphInfo(_Model):
-    file: str
+    file: FileName
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
 
@@ -51,33 +70,41 @@ class GraphInfo(_Model):
 class TokenTable(_Model):
     """The embedding [vocab, width], row by row in a file of its own; a looked-up row is multiplied by `scale`."""
 
-    file: str
-    dtype: Literal["float32"]
-    shape: tuple[int, int]
-    scale: float
+    file: FileName
+    dtype: Float
+    shape: tuple[PositiveInt, PositiveInt]
+    scale: float = Field(gt=0, allow_inf_nan=False)
 
 
 class Cache(_Model):
     """The KV cache: for each layer a key and a value buffer [batch, kv_heads, capacity, head_dim]."""
 
-    layers: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    dtype: Literal["float32"]
+    layers: int = Field(gt=0, le=1024)
+    kv_heads: int = Field(gt=0, le=1024)
+    head_dim: int = Field(gt=0, le=1024)
+    dtype: Float
 
 
 class TokenIds(_Model):
     """The ids with a meaning of their own. `newline` ends the prefix; `<loc…>` and `<seg…>` are runs of consecutive ids."""
 
-    bos: int
-    eos: int
-    pad: int
-    newline: int
-    image: int
-    loc_first: int
-    loc_count: int
-    seg_first: int
-    seg_count: int
+    bos: TokenId
+    eos: TokenId
+    pad: TokenId
+    newline: TokenId
+    image: TokenId
+    loc_first: TokenId
+    loc_count: int = Field(ge=0)
+    seg_first: TokenId
+    seg_count: int = Field(ge=0)
+
+
+class Ranges(_Model):
+    """The largest |x| of each kind of number, and where it was, in float32 on calibration scenes."""
+
+    largest: dict[str, float]
+    where: dict[str, str]
+    scenes: int
 
 
 class Provenance(_Model):
@@ -92,11 +119,14 @@ class Manifest(_Model):
     format_version: Literal[1] = 1
     name: str
     family: str
-    resolution: int = Field(gt=0)
-    image_tokens: int = Field(gt=0)
-    context_length: int = Field(gt=0)  # the longest prefix and answer together
-    max_new_tokens: int = Field(gt=0)  # unless the caller says otherwise
-    local_window: int | None  # tokens that a generated token sees in local layers; None where no layer needs telling
+    # The limits are far beyond any PaliGemma: what a stranger's manifest can make a runner allocate ends there.
+    resolution: int = Field(gt=0, le=4096)
+    image_tokens: int = Field(gt=0, le=1 << 16)
+    context_length: int = Field(gt=0, le=1 << 20)  # the longest prefix and answer together
+    max_new_tokens: int = Field(gt=0, le=1 << 20)  # unless the caller says otherwise
+    local_window: PositiveInt | None  # tokens that a generated token sees in local layers; None where no layer needs telling
+    residual_divisor: float = Field(ge=1)  # what the residual stream is divided by, to stay inside float16
+    ranges: Ranges | None  # what that was chosen by; None where activations are not float16
     recipe: str
     target: str
     parameters: int
@@ -105,8 +135,21 @@ class Manifest(_Model):
     token_table: TokenTable
     cache: Cache
     graphs: dict[str, GraphInfo]
-    files: dict[str, FileInfo]
+    files: dict[FileName, FileInfo]
     provenance: Provenance
+
+    def signatures(self) -> dict[str, tuple[set[str], set[str]]]:
+        """What runners feed to each graph, and what they take from it."""
+        cache = [f"{i}.{part}" for i in range(self.cache.layers) for part in ("key", "value")]
+        feeds = {"inputs_embeds", "seqlens_k", "total_sequence_length", *(f"past_key_values.{c}" for c in cache)}
+        if self.local_window is not None:
+            feeds.add("local_bias")
+        known = {
+            "vision_encoder": ({"pixel_values"}, {"image_hidden"}),
+            "projector": ({"image_hidden"}, {"image_features"}),
+            "decoder_step": (feeds, {"logits", *(f"present.{c}" for c in cache)}),
+        }
+        return known | ({"mask_decoder": ({"codes"}, {"mask"})} if "mask_decoder" in self.graphs else {})
 
 
 @dataclass(frozen=True)
@@ -137,9 +180,10 @@ class Bundle:
         return self.path / self.manifest.graphs[name].file
 
     def token_table(self) -> np.ndarray:
-        """The embedding [vocab, width], mapped: only the rows that are looked up are read."""
+        """The embedding [vocab, width], mapped: only the rows that are looked up are read. bfloat16 comes as uint16."""
         table = self.manifest.token_table
-        return np.memmap(self.path / table.file, np.dtype(table.dtype), "r", shape=table.shape)
+        stored = np.dtype("uint16" if table.dtype == "bfloat16" else table.dtype)
+        return np.memmap(self.path / table.file, stored, "r", shape=table.shape)
 
 
 class BundleWriter:
@@ -157,18 +201,24 @@ class BundleWriter:
         self._overwrite = overwrite
 
     def __enter__(self) -> Self:
-        if os.path.lexists(self.path) and not self._overwrite:
-            raise UsageError(f"{self.path} already exists; pass --overwrite to replace it, or another -o")
-        if os.path.lexists(self.path) and not (self.path / MANIFEST).is_file() and any(self._entries()):
-            raise UsageError(f"{self.path} exists and is not a bundle; pgx does not replace it. Choose another -o")
+        self._check_output()
         with _disk(f"cannot write {self.staging}"):
-            if self.staging.exists():  # of an export that was killed
-                shutil.rmtree(self.staging)
-            self.staging.mkdir(parents=True)
+            if self.staging.is_symlink() or self.staging.is_file():
+                self.staging.unlink()
+            self.staging.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.staging, os.O_RDONLY)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process dies
+            except BlockingIOError:
+                os.close(self._lock)
+                raise UsageError(f"another pgx is writing {self.path}; wait for it, or choose another -o") from None
+            for left in self.staging.iterdir():  # by an export that was killed
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
+        os.close(self._lock)
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> FileInfo:
         """Write a file from pieces, hashing on the way.
@@ -191,19 +241,34 @@ class BundleWriter:
     def commit(self, manifest: Manifest) -> Bundle:
         """Write the manifest, then give the folder its name."""
         text = manifest.model_dump_json(indent=1).encode() + b"\n"
+        written = Manifest.model_validate_json(text)  # as a reader will see it
         self.write(MANIFEST, [text])
         with _disk(f"cannot finish {self.path}"):
             _fsync_folder(self.staging)
-            old = self.path.with_name(self.path.name + ".replaced")
-            if self.path.exists():
-                self.path.rename(old)
-            self.staging.rename(self.path)
+            if os.path.lexists(self.path):
+                self._check_output()
+                _exchange(self.staging, self.path)  # what was there is deleted on leaving
+            else:
+                self.staging.rename(self.path)
             _fsync_folder(self.path.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        return Bundle(self.path, manifest)
+        return Bundle(self.path, written)
 
-    def _entries(self) -> Iterator[Path]:
-        return self.path.iterdir() if self.path.is_dir() else iter([self.path])
+    def _check_output(self) -> None:
+        """What is at the bundle's name is only ever replaced if it is a bundle, or an empty folder, and that was asked for."""
+        if not os.path.lexists(self.path):
+            return
+        if not self._overwrite:
+            raise UsageError(f"{self.path} already exists; pass --overwrite to replace it, or another -o")
+        if self.path.is_dir() and not self.path.is_symlink():
+            with _disk(f"cannot read {self.path}"):
+                if not os.listdir(self.path):
+                    return
+            try:
+                _check_files(self.path, _read_manifest(self.path))
+                return
+            except IntegrityError as error:
+                raise UsageError(f"{error}. pgx replaces only a whole bundle: delete the folder, or choose another -o") from error
+        raise UsageError(f"{self.path} exists and is not a bundle; pgx does not replace it. Choose another -o")
 
 
 def file_sha256(path: Path) -> str:
@@ -216,9 +281,9 @@ def _read_manifest(path: Path) -> Manifest:
         raise IntegrityError(f"{path}: no such folder; `pgx export -o {path}` writes one")
     file = path / MANIFEST
     try:
-        if not file.is_file() or file.is_symlink():
+        if not os.path.lexists(file):
             raise IntegrityError(f"{path} is not a bundle: it has no {MANIFEST}, which is written last; export it again")
-        if (size := file.stat().st_size) > MAX_MANIFEST_BYTES:
+        if (size := _plain_size(file)) > MAX_MANIFEST_BYTES:
             raise IntegrityError(f"{file} has {size} bytes; no manifest is longer than {MAX_MANIFEST_BYTES}")
         return Manifest.model_validate_json(file.read_bytes())
     except ValidationError as error:
@@ -232,35 +297,71 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _verify(path: Path, manifest: Manifest) -> None:
-    promised = {MANIFEST, *manifest.files}
-    for name in manifest.files:
-        if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
-            raise IntegrityError(f"{path}: the manifest names {name!r}, which is not a plain file name")
+    try:
+        _check_files(path, manifest)
+        for name, info in manifest.files.items():
+            if (seen := file_sha256(path / name)) != info.sha256:
+                raise IntegrityError(
+                    f"{path / name} was changed: its sha256 begins {seen[:12]}, the manifest says {info.sha256[:12]}; copy or export the bundle again"
+                )
+        _check_table(path, manifest)
+        _check_graphs(path, manifest)
+    except OSError as error:
+        raise DiskError(f"cannot read {error.filename or path}: {error.strerror}; check the permissions and the disk") from error
+
+
+def _check_files(path: Path, manifest: Manifest) -> None:
+    """The folder holds the files that the manifest lists, of their sizes, and nothing else."""
     named = {g.file for g in manifest.graphs.values()} | {manifest.token_table.file, "tokenizer.json"}
     if missing := named - set(manifest.files):
         raise IntegrityError(f"{path}: the manifest uses {', '.join(sorted(missing))} without listing it under files")
-    if strangers := sorted(p.name for p in path.iterdir() if p.name not in promised):
-        raise IntegrityError(f"{path} holds {', '.join(strangers[:5])}, which its manifest does not list")
+    if strangers := sorted(set(os.listdir(path)) - {MANIFEST, *manifest.files}):
+        raise IntegrityError(f"{path} holds {', '.join(map(repr, strangers[:5]))}, which its manifest does not list")
     for name, info in manifest.files.items():
-        file = path / name
-        try:
-            stat = file.lstat()
-        except FileNotFoundError:
-            raise IntegrityError(f"{file} is missing; export the bundle again") from None
-        if not os.path.isfile(file) or file.is_symlink() or stat.st_nlink != 1:
-            raise IntegrityError(f"{file} is not a plain file of its own (a link, a pipe or a folder)")
-        if stat.st_size != info.size:
-            raise IntegrityError(f"{file} has {stat.st_size} bytes where the manifest promises {info.size}")
-    table = manifest.token_table
-    if manifest.files[table.file].size != table.shape[0] * table.shape[1] * np.dtype(table.dtype).itemsize:
+        if (size := _plain_size(path / name)) != info.size:
+            raise IntegrityError(f"{path / name} has {size} bytes where the manifest promises {info.size}")
+
+
+def _plain_size(file: Path) -> int:
+    try:
+        found = file.lstat()
+    except FileNotFoundError:
+        raise IntegrityError(f"{file} is missing; export the bundle again") from None
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        raise IntegrityError(f"{file} is not a plain file of its own (a link, a pipe or a folder)")
+    return found.st_size
+
+
+def _check_table(path: Path, manifest: Manifest) -> None:
+    table, size = manifest.token_table, manifest.files[manifest.token_table.file].size
+    if size != table.shape[0] * table.shape[1] * ITEM_BYTES[table.dtype]:
+        raise IntegrityError(f"{path / table.file} has {size} bytes, which is not {table.shape} {table.dtype}")
+    ids = manifest.token_ids
+    if (top := max(ids.bos, ids.eos, ids.pad, ids.newline, ids.image)) >= table.shape[0]:
+        raise IntegrityError(f"{path}: the manifest has a token {top}, and its token table {table.shape[0]} rows")
+
+
+def _check_graphs(path: Path, manifest: Manifest) -> None:
+    """The graphs are those that runners know, as the manifest describes them, and they keep to the bundle's files."""
+    expected, sizes = manifest.signatures(), {name: info.size for name, info in manifest.files.items()}
+    if expected.keys() != manifest.graphs.keys():
+        raise IntegrityError(f"{path} has the graphs {', '.join(manifest.graphs)}; a bundle has {', '.join(expected)}")
+    for name, graph in manifest.graphs.items():
+        file = path / graph.file
+        if file.suffix != ".onnx":  # what an engine does with a file depends on its name
+            raise IntegrityError(f"{path}: the graph {name} is called {graph.file!r}, which does not end in .onnx")
+        found = read_signature(file, sizes)
+        promised = tuple({t.name: t.shape for t in tensors} for tensors in (graph.inputs, graph.outputs))
+        if found != promised or tuple(map(set, found)) != expected[name]:
+            raise IntegrityError(f"{file} has other inputs or outputs than the manifest and the runners know; export it again")
+    width = manifest.token_table.shape[1]
+    embeds = {t.name: t.shape for t in manifest.graphs["decoder_step"].inputs}["inputs_embeds"]
+    features = manifest.graphs["projector"].outputs[0].shape
+    if (embeds[-1:], features[1:]) != ((width,), (manifest.image_tokens, width)):
         raise IntegrityError(
-            f"{path / table.file} has {manifest.files[table.file].size} bytes, which is not {table.shape} {table.dtype}"
+            f"{path}: rows of the token table are {width} wide and an image has {manifest.image_tokens} tokens, "
+            f"but the graphs have inputs_embeds {list(embeds)} and image_features {list(features)}"
         )
-    for name, info in manifest.files.items():
-        if (seen := file_sha256(path / name)) != info.sha256:
-            raise IntegrityError(
-                f"{path / name} was changed: its sha256 begins {seen[:12]}, the manifest says {info.sha256[:12]}; copy or export the bundle again"
-            )
 
 
 @contextmanager
@@ -277,3 +378,15 @@ def _fsync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Give two folders each other's names, at once where the system can."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if swap is None or swap(here, os.fsencode(new), here, os.fsencode(old), exchange) != 0:
+        aside = old.with_name(old.name + ".replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        old.rename(aside)
+        new.rename(old)
+        aside.rename(new)

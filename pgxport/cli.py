@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `pgx`: one thin function a command. Results go to stdout, progress to stderr and only to a terminal."""
 
-import errno
 import json as jsonlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import click
 
 from pgxport import __version__
 from pgxport.errors import PgxError
-
-if TYPE_CHECKING:
-    pass
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -41,6 +38,7 @@ def cli() -> None:
 @click.option("--family", type=click.Choice(["paligemma", "paligemma2"]), default="paligemma2", show_default=True)
 @click.option("--variant", default="pt", show_default=True, help="pt, mix or ft-TASK, as the hub names them.")
 @click.option("--checkpoint", help="A folder in hub layout, or a hub id, in place of the published one.")
+@click.option("--adapter", type=click.Path(), help="A LoRA adapter in PEFT layout, merged as the checkpoint is read.")
 @click.option("--masks", type=click.Path(dir_okay=False), help="vae-oid.npz, for the masks of `segment` (tiny brings its own).")
 @click.option("--precision", default="fp32", show_default=True, help="fp32.")
 @click.option("--target", default="cpu", show_default=True, help="The engine to write for: cpu.")
@@ -107,11 +105,13 @@ def run(
     \b
     pgx run b --image scene.png --prompt "detect red circle" --save out.png
     """
-    from pgxport.runners.draw import save_image
+    from pgxport.runners.draw import picture_format, save_image
     from pgxport.runners.image import load_image
     from pgxport.runners.outputs import terminal_safe
     from pgxport.runners.runner import Runner
 
+    if save:
+        picture_format(save)  # refused before the work rather than after
     with Runner.from_pretrained(bundle, engine=engine, threads=threads) as runner:
         picture = load_image(images[0])
         answer = runner.answer([picture, *images[1:]], prompt, max_new_tokens=max_new_tokens)
@@ -148,9 +148,10 @@ def inspect(path: str, as_json: bool) -> None:
     pgx inspect b
     """
     from pgxport.inspection import describe, render
+    from pgxport.runners.outputs import terminal_safe
 
     found = describe(Path(path))
-    click.echo(jsonlib.dumps(found, indent=1) if as_json else render(found))
+    click.echo(jsonlib.dumps(found, indent=1) if as_json else terminal_safe(render(found)))
 
 
 @cli.command()
@@ -241,26 +242,29 @@ def peak_rss() -> int:
 
 def main() -> None:
     """Run a command; errors we raise on purpose end with their own exit code (docs/reference/exit-codes.md)."""
+    # As an exception, so that what is half done is cleaned up on the way out.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.Abort:
-        sys.exit(130)
+        cli(prog_name="pgx", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except PgxError as error:
-        click.echo(f"pgx: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except MemoryError:
-        click.echo("pgx: not enough memory", err=True)
-        sys.exit(6)
+        fail(error.exit_code, str(error))
+    except (click.Abort, KeyboardInterrupt):
+        fail(130, "interrupted")
+    except MemoryError as error:
+        fail(6, f"not enough memory ({error}); close other programs, or ask for less" if str(error) else "not enough memory")
     except OSError as error:
-        if error.errno == errno.EPIPE:  # `pgx … | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        click.echo(f"pgx: {error.filename or 'input or output'}: {error.strerror}", err=True)
-        sys.exit(5)
+        fail(5, f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except SystemExit as stop:
+        # 1 is click's own, where the reader of a pipe has gone (`pgx … | head`): no failure, and we never end with it.
+        sys.exit(0 if stop.code == 1 else stop.code)
+
+
+def fail(code: int, message: str) -> NoReturn:
+    """End with one line on stderr, whatever a file's name or a stranger's manifest put in the message."""
+    from pgxport.runners.outputs import terminal_safe
+
+    click.echo(f"pgx: {' '.join(terminal_safe(message).split())}", err=True)
+    sys.exit(code)

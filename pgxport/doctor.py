@@ -20,9 +20,10 @@ PROBE = b'\x08\x08:5\n\x0e\n\x01x\n\x01x\x12\x01y"\x03Add\x12\x01gZ\x0f\n\x01x\x
 # Extra -> what it needs, and what it is for.
 EXTRAS = {
     "cpu": (("onnxruntime",), "run bundles on a CPU"),
-    "export": (("onnx-ir", "onnx", "ml_dtypes", "safetensors", "huggingface_hub"), "pgx export, pgx demo"),
-    "reference": (("torch", "transformers"), "parity tests against transformers"),
+    "export": (("onnx-ir", "onnx", "ml_dtypes", "safetensors", "huggingface_hub"), "run pgx export and pgx demo"),
+    "reference": (("torch", "transformers"), "compare with transformers"),
 }
+SAME = {"onnxruntime": "onnxruntime-gpu"}  # either will do
 BASE = ("numpy", "Pillow", "tokenizers", "pydantic", "click", "rich")
 
 
@@ -31,11 +32,11 @@ def examine() -> dict[str, Any]:
     advice = []
     extras = {}
     for extra, (packages, purpose) in EXTRAS.items():
-        versions = {p: _version(p) for p in packages}
+        versions = {p: _version(p) or _version(SAME.get(p, p)) for p in packages}
         complete = all(versions.values())
         extras[extra] = {"complete": complete, "for": purpose, "packages": versions}
         if not complete:
-            advice.append(f'{purpose}: pip install "pgxport[{extra}]"')
+            advice.append(f'to {purpose}: pip install "pgxport[{extra}]"')
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
         advice.insert(0, "onnxruntime and onnxruntime-gpu overwrite each other's files: pip uninstall both, then install one")
     return {
@@ -63,8 +64,8 @@ def render(found: dict[str, Any]) -> str:
         lines.append(f"[{extra}] {'complete' if state['complete'] else 'not complete'}: {there}")
     for engine, result in found["engines"].items():
         lines.append(f"engine {engine}: {'ran a graph' if result['works'] else result['reason']}")
-    lines += [f"to {advice}" for advice in found["advice"]]
-    return "\n".join([*lines, "try: pgx demo"])
+    ready = found["extras"]["export"]["complete"] and found["engines"]["cpu"]["works"]
+    return "\n".join([*lines, *found["advice"], *(["try: pgx demo"] if ready else [])])
 
 
 def _try_engine(engine: str) -> dict[str, Any]:

@@ -6,15 +6,27 @@ import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import ml_dtypes  # noqa: F401  before numpy meets a bfloat16 checkpoint
 import numpy as np
 import onnx_ir as ir
 
 from pgxport import __version__
-from pgxport.bundle import Bundle, BundleWriter, Cache, GraphInfo, Manifest, Provenance, TensorInfo, TokenTable, file_sha256
+from pgxport.bundle import (
+    Bundle,
+    BundleWriter,
+    Cache,
+    Float,
+    GraphInfo,
+    Manifest,
+    Provenance,
+    TensorInfo,
+    TokenTable,
+    file_sha256,
+)
 from pgxport.errors import CheckpointError, UsageError
+from pgxport.exporter.audit import audit, residual_divisor
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.locate import Located, locate
 from pgxport.exporter.recipe import RECIPES
@@ -25,7 +37,7 @@ from pgxport.models.gemma import TOKEN_TABLE, decoder_step
 from pgxport.models.mask_decoder import MaskWeights, mask_decoder
 from pgxport.models.projector import projector
 from pgxport.models.siglip import vision_encoder
-from pgxport.models.spec import ModelSpec, read_config, without_window
+from pgxport.models.spec import ModelSpec, read_config, shrunk, without_window
 from pgxport.models.weights import parameters, weight_shapes
 from pgxport.runners.tokenizer import read_token_ids
 
@@ -46,6 +58,7 @@ class ExportOptions:
         size: A published size, or "tiny" for the embedded checkpoint; None where `checkpoint` says all.
         res: Pixels a side.
         checkpoint: A folder in hub layout, or a hub id.
+        adapter: A LoRA adapter in PEFT layout, merged into the checkpoint as it is read.
         masks: `vae-oid.npz`, for the mask decoder; the embedded checkpoint brings its own.
         context: The longest prefix and answer together, in tokens; None leaves room for a long prompt and answer.
         local_window: "hf": generated tokens see a window of the prefix in Gemma 2's local layers, as in transformers;
@@ -58,6 +71,7 @@ class ExportOptions:
     family: str = "paligemma2"
     variant: str = "pt"
     checkpoint: str | Path | None = None
+    adapter: str | Path | None = None
     masks: str | Path | None = None
     precision: str = "fp32"
     target: str = "cpu"
@@ -79,7 +93,8 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
     if options.local_window not in ("hf", "none"):
         raise UsageError(f"local window {options.local_window!r} does not exist; choose 'hf' or 'none'")
     found = locate(options.size, options.res, options.family, options.variant, options.checkpoint)
-    checkpoint = Checkpoint.open(found.path)
+    adapter = Path(options.adapter) if options.adapter else None
+    checkpoint = Checkpoint.open(found.path, adapter)
     spec = read_config(checkpoint.config, local_window=options.local_window == "hf")
     _check_spec(spec, found, options)
     _check_weights(checkpoint, spec)
@@ -87,6 +102,18 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
     if context <= spec.image_tokens:
         raise UsageError(f"--context {context} has no room for an image of {spec.image_tokens} tokens and a prompt")
     masks = _mask_source(options, found)
+
+    tokenizer = checkpoint.file("tokenizer.json")
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{found.name}: tokenizer.json is missing; download it beside the weights, from the same repository"
+        )
+    token_ids = read_token_ids(tokenizer, checkpoint.config)
+    ranges = None
+    if target.compute(recipe.rules[-1].scheme.dtype) == "float16":
+        # A checkpoint of its own: what the audit reads does not count as exported.
+        ranges = audit(Checkpoint.open(found.path, adapter), spec, tokenizer, token_ids)
+        spec = shrunk(spec, residual_divisor(ranges))
 
     graphs = {}
     for write in (vision_encoder, projector, decoder_step):
@@ -96,12 +123,6 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
         graphs["mask_decoder"] = GraphBuilder("mask_decoder", masks, recipe, target)
         mask_decoder(graphs["mask_decoder"])
 
-    tokenizer = checkpoint.file("tokenizer.json")
-    if tokenizer is None:
-        raise CheckpointError(
-            f"{found.name}: tokenizer.json is missing; download it beside the weights, from the same repository"
-        )
-    token_ids = read_token_ids(tokenizer, checkpoint.config)
     output = Path(options.output) if options.output else Path(f"{found.name}-{recipe.name}-{target.name}")
     table = graphs["decoder_step"].promises.pop(TOKEN_TABLE)
     count = _Counter(progress, sum(p.nbytes for g in graphs.values() for p in g.promises.values()) + table.nbytes)
@@ -116,9 +137,9 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
         manifest = Manifest(
             name=found.name, family=spec.family, resolution=spec.resolution, image_tokens=spec.image_tokens, context_length=context,
             max_new_tokens=MAX_NEW_TOKENS, local_window=spec.text.window if _has_input(infos["decoder_step"], "local_bias") else None,
-            recipe=recipe.name, target=target.name, parameters=parameters(spec), spec=asdict(spec), token_ids=token_ids,
-            token_table=TokenTable(file=TABLE_FILE, dtype="float32", shape=(spec.text.vocab, spec.text.width), scale=spec.text.embed_scale),
-            cache=Cache(layers=spec.text.depth, kv_heads=spec.text.kv_heads, head_dim=spec.text.head_dim, dtype="float32"),
+            residual_divisor=spec.text.residual_divisor, ranges=ranges, recipe=recipe.name, target=target.name, parameters=parameters(spec), spec=asdict(spec), token_ids=token_ids,
+            token_table=TokenTable(file=TABLE_FILE, dtype=cast(Float, table.dtype.name), shape=(spec.text.vocab, spec.text.width), scale=spec.text.embed_scale),
+            cache=Cache(layers=spec.text.depth, kv_heads=spec.text.kv_heads, head_dim=spec.text.head_dim, dtype=cast(Float, graphs["decoder_step"].dtype.name)),
             graphs=infos, files={}, provenance=_provenance(checkpoint, found),
         )  # fmt: skip
         writer.write("README.md", [_card(manifest).encode()])

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write an ONNX graph: named scopes, operators, and weights that stay in the checkpoint until the file is written."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import ml_dtypes  # noqa: F401  before onnx_ir: it registers bfloat16 and int4 with numpy
@@ -11,9 +12,10 @@ import onnx_ir as ir
 
 from pgxport.exporter import lower
 from pgxport.exporter.recipe import Recipe
-from pgxport.exporter.stream import Promise, row_blocks
+from pgxport.exporter.stream import Promise, narrow, row_blocks, to_float32
 from pgxport.exporter.targets import Target
 from pgxport.models.checkpoint import TensorSource
+from pgxport.models.layers import Transform, times
 from pgxport.models.spec import TextSpec
 
 INLINE_BYTES = 1024  # a constant up to this size stands in the .onnx file itself
@@ -27,7 +29,11 @@ class GraphBuilder:
         self.context_length = context_length  # the longest prefix and answer together that a decoder is written for
         self.promises: dict[str, Promise] = {}
         self.graph = ir.Graph((), (), nodes=(), name=name, opset_imports=dict(target.opsets))
+        # One dtype for all activations of a graph, by the weights it is to multiply most of.
+        self.dtype = np.dtype(target.compute(recipe.rules[-1].scheme.dtype))
         self._scope: list[str] = []
+        self._inputs: dict[str, ir.Value] = {}
+        self._weights: dict[str, ir.Value] = {}
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
 
     # Names -------------------------------------------------------------------------------------------------------
@@ -43,22 +49,27 @@ class GraphBuilder:
 
     # Values ------------------------------------------------------------------------------------------------------
 
-    def input(self, name: str, shape: Sequence[int | str], dtype: Any = np.float32) -> ir.Value:
-        for value in self.graph.inputs:
-            if value.name == name:
-                return value
-        value = _value(name, np.dtype(dtype), shape)
-        self.graph.inputs.append(value)
-        return value
+    def input(self, name: str, shape: Sequence[int | str], dtype: Any = None) -> ir.Value:
+        """An input of the graph. Without a dtype it is activations: float32 outside, cast to what the graph computes in."""
+        if name not in self._inputs:
+            value = _value(name, np.dtype(dtype or np.float32), shape)
+            self.graph.inputs.append(value)
+            self._inputs[name] = value if dtype else self.cast(value, np.dtype(np.float32), self.dtype)
+        return self._inputs[name]
 
-    def output(self, value: ir.Value, name: str, shape: Sequence[int | str], dtype: Any = np.float32) -> None:
+    def output(self, value: ir.Value, name: str, shape: Sequence[int | str], dtype: Any = None) -> None:
+        """An output of the graph; activations leave it as float32."""
+        value = value if dtype else self.cast(value, self.dtype, np.dtype(np.float32))
         value.name, value.shape = name, ir.Shape(shape)
-        value.dtype = ir.DataType.from_numpy(np.dtype(dtype))
+        value.dtype = ir.DataType.from_numpy(np.dtype(dtype or np.float32))
         self.graph.outputs.append(value)
 
+    def cast(self, value: ir.Value, have: np.dtype, want: np.dtype) -> ir.Value:
+        return value if have == want else self.op("Cast", value, to=int(ir.DataType.from_numpy(want)))
+
     def constant(self, value: Any, dtype: Any = None) -> ir.Value:
-        """A number or array that is part of the architecture, not of the checkpoint."""
-        array = np.asarray(value, dtype or (np.float32 if np.asarray(value).dtype.kind == "f" else np.int64))
+        """A number or array that is part of the architecture, not of the checkpoint; fractions are activations."""
+        array = np.asarray(value, dtype or (self.dtype if np.asarray(value).dtype.kind == "f" else np.int64))
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
@@ -68,22 +79,22 @@ class GraphBuilder:
                 self._constants[key] = self._initializer(_value(name, array.dtype, array.shape), ir.tensor(array, name=name))
         return self._constants[key]
 
-    def weight(self, name: str, transform: Callable[[np.ndarray], np.ndarray] | None = None) -> ir.Value:
+    def weight(self, name: str, transform: Transform | None = None) -> ir.Value:
         return self.tensor(self.path(name), transform)
 
-    def tensor(self, path: str, transform: Callable[[np.ndarray], np.ndarray] | None = None) -> ir.Value:
-        """A tensor of the checkpoint by its whole name."""
-        if path in self.graph.initializers:
-            return self.graph.initializers[path]
+    def tensor(self, path: str, transform: Transform | None = None) -> ir.Value:
+        """A tensor of the checkpoint by its whole name, stored as the recipe says."""
+        if path not in self._weights:
+            stored = np.dtype(self.recipe.scheme(path).dtype)
+            value = self.promise(Promise(path, stored, self.source.shape(path), lambda: self._blocks(path, stored, transform)))
+            self._weights[path] = self.cast(value, stored, self.dtype)
+        return self._weights[path]
+
+    def _blocks(self, path: str, stored: np.dtype, transform: Transform | None) -> Iterator[np.ndarray]:
         shape = self.source.shape(path)
-        rows, row_bytes = (shape[0] if shape else 1), 4 * int(np.prod(shape[1:], dtype=np.int64))
-
-        def blocks() -> Iterator[np.ndarray]:
-            for start, stop in row_blocks(rows, row_bytes):
-                block = self.source.rows(path, start, stop).astype(np.float32)
-                yield block if transform is None else transform(block)
-
-        return self.promise(Promise(path, np.dtype(np.float32), shape, blocks))
+        for start, stop in row_blocks(shape[0], 4 * prod(shape[1:])):
+            block = to_float32(self.source.rows(path, start, stop))
+            yield narrow(block if transform is None else transform(block), stored, path)
 
     def promise(self, promise: Promise) -> ir.Value:
         """An initializer whose bytes are written later, into the graph's data file."""
@@ -109,10 +120,10 @@ class GraphBuilder:
         self.graph.append(node)
         return node.outputs[0] if outputs == 1 else node.outputs
 
-    def linear(self, x: ir.Value, name: str, *, bias: bool = False) -> ir.Value:
+    def linear(self, x: ir.Value, name: str, *, bias: bool = False, gain: float = 1.0) -> ir.Value:
         with self.scope(name):
-            y = lower.linear(self, x, self.path("weight"))
-            return self.op("Add", y, self.weight("bias")) if bias else y
+            y = lower.linear(self, x, self.path("weight"), gain)
+            return self.op("Add", y, self.weight("bias", times(gain))) if bias else y
 
     def lm_head(self, x: ir.Value, name: str) -> ir.Value:
         return lower.linear(self, x, name)

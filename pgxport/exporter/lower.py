@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pgxport.errors import CheckpointError, UsageError
+from pgxport.errors import CheckpointError
+from pgxport.models.layers import times
 from pgxport.models.spec import TextSpec
 
 if TYPE_CHECKING:
@@ -19,17 +20,11 @@ if TYPE_CHECKING:
     from pgxport.exporter.graph import GraphBuilder
 
 
-def linear(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
+def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Value:
     """x [..., in] times the checkpoint's matrix [out, in] -> [..., out]"""
-    scheme = g.recipe.scheme(path)
-    if scheme.dtype not in g.target.schemes:
-        can = ", ".join(sorted(g.target.schemes))
-        raise UsageError(
-            f"recipe {g.recipe.name!r} stores {path} as {scheme.dtype}, and target {g.target.name!r} computes with {can}"
-        )
     # FusedMatMul reads [out, in] as the checkpoint has it: nothing is transposed while writing, and the token table serves
     # lookup and output from the same bytes. (A Transpose node would be folded into a second copy in memory.)
-    return g.op("FusedMatMul", x, g.tensor(path), domain="com.microsoft", transB=1)
+    return g.op("FusedMatMul", x, g.tensor(path, times(gain)), domain="com.microsoft", transB=1)
 
 
 def attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, heads: int, scale: float) -> ir.Value:
@@ -48,10 +43,10 @@ def cached_attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, 
             f"head_dim is {text.head_dim}; target {g.target.name!r} attends with head sizes that are multiples of 16"
         )
     shape: list[int | str] = ["batch", text.kv_heads, "capacity", text.head_dim]
-    past = [g.input(f"past_key_values.{layer}.{part}", shape) for part in ("key", "value")]
+    past = [g.input(f"past_key_values.{layer}.{part}", shape, g.dtype) for part in ("key", "value")]
     lengths = g.input("seqlens_k", ["batch"], np.int32)  # tokens in the cache after this call, less one
     total = g.input("total_sequence_length", [], np.int32)
-    cos, sin = (g.constant(table) for table in rotary_tables(text, g.context_length))
+    cos, sin = (g.constant(table, g.dtype) for table in rotary_tables(text, g.context_length))
     local = text.window is not None and layer in text.local_layers and text.window < g.context_length
     bias = g.input("local_bias", ["batch", 1, "tokens", "total"]) if local else None
     out, *present = g.op(

@@ -12,7 +12,7 @@ from pgxport.errors import UsageError
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to store a weight. `dtype` is numpy's name of the type."""
+    """A way to store a weight. `dtype` is numpy's name of the type (bfloat16: that of ml_dtypes)."""
 
     dtype: str = "float32"
 
@@ -41,4 +41,6 @@ class Recipe:
 
 
 FP32 = Recipe("fp32", (Rule("*", Scheme()),))
-RECIPES = {recipe.name: recipe for recipe in (FP32,)}
+FP16 = Recipe("fp16", (Rule("*", Scheme("float16")),))
+BF16 = Recipe("bf16", (Rule("*", Scheme("bfloat16")),))
+RECIPES = {recipe.name: recipe for recipe in (FP32, FP16, BF16)}

@@ -19,29 +19,37 @@ def decoder_step(g: Writer, spec: ModelSpec) -> None:
             with g.scope(f"layers.{i}"):
                 x = block(g, x, i, t)
         # A prefix needs the logits of its last token only; at 896 px the others would take 4 GB.
-        x = rms_norm(g, g.op("Slice", x, [-1], [2**31 - 1], [1]), "norm", t.eps)
+        x = stream_norm(g, g.op("Slice", x, [-1], [2**31 - 1], [1]), "norm", t)
     x = softcap(g, g.lm_head(x, TOKEN_TABLE), t.logit_softcap)
     g.output(x, "logits", ["batch", 1, t.vocab])
 
 
 def block(g: Writer, x: Value, layer: int, t: TextSpec) -> Value:
-    h = attention(g, rms_norm(g, x, "input_layernorm", t.eps), layer, t)
+    # Gemma 1 adds what a branch's last product gives, Gemma 2 norms it first; the stream's divisor goes to whichever is last.
+    gain = 1 / t.residual_divisor
+    h = attention(g, stream_norm(g, x, "input_layernorm", t), layer, t, gain=1.0 if t.post_norms else gain)
     if t.post_norms:
-        h = rms_norm(g, h, "post_attention_layernorm", t.eps)
+        h = rms_norm(g, h, "post_attention_layernorm", t.eps, gain)
     x = g.op("Add", x, h)
     # The same tensor name means a different place in Gemma 1 and Gemma 2.
-    h = mlp(g, rms_norm(g, x, "pre_feedforward_layernorm" if t.post_norms else "post_attention_layernorm", t.eps))
+    h = stream_norm(g, x, "pre_feedforward_layernorm" if t.post_norms else "post_attention_layernorm", t)
+    h = mlp(g, h, gain=1.0 if t.post_norms else gain)
     if t.post_norms:
-        h = rms_norm(g, h, "post_feedforward_layernorm", t.eps)
+        h = rms_norm(g, h, "post_feedforward_layernorm", t.eps, gain)
     return g.op("Add", x, h)
 
 
-def attention(g: Writer, x: Value, layer: int, t: TextSpec) -> Value:
+def stream_norm(g: Writer, x: Value, name: str, t: TextSpec) -> Value:
+    """RMSNorm of the residual stream, which does not notice that the stream is divided."""
+    return rms_norm(g, x, name, t.eps / t.residual_divisor**2)
+
+
+def attention(g: Writer, x: Value, layer: int, t: TextSpec, *, gain: float) -> Value:
     with g.scope("self_attn"):
         q, k, v = (g.linear(x, f"{part}_proj") for part in "qkv")
-        return g.linear(g.cached_attention(q, k, v, layer=layer, text=t), "o_proj")
+        return g.linear(g.cached_attention(q, k, v, layer=layer, text=t), "o_proj", gain=gain)
 
 
-def mlp(g: Writer, x: Value) -> Value:
+def mlp(g: Writer, x: Value, *, gain: float) -> Value:
     with g.scope("mlp"):
-        return g.linear(g.op("Mul", gelu(g, g.linear(x, "gate_proj")), g.linear(x, "up_proj")), "down_proj")
+        return g.linear(g.op("Mul", gelu(g, g.linear(x, "gate_proj")), g.linear(x, "up_proj")), "down_proj", gain=gain)

@@ -12,6 +12,7 @@ import numpy as np
 
 from pgxport.models.spec import TextSpec
 
+Transform = Callable[[np.ndarray], np.ndarray]  # of a block of a weight's rows, in float32
 Value = Any  # a node's output in a graph, or an array where the functions are run eagerly
 
 
@@ -21,17 +22,18 @@ class Writer(Protocol):
     def scope(self, name: str) -> AbstractContextManager[None]:
         """Prefix the names inside, so that a weight's path is its name in the checkpoint."""
 
-    def input(self, name: str, shape: list[int | str], dtype: Any = np.float32) -> Value: ...
+    def input(self, name: str, shape: list[int | str], dtype: Any = None) -> Value:
+        """Activations, unless a dtype is given."""
 
     def output(self, value: Value, name: str, shape: list[int | str]) -> None: ...
 
-    def weight(self, name: str, transform: Callable[[np.ndarray], np.ndarray] | None = None) -> Value:
-        """A tensor of the checkpoint; `transform` acts on blocks of its rows."""
+    def weight(self, name: str, transform: Transform | None = None) -> Value:
+        """A tensor of the checkpoint."""
 
     def op(self, kind: str, *inputs: Value, outputs: int = 1, **attributes: Any) -> Any: ...
 
-    def linear(self, x: Value, name: str, *, bias: bool = False) -> Value:
-        """x [..., in] times the matrix `name`.weight [out, in], stored as the recipe says."""
+    def linear(self, x: Value, name: str, *, bias: bool = False, gain: float = 1.0) -> Value:
+        """x [..., in] times the matrix `name`.weight [out, in], plus `name`.bias, both times `gain`."""
 
     def lm_head(self, x: Value, name: str) -> Value:
         """x [B, T, H] times the token table `name` [V, H], which is stored once for lookup and output."""
@@ -43,10 +45,10 @@ class Writer(Protocol):
         """Rotate, append to the layer's KV cache, attend: q [B, T, N*D], k, v [B, T, K*D] -> [B, T, N*D]"""
 
 
-def rms_norm(g: Writer, x: Value, name: str, eps: float) -> Value:
+def rms_norm(g: Writer, x: Value, name: str, eps: float, gain: float = 1.0) -> Value:
     with g.scope(name):
-        # Gemma stores the gain minus one.
-        return g.op("RMSNormalization", x, g.weight("weight", lambda w: w + 1), axis=-1, epsilon=eps)
+        # Gemma stores the weight minus one.
+        return g.op("RMSNormalization", x, g.weight("weight", lambda w: (w + 1) * np.float32(gain)), axis=-1, epsilon=eps)
 
 
 def layer_norm(g: Writer, x: Value, name: str, eps: float) -> Value:
@@ -60,3 +62,8 @@ def gelu(g: Writer, x: Value) -> Value:
 
 def softcap(g: Writer, x: Value, cap: float | None) -> Value:
     return x if cap is None else g.op("Mul", g.op("Tanh", g.op("Div", x, cap)), cap)
+
+
+def times(gain: float) -> Transform | None:
+    """Multiply a weight by a number as it is written; nothing where the number is 1."""
+    return None if gain == 1.0 else lambda w: w * np.float32(gain)

@@ -6,8 +6,11 @@ from pgxport.models.spec import ModelSpec
 
 
 def projector(g: Writer, spec: ModelSpec) -> None:
-    """image_hidden [B, image tokens, vision width] -> image_features [B, image tokens, H], which nobody scales"""
+    """image_hidden [B, image tokens, vision width] -> image_features [B, image tokens, H]
+
+    Unlike token embeddings they are not scaled by the root of the width.
+    """
     x = g.input("image_hidden", ["batch", spec.image_tokens, spec.vision.width])
     with g.scope("multi_modal_projector"):
-        x = g.linear(x, "linear", bias=True)
+        x = g.linear(x, "linear", bias=True, gain=1 / spec.text.residual_divisor)
     g.output(x, "image_features", ["batch", spec.image_tokens, spec.text.width])

@@ -48,11 +48,12 @@ class TextSpec:
     logit_softcap: float | None = None
     window: int | None = None  # tokens a generated token sees in the local layers
     local_layers: tuple[int, ...] = ()
+    residual_divisor: float = 1.0  # a power of two that keeps the residual stream inside float16's range; see `shrunk`
 
     @property
     def embed_scale(self) -> float:
         """Gemma multiplies token embeddings, and not image features, by the root of the width."""
-        return self.width**0.5
+        return self.width**0.5 / self.residual_divisor
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,18 @@ def read_config(config: Mapping[str, Any], *, local_window: bool = True) -> Mode
 def without_window(spec: ModelSpec) -> ModelSpec:
     """The same model as the training code computes it, in which generated tokens see the whole prefix in every layer."""
     return replace(spec, text=replace(spec.text, window=None, local_layers=()))
+
+
+def shrunk(spec: ModelSpec, divisor: float) -> ModelSpec:
+    """The same model with its residual stream divided by a power of two.
+
+    What enters the stream is divided (embeddings, image features, each layer's two contributions), and RMSNorm undoes it where the
+    stream is read: rms(x / s) is rms(x) / s once eps is divided by s². With a power of two every number is the old one with
+    another exponent, so nothing is lost, and float16 does not overflow.
+    """
+    if divisor < 1 or divisor != 2 ** (int(divisor).bit_length() - 1):
+        raise UsageError(f"the residual stream can be divided by a power of two, not by {divisor}")
+    return replace(spec, text=replace(spec.text, residual_divisor=float(divisor)))
 
 
 def _gemma_text(text: Mapping[str, Any], *, gemma2: bool) -> TextSpec:

@@ -2,6 +2,7 @@
 """Draw an answer's boxes, masks and labels on the image, legible from a thumbnail to a photo."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,20 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     return text + "…" if text else ""
 
 
+def picture_format(path: str | Path) -> str:
+    """Pillow's name of the format that a file's ending asks for.
+
+    Raises:
+        UsageError: pgx does not write it.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in WRITES:
+        raise UsageError(
+            f"{path}: pictures are written as {', '.join(WRITES)}, not as {path.suffix or 'a name without an ending'}"
+        )
+    return WRITES[path.suffix.lower()]
+
+
 def save_image(picture: Image.Image, path: str | Path) -> None:
     """Write a picture, whole or not at all.
 
@@ -116,16 +131,13 @@ def save_image(picture: Image.Image, path: str | Path) -> None:
         UsageError: the name's ending is not that of a format that pgx writes.
         DiskError: it cannot be written.
     """
-    path = Path(path)
-    kind = WRITES.get(path.suffix.lower())
-    if kind is None:
-        raise UsageError(
-            f"{path}: pictures are written as {', '.join(WRITES)}, not as {path.suffix or 'a name without an ending'}"
-        )
+    path, kind = Path(path), picture_format(path)
     partial = path.with_name(path.name + ".partial")
     try:
         picture.save(partial, kind)
         partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DiskError(f"cannot write {path}: {error.strerror or error}; choose another --save") from error
+    except (OSError, ValueError) as error:  # ValueError: more pixels a side than the format can have
+        raise DiskError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; choose another --save") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pgxport.bundle import Bundle
-from pgxport.errors import UsageError
+from pgxport.errors import EngineError, UsageError
 from pgxport.runners.image import load_image, pixel_values
 from pgxport.runners.loop import Decoder, generate
 from pgxport.runners.outputs import Answer, parse
@@ -39,6 +39,11 @@ class Runner:
 
     def __init__(self, bundle: Bundle, *, engine: str = "cpu", threads: int | None = None):
         self.bundle, self.manifest = bundle, bundle.manifest
+        if self.manifest.target != engine:
+            raise EngineError(
+                f"{bundle.path} was written for target {self.manifest.target!r}, and engine {engine!r} was asked for; "
+                f"export it with --target {engine}, or run it with --engine {self.manifest.target}"
+            )
         self._sessions: dict[str, Session] = {}
         start = time.perf_counter()
         for name in self.manifest.graphs:
@@ -137,7 +142,10 @@ class Runner:
 
     def _embed(self, ids: Sequence[int]) -> np.ndarray:
         """Token ids to scaled embeddings [1, T, H]; only their rows of the mapped table are read."""
-        return self._table[list(ids)][None] * np.float32(self.manifest.token_table.scale)
+        rows = self._table[list(ids)][None]
+        if self.manifest.token_table.dtype == "bfloat16":  # the upper half of a float32
+            rows = (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return rows.astype(np.float32, copy=False) * np.float32(self.manifest.token_table.scale)
 
     def _decode_mask(self, codes: np.ndarray) -> np.ndarray:
         return self._sessions["mask_decoder"].run({"codes": codes})["mask"]

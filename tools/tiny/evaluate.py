@@ -131,7 +131,7 @@ def score(items: list[Item], texts: list[str], decode: Callable[[np.ndarray], np
     """Metric -> mean, interval and count, and how many answers were empty or malformed."""
     values: dict[str, list[list[float]]] = defaultdict(list)
     faults = {"empty": 0, "malformed": 0}
-    for (index, question), text in zip(items, texts, strict=True):
+    for (_, question), text in zip(items, texts, strict=True):
         boxes, masks, warnings = parse(text, SIZE, SIZE, decode)
         faults["empty"] += not text
         faults["malformed"] += bool(warnings)

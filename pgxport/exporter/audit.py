@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How large the numbers of a model become, measured on calibration scenes, and the divisor that float16 needs.
+
+One pass in float32 over the checkpoint, layer by layer: a few row blocks of weights in memory, whatever the model's size.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from pgxport.bundle import Ranges, TokenIds
+from pgxport.errors import UsageError
+from pgxport.exporter.eager import Eager
+from pgxport.exporter.stream import to_float32
+from pgxport.models.checkpoint import TensorSource
+from pgxport.models.gemma import TOKEN_TABLE, decoder_step
+from pgxport.models.projector import projector
+from pgxport.models.siglip import vision_encoder
+from pgxport.models.spec import ModelSpec
+from pgxport.models.tiny.scenes import caption, draw
+from pgxport.runners.image import pixel_values
+from pgxport.runners.tokenizer import PromptTokenizer
+
+FLOAT16_MAX = 65504.0
+# Other pictures may give larger numbers than the few that were measured.
+HEADROOM = 8.0
+SCENES = 2
+# What a float16 engine holds in float16 and no divisor reaches; squares, variances and scores are summed in float32.
+HELD = ("vision residual", "MLP product", "linear output")
+
+
+def audit(source: TensorSource, spec: ModelSpec, tokenizer: Path, ids: TokenIds, *, scenes: int = SCENES) -> Ranges:
+    """The largest |x| of each kind of number, over prefix and answer of calibration scenes, and where it was.
+
+    Raises:
+        UsageError: numbers that no divisor reaches exceed float16, so that it cannot be used.
+    """
+    largest: dict[str, tuple[float, str]] = {}
+    # Products that go into the stream as they are, and are divided with it.
+    entering = ("multi_modal_projector.linear.weight", *(() if spec.text.post_norms else ("o_proj.weight", "down_proj.weight")))
+
+    def observe(kind: str, where: str, values: np.ndarray) -> None:
+        if kind == "residual" and where.startswith("vision_tower"):
+            kind = "vision residual"  # no divisor reaches it
+        elif where.endswith(entering):
+            kind = "residual"
+        top = float(np.abs(values).max())
+        if top > largest.get(kind, (-1.0, ""))[0] or math.isnan(top):
+            largest[kind] = (top, where)
+
+    pictures = [draw("calibration", i) for i in range(scenes)]
+    pixels = np.stack([pixel_values(s.image, spec.resolution) for s in pictures])
+    hidden = _run(Eager(source, {"pixel_values": pixels}, observe=observe), vision_encoder, spec, "image_hidden")
+    features = _run(Eager(source, {"image_hidden": hidden}, observe=observe), projector, spec, "image_features")
+
+    words = PromptTokenizer(tokenizer, ids)
+    prompt = words.prompt_ids("caption en", 0)
+    answers = [words.prompt_ids(caption(s), 0)[1:-1] for s in pictures]  # without bos and newline
+    shortest = min(map(len, answers))
+    tokens = np.array([prompt + answer[:shortest] for answer in answers])
+    rows = np.stack([to_float32(source.rows(TOKEN_TABLE, int(t), int(t) + 1))[0] for t in tokens.ravel()])
+    text = rows.reshape(*tokens.shape, -1) * np.float32(spec.text.embed_scale)
+    embeds = np.concatenate([features, text], 1)
+    observe("residual", "inputs_embeds", embeds)
+    eager = Eager(source, {"inputs_embeds": embeds}, prefix=spec.image_tokens + len(prompt), observe=observe)
+    _run(eager, decoder_step, spec, "logits")
+    kinds = sorted(largest)
+    return Ranges(largest={k: largest[k][0] for k in kinds}, where={k: largest[k][1] for k in kinds}, scenes=scenes)
+
+
+def residual_divisor(ranges: Ranges) -> float:
+    """The power of two that keeps the residual stream, with headroom, inside float16.
+
+    Raises:
+        UsageError: a number that no divisor reaches exceeds float16.
+    """
+    for kind in HELD:
+        if not ranges.largest[kind] < FLOAT16_MAX:
+            raise UsageError(
+                f"float16 ends at {FLOAT16_MAX:g}, and the {kind} at {ranges.where[kind]} reached {ranges.largest[kind]:g} "
+                f"on {ranges.scenes} calibration scenes; use --precision bf16 or fp32"
+            )
+    return 2.0 ** max(0, math.ceil(math.log2(ranges.largest["residual"] * HEADROOM / FLOAT16_MAX)))
+
+
+def _run(eager: Eager, model: Callable[[Eager, ModelSpec], None], spec: ModelSpec, output: str) -> np.ndarray:
+    model(eager, spec)
+    return eager.outputs[output]

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the model functions in numpy: the text that writes a graph also computes it, layer by layer from the checkpoint.
+
+Holds a few row blocks of weights, whatever the model's size. Used to measure ranges before an export, and by tests.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from pgxport.exporter.lower import rotary_tables
+from pgxport.exporter.stream import row_blocks, to_float32
+from pgxport.models.checkpoint import TensorSource
+from pgxport.models.layers import Transform, times
+from pgxport.models.spec import TextSpec
+
+Observe = Callable[[str, str, np.ndarray], None]  # what kind of number, where, the values
+
+
+class Eager:
+    """A `Writer` that computes. Tokens from `prefix` on are causal, and those before see the whole prefix."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        feeds: dict[str, np.ndarray],
+        *,
+        prefix: int = 0,
+        dtype: Any = np.float32,
+        observe: Observe | None = None,
+    ):
+        self.source, self.feeds, self.prefix, self.dtype = source, feeds, prefix, np.dtype(dtype)
+        self.outputs: dict[str, np.ndarray] = {}
+        self._observe = observe or (lambda kind, where, values: None)
+        self._scope: list[str] = []
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        self._scope.append(name)
+        yield
+        self._scope.pop()
+
+    def path(self, name: str) -> str:
+        return ".".join([*self._scope, name])
+
+    def input(self, name: str, shape: list[int | str], dtype: Any = None) -> np.ndarray:
+        return self.feeds[name].astype(dtype or self.dtype)
+
+    def output(self, value: np.ndarray, name: str, shape: list[int | str]) -> None:
+        self.outputs[name] = value
+
+    def weight(self, name: str, transform: Transform | None = None) -> np.ndarray:
+        path = self.path(name)
+        whole = to_float32(self.source.rows(path, 0, self.source.shape(path)[0]))
+        return (whole if transform is None else transform(whole)).astype(self.dtype)
+
+    def linear(self, x: np.ndarray, name: str, *, bias: bool = False, gain: float = 1.0) -> np.ndarray:
+        with self.scope(name):
+            y = self._product(x, self.path("weight"), gain)
+            y = y + self.weight("bias", times(gain)) if bias else y
+            self._observe("linear output", self.path("weight"), y)
+            return y
+
+    def lm_head(self, x: np.ndarray, name: str) -> np.ndarray:
+        return self._product(x, name, 1.0)
+
+    def _product(self, x: np.ndarray, path: str, gain: float) -> np.ndarray:
+        rows, cols = self.source.shape(path)
+        y = np.empty((*x.shape[:-1], rows), self.dtype)
+        for start, stop in row_blocks(rows, 4 * cols):
+            block = to_float32(self.source.rows(path, start, stop)) * np.float32(gain)
+            # Products of half precision are added up in float32, as engines do.
+            y[..., start:stop] = x.astype(np.float32) @ block.astype(self.dtype).astype(np.float32).T
+        return y
+
+    def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, *, heads: int, scale: float) -> np.ndarray:
+        q, k, v = (x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2) for x in (q, k, v))
+        return self._attend(q, k, v, scale, None, None)
+
+    def cached_attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, *, layer: int, text: TextSpec) -> np.ndarray:
+        tokens = q.shape[1]
+        q, k, v = (x.reshape(*x.shape[:2], -1, text.head_dim).swapaxes(1, 2) for x in (q, k, v))
+        cos, sin = rotary_tables(text, tokens)
+
+        def rotate(x: np.ndarray) -> np.ndarray:
+            a, b = np.split(x, 2, -1)
+            return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(self.dtype)
+
+        k, v = (np.repeat(x, text.heads // text.kv_heads, 1) for x in (rotate(k), v))
+        i, j = np.arange(tokens)[:, None], np.arange(tokens)[None, :]
+        causal = j <= i
+        if text.window is not None and layer in text.local_layers:
+            causal &= i - j < text.window
+        inside = (i < self.prefix) & (j < self.prefix)
+        return self._attend(rotate(q), k, v, text.query_scale, text.attn_softcap, inside | causal)
+
+    def _attend(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, cap: float | None, seen: np.ndarray | None
+    ) -> np.ndarray:
+        """q, k, v [B, N, T, D] -> [B, T, N*D]; scores and softmax in float32, a head at a time."""
+        out = np.empty(q.shape, self.dtype)
+        for head in range(q.shape[1]):
+            scores = q[:, head].astype(np.float32) @ k[:, head].astype(np.float32).swapaxes(1, 2) * np.float32(scale)
+            self._observe("attention score", self.path("scores"), scores)
+            if cap is not None:
+                scores = np.tanh(scores / np.float32(cap)) * np.float32(cap)
+            if seen is not None:
+                scores = np.where(seen, scores, np.float32(-np.inf))
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            out[:, head] = (weights / weights.sum(-1, keepdims=True)) @ v[:, head].astype(np.float32)
+        return out.swapaxes(1, 2).reshape(q.shape[0], q.shape[2], -1)
+
+    def op(self, kind: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> np.ndarray:
+        result = getattr(self, f"_{kind.lower()}")(*inputs, **attributes)
+        if kind in ("Add", "Mul"):
+            self._observe({"Add": "residual", "Mul": "MLP product"}[kind], self.path(kind), result)
+        return result.astype(self.dtype)
+
+    def _add(self, a: Any, b: Any) -> np.ndarray:
+        return a + b
+
+    def _mul(self, a: Any, b: Any) -> np.ndarray:
+        return a * b
+
+    def _div(self, a: Any, b: Any) -> np.ndarray:
+        return a / b
+
+    def _tanh(self, x: np.ndarray) -> np.ndarray:
+        return np.tanh(x.astype(np.float32))
+
+    def _gelu(self, x: np.ndarray, approximate: str) -> np.ndarray:
+        assert approximate == "tanh"
+        x = x.astype(np.float32)
+        return np.float32(0.5) * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)))
+
+    def _reshape(self, x: np.ndarray, shape: list[int]) -> np.ndarray:
+        return x.reshape([x.shape[i] if d == 0 else d for i, d in enumerate(shape)])
+
+    def _transpose(self, x: np.ndarray, perm: list[int]) -> np.ndarray:
+        return x.transpose(perm)
+
+    def _slice(self, x: np.ndarray, start: list[int], stop: list[int], axis: list[int]) -> np.ndarray:
+        assert (start, axis) == ([-1], [1])
+        return x[:, -1:]
+
+    def _conv(self, x: np.ndarray, w: np.ndarray, b: np.ndarray, strides: list[int]) -> np.ndarray:
+        """Patches that do not overlap: a product of each with the kernel."""
+        p, (n, c, height, width) = strides[0], x.shape
+        patches = x.reshape(n, c, height // p, p, width // p, p).transpose(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
+        y = patches.astype(np.float32) @ w.reshape(len(w), -1).T.astype(np.float32) + b
+        return y.swapaxes(1, 2).reshape(n, len(w), height // p, width // p)
+
+    def _layernormalization(self, x: np.ndarray, w: np.ndarray, b: np.ndarray, axis: int, epsilon: float) -> np.ndarray:
+        x = x.astype(np.float32)
+        x = x - x.mean(axis, keepdims=True)
+        variance = (x * x).mean(axis, keepdims=True)
+        self._observe("norm square", self.path("square"), x * x)
+        self._observe("variance", self.path("variance"), variance)
+        return x / np.sqrt(variance + np.float32(epsilon)) * w + b
+
+    def _rmsnormalization(self, x: np.ndarray, w: np.ndarray, axis: int, epsilon: float) -> np.ndarray:
+        x = x.astype(np.float32)
+        variance = (x * x).mean(axis, keepdims=True)
+        self._observe("norm square", self.path("square"), x * x)
+        self._observe("variance", self.path("variance"), variance)
+        return x / np.sqrt(variance + np.float32(epsilon)) * w

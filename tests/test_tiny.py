@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded checkpoint: answers of its bundles are transformers' own, and as good as docs/tiny.md says."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pgxport.models.spec import TINY_RESOLUTIONS
+from pgxport.models.tiny import scenes
+from pgxport.runners.runner import Runner
+
+TINY = Path(scenes.__file__).parent
+QUESTIONS = 40  # of each task, at each resolution
+
+
+@pytest.fixture(scope="module")
+def evaluate():
+    """tools/tiny/evaluate.py, which the figures in docs/tiny.md come from."""
+    pytest.importorskip("transformers")
+    import importlib.util
+
+    file = Path(__file__).parent.parent / "tools" / "tiny" / "evaluate.py"
+    if not file.exists():
+        pytest.skip("the wheel is tested without tools/")
+    spec = importlib.util.spec_from_file_location("evaluate", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=TINY_RESOLUTIONS)
+def answered(request, evaluate):
+    """Held-out questions with transformers' answers and those of our bundle."""
+    bundle = request.getfixturevalue(f"tiny_{request.param}")
+    items = evaluate.held_out(QUESTIONS)
+    theirs = evaluate.answers(evaluate.Reference(TINY / f"tiny-{request.param}"), items)
+    with Runner.from_pretrained(bundle, threads=1) as runner:
+        ours = [runner.answer(scenes.draw("test", index).image, question.prompt) for index, question in items]
+    return items, ours, theirs
+
+
+def test_answers_are_those_of_transformers_greedy_decoding(answered):
+    items, ours, theirs = answered
+    different = [(q.prompt, o.text, t) for (_, q), o, t in zip(items, ours, theirs, strict=True) if o.text != t]
+    assert len(items) == 5 * QUESTIONS
+    assert not different, different
+
+
+def test_answers_are_right_as_often_as_the_documentation_says(answered, evaluate):
+    """Within the sampling error of so few questions; the published figures are on 500 a task."""
+    items, ours, _ = answered
+    resolution = 112 if len(ours) and ours is answered[1] else 224
+    measured = evaluate.score(items, [a.text for a in ours], evaluate.mask_decoder(TINY / "vae-oid.npz"))
+    for file in sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("tiny-*.json")):
+        published = json.loads(file.read_text())["metrics"]
+        assert set(published) == set(measured), resolution
+    for name, row in measured.items():
+        if name != "faults":
+            assert row["mean"] > 0.6, name
+    assert measured["faults"]["malformed"] <= 2
+
+
+def test_a_malformed_or_missing_object_is_never_invented(tiny_112):
+    with Runner.from_pretrained(tiny_112, threads=1) as runner:
+        answer = runner.answer(np.zeros((50, 80, 3), np.uint8), "detect red circle")
+    for box in answer.boxes:
+        assert 0 <= box.y1 < box.y2 <= 50
+        assert 0 <= box.x1 < box.x2 <= 80
+
+
+@pytest.mark.parametrize("resolution", TINY_RESOLUTIONS)
+def test_the_embedded_checkpoint_is_complete_and_small(resolution):
+    folder = TINY / f"tiny-{resolution}"
+    names = {p.name for p in folder.iterdir()}
+    assert names == {
+        "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 8_000_000
+    config = json.loads((folder / "config.json").read_text())
+    text = config["text_config"]
+    assert text["sliding_window"] < (224 // 14) ** 2
+    assert text["num_key_value_heads"] < text["num_attention_heads"]
+    assert text["attn_logit_softcapping"]
+    assert text["final_logit_softcapping"]
