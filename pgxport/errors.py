@@ -31,7 +31,7 @@ class IntegrityError(PgxError):
 
 
 class DiskError(PgxError):
-    """Reading or writing failed: no space, no permission, already there."""
+    """Reading or writing failed: no space, no permission."""
 
     exit_code = 5
 

@@ -37,29 +37,26 @@ def answered(request, evaluate):
     items = evaluate.held_out(QUESTIONS)
     theirs = evaluate.answers(evaluate.Reference(TINY / f"tiny-{request.param}"), items)
     with Runner.from_pretrained(bundle, threads=1) as runner:
-        ours = [runner.answer(scenes.draw("test", index).image, question.prompt) for index, question in items]
-    return items, ours, theirs
+        ours = [runner.answer(scenes.draw("test", index).image, question.prompt).text for index, question in items]
+    return request.param, items, ours, theirs
 
 
 def test_answers_are_those_of_transformers_greedy_decoding(answered):
-    items, ours, theirs = answered
-    different = [(q.prompt, o.text, t) for (_, q), o, t in zip(items, ours, theirs, strict=True) if o.text != t]
+    _, items, ours, theirs = answered
+    different = [(q.prompt, o, t) for (_, q), o, t in zip(items, ours, theirs, strict=True) if o != t]
     assert len(items) == 5 * QUESTIONS
     assert not different, different
 
 
-def test_answers_are_right_as_often_as_the_documentation_says(answered, evaluate):
-    """Within the sampling error of so few questions; the published figures are on 500 a task."""
-    items, ours, _ = answered
-    resolution = 112 if len(ours) and ours is answered[1] else 224
-    measured = evaluate.score(items, [a.text for a in ours], evaluate.mask_decoder(TINY / "vae-oid.npz"))
-    for file in sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("tiny-*.json")):
-        published = json.loads(file.read_text())["metrics"]
-        assert set(published) == set(measured), resolution
-    for name, row in measured.items():
+def test_answers_are_right_as_often_as_the_published_figures_say(answered, evaluate):
+    """The figures are on 500 questions a task, of which these are the first: within four standard errors of so few."""
+    resolution, items, ours, _ = answered
+    measured = evaluate.score(items, ours, evaluate.mask_decoder(TINY / "vae-oid.npz"))
+    results = Path(__file__).parent.parent / "benchmarks" / "results" / f"tiny-{resolution}.json"
+    for name, row in json.loads(results.read_text())["metrics"].items():
         if name != "faults":
-            assert row["mean"] > 0.6, name
-    assert measured["faults"]["malformed"] <= 2
+            p = row["mean"]
+            assert abs(measured[name]["mean"] - p) < 4 * (p * (1 - p) / QUESTIONS) ** 0.5, name
 
 
 def test_a_malformed_or_missing_object_is_never_invented(tiny_112):

@@ -3,14 +3,10 @@
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar, cast
-
-import ml_dtypes  # noqa: F401  before numpy meets a bfloat16 checkpoint
-import numpy as np
-import onnx_ir as ir
 
 from pgxport import __version__
 from pgxport.bundle import (
@@ -21,7 +17,6 @@ from pgxport.bundle import (
     GraphInfo,
     Manifest,
     Provenance,
-    TensorInfo,
     TokenTable,
     file_sha256,
 )
@@ -30,7 +25,7 @@ from pgxport.exporter.audit import audit, residual_divisor
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.locate import Located, locate
 from pgxport.exporter.recipe import RECIPES
-from pgxport.exporter.stream import Promise
+from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
 from pgxport.exporter.targets import TARGETS
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.gemma import TOKEN_TABLE, decoder_step
@@ -43,10 +38,8 @@ from pgxport.runners.tokenizer import read_token_ids
 
 TABLE_FILE = "token_table.bin"
 MAX_NEW_TOKENS = 256
-PAGE = 4096  # weights begin at a page, so that an engine can map them
 
 T = TypeVar("T")
-Progress = Callable[[str, int, int], None]  # what is being written, bytes so far, bytes in all
 
 
 @dataclass(frozen=True)
@@ -125,12 +118,19 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
 
     output = Path(options.output) if options.output else Path(f"{found.name}-{recipe.name}-{target.name}")
     table = graphs["decoder_step"].promises.pop(TOKEN_TABLE)
-    count = _Counter(progress, sum(p.nbytes for g in graphs.values() for p in g.promises.values()) + table.nbytes)
+    layouts = {name: DataLayout(g.promises.values()) for name, g in graphs.items()}
+    count = Counter(progress, table.nbytes + sum(layout.nbytes for layout in layouts.values()))
 
-    with BundleWriter(output, overwrite=options.overwrite) as writer:
-        writer.write(TABLE_FILE, count(TABLE_FILE, _bytes(table)))
-        external = {TOKEN_TABLE: (TABLE_FILE, 0, table.nbytes)}
-        infos = {name: _write_graph(writer, g, dict(external), count) for name, g in graphs.items()}
+    with BundleWriter(output, overwrite=options.overwrite) as writer, ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(_sha256, checkpoint.files())
+        writer.write(TABLE_FILE, count(TABLE_FILE, ahead(table.bytes())))
+        infos = {}
+        for name, g in graphs.items():
+            if g.promises:
+                writer.write(f"{name}.data", count(f"{name}.data", ahead(layouts[name].bytes())))
+            places = {n: (f"{name}.data", *place) for n, place in layouts[name].places.items()}
+            writer.write(f"{name}.onnx", [g.serialize({**places, TOKEN_TABLE: (TABLE_FILE, 0, table.nbytes)})])
+            infos[name] = g.info()
         writer.write("tokenizer.json", [tokenizer.read_bytes()])
         if left := checkpoint.unread():
             raise CheckpointError(f"Bug: {', '.join(left[:5])} of {found.name} reached no graph")
@@ -140,52 +140,10 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
             residual_divisor=spec.text.residual_divisor, ranges=ranges, recipe=recipe.name, target=target.name, parameters=parameters(spec), spec=asdict(spec), token_ids=token_ids,
             token_table=TokenTable(file=TABLE_FILE, dtype=cast(Float, table.dtype.name), shape=(spec.text.vocab, spec.text.width), scale=spec.text.embed_scale),
             cache=Cache(layers=spec.text.depth, kv_heads=spec.text.kv_heads, head_dim=spec.text.head_dim, dtype=cast(Float, graphs["decoder_step"].dtype.name)),
-            graphs=infos, files={}, provenance=_provenance(checkpoint, found),
+            graphs=infos, files={}, provenance=_provenance(found, digest.result()),
         )  # fmt: skip
         writer.write("README.md", [_card(manifest).encode()])
         return writer.commit(manifest.model_copy(update={"files": writer.files}))
-
-
-def _write_graph(
-    writer: BundleWriter, g: GraphBuilder, external: dict[str, tuple[str, int, int]], count: "_Counter"
-) -> GraphInfo:
-    """Write the graph's data file, point its initializers there, and write the graph."""
-    data, offset = f"{g.name}.data", 0
-    for promise in g.promises.values():
-        offset = -(-offset // PAGE) * PAGE
-        external[promise.name] = (data, offset, promise.nbytes)
-        offset += promise.nbytes
-
-    def chunks() -> Iterator[memoryview | bytes]:
-        position = 0
-        for promise in g.promises.values():
-            _, start, length = external[promise.name]
-            if start > position:
-                yield bytes(start - position)
-            yield from count(data, _bytes(promise))
-            position = start + length
-
-    if g.promises:
-        writer.write(data, chunks())
-    for name, value in g.graph.initializers.items():
-        if name in external:
-            file, start, length = external[name]
-            assert value.dtype is not None, f"Bug: {name} has no type"
-            assert value.shape is not None, f"Bug: {name} has no shape"
-            value.const_value = ir.ExternalTensor(file, start, length, value.dtype, shape=value.shape, name=name)
-    model = ir.Model(g.graph, ir_version=g.target.ir_version, producer_name="pgxport", producer_version=__version__)
-    writer.write(f"{g.name}.onnx", [ir.to_proto(model).SerializeToString(deterministic=True)])
-    return GraphInfo(file=f"{g.name}.onnx", inputs=_tensors(g.graph.inputs), outputs=_tensors(g.graph.outputs))
-
-
-def _bytes(promise: Promise) -> Iterator[memoryview]:
-    """The promised bytes, block by block, and no other number of them."""
-    left = promise.nbytes
-    for block in promise.blocks():
-        piece = np.ascontiguousarray(block, promise.dtype)
-        left -= piece.nbytes
-        yield piece.reshape(-1).view(np.uint8).data
-    assert left == 0, f"Bug: {promise.name} was written {left} bytes short"
 
 
 def _check_spec(spec: ModelSpec, found: Located, options: ExportOptions) -> None:
@@ -215,50 +173,26 @@ def _check_weights(checkpoint: Checkpoint, spec: ModelSpec) -> None:
         )
 
 
-class _Counter:
-    """Passes chunks through and tells how many bytes have gone by."""
-
-    def __init__(self, progress: Progress | None, total: int):
-        self._progress, self._total, self._done = progress, total, 0
-
-    def __call__(self, label: str, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
-        for chunk in chunks:
-            yield chunk
-            self._done += len(chunk)
-            if self._progress:
-                self._progress(label, self._done, self._total)
-
-
 def _mask_source(options: ExportOptions, found: Located) -> MaskWeights | None:
     file = options.masks or found.masks
     return MaskWeights(Path(file)) if file else None
-
-
-def _tensors(values: Sequence[ir.Value]) -> tuple[TensorInfo, ...]:
-    found = []
-    for v in values:
-        assert v.name, "Bug: an input or output has no name"
-        assert v.dtype is not None, f"Bug: {v.name} has no type"
-        assert v.shape is not None, f"Bug: {v.name} has no shape"
-        shape = tuple(d if isinstance(d, int) else str(d.value) for d in v.shape)
-        found.append(TensorInfo(name=v.name, dtype=v.dtype.numpy().name, shape=shape))
-    return tuple(found)
 
 
 def _has_input(graph: GraphInfo, name: str) -> bool:
     return any(tensor.name == name for tensor in graph.inputs)
 
 
-def _provenance(checkpoint: Checkpoint, found: Located) -> Provenance:
+def _sha256(files: list[Path]) -> str:
     digest = hashlib.sha256()
-    for file in checkpoint.files():
+    for file in files:
         digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _provenance(found: Located, checkpoint_sha256: str) -> Provenance:
     packages = ("numpy", "onnx-ir", "ml-dtypes")
-    return Provenance(
-        checkpoint=found.name,
-        checkpoint_sha256=digest.hexdigest(),
-        versions={"pgxport": __version__, **{p: importlib.metadata.version(p) for p in packages}},
-    )
+    versions = {"pgxport": __version__, **{p: importlib.metadata.version(p) for p in packages}}
+    return Provenance(checkpoint=found.name, checkpoint_sha256=checkpoint_sha256, versions=versions)
 
 
 def _card(m: Manifest) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write an ONNX graph: named scopes, operators, and weights that stay in the checkpoint until the file is written."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -10,6 +10,8 @@ import ml_dtypes  # noqa: F401  before onnx_ir: it registers bfloat16 and int4 w
 import numpy as np
 import onnx_ir as ir
 
+from pgxport import __version__
+from pgxport.bundle import GraphInfo, TensorInfo
 from pgxport.exporter import lower
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.stream import Promise, narrow, row_blocks, to_float32
@@ -18,6 +20,7 @@ from pgxport.models.checkpoint import TensorSource
 from pgxport.models.layers import Transform, times
 from pgxport.models.spec import TextSpec
 
+Place = tuple[str, int, int]  # file, offset, length
 INLINE_BYTES = 1024  # a constant up to this size stands in the .onnx file itself
 
 
@@ -31,6 +34,7 @@ class GraphBuilder:
         self.graph = ir.Graph((), (), nodes=(), name=name, opset_imports=dict(target.opsets))
         # One dtype for all activations of a graph, by the weights it is to multiply most of.
         self.dtype = np.dtype(target.compute(recipe.rules[-1].scheme.dtype))
+        self._promised: list[str] = []
         self._scope: list[str] = []
         self._inputs: dict[str, ir.Value] = {}
         self._weights: dict[str, ir.Value] = {}
@@ -99,6 +103,7 @@ class GraphBuilder:
     def promise(self, promise: Promise) -> ir.Value:
         """An initializer whose bytes are written later, into the graph's data file."""
         self.promises[promise.name] = promise
+        self._promised.append(promise.name)
         dtype = ir.DataType.from_numpy(promise.dtype)
         tensor = ir.LazyTensor(_unwritten, dtype=dtype, shape=ir.Shape(promise.shape), name=promise.name)
         return self._initializer(_value(promise.name, promise.dtype, promise.shape), tensor)
@@ -107,6 +112,22 @@ class GraphBuilder:
         value.const_value = tensor
         self.graph.register_initializer(value)
         return value
+
+    # The file ----------------------------------------------------------------------------------------------------
+
+    def serialize(self, places: Mapping[str, Place]) -> bytes:
+        """The .onnx file, its large weights pointing at (file, offset, length) beside it."""
+        for name in self._promised:
+            value = self.graph.initializers[name]
+            file, start, length = places[name]
+            assert value.dtype is not None, f"Bug: {name} has no type"
+            assert value.shape is not None, f"Bug: {name} has no shape"
+            value.const_value = ir.ExternalTensor(file, start, length, value.dtype, shape=value.shape, name=name)
+        model = ir.Model(self.graph, ir_version=self.target.ir_version, producer_name="pgxport", producer_version=__version__)
+        return ir.to_proto(model).SerializeToString(deterministic=True)
+
+    def info(self) -> GraphInfo:
+        return GraphInfo(file=f"{self.name}.onnx", inputs=_tensors(self.graph.inputs), outputs=_tensors(self.graph.outputs))
 
     # Operators ---------------------------------------------------------------------------------------------------
 
@@ -135,8 +156,19 @@ class GraphBuilder:
         return lower.cached_attention(self, q, k, v, layer=layer, text=text)
 
 
+def _tensors(values: Sequence[ir.Value]) -> tuple[TensorInfo, ...]:
+    found = []
+    for v in values:
+        assert v.name, "Bug: an input or output has no name"
+        assert v.dtype is not None, f"Bug: {v.name} has no type"
+        assert v.shape is not None, f"Bug: {v.name} has no shape"
+        shape = tuple(d if isinstance(d, int) else str(d.value) for d in v.shape)
+        found.append(TensorInfo(name=v.name, dtype=v.dtype.numpy().name, shape=shape))
+    return tuple(found)
+
+
 def _unwritten() -> ir.TensorProtocol:
-    raise AssertionError("Bug: a promise was read before it was written; export.py points it at the data file first")
+    raise AssertionError("Bug: a promise was read before `serialize` pointed it at its file")
 
 
 def _value(name: str, dtype: np.dtype, shape: Sequence[int | str]) -> ir.Value:

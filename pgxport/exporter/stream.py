@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A weight as a promise: its shape and type now, its bytes later, a few rows at a time."""
 
-from collections.abc import Callable, Iterator
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -9,9 +11,11 @@ import numpy as np
 
 from pgxport.errors import CheckpointError
 
+Progress = Callable[[str, int, int], None]  # what is being written, bytes so far, bytes in all
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 BLOCK_BYTES = 4 << 20  # of float32; the export holds a few of them. Larger ones leave the processor's cache, at half the speed
+PAGE = 4096  # weights begin at a page, so that an engine can map them
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,87 @@ class Promise:
     @property
     def nbytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def bytes(self) -> Iterator[memoryview]:
+        """The promised bytes, block by block, and no other number of them."""
+        left = self.nbytes
+        for block in self.blocks():
+            piece = np.ascontiguousarray(block, self.dtype)
+            left -= piece.nbytes
+            yield piece.reshape(-1).view(np.uint8).data
+        assert left == 0, f"Bug: {self.name} was written {left} bytes short"
+
+
+class DataLayout:
+    """Where each promise of a graph lies in its data file: one after another, each at the beginning of a page."""
+
+    def __init__(self, promises: Iterable[Promise]):
+        self._promises = list(promises)
+        self.places: dict[str, tuple[int, int]] = {}  # offset and length
+        self.nbytes = 0
+        for promise in self._promises:
+            start = -(-self.nbytes // PAGE) * PAGE
+            self.places[promise.name] = (start, promise.nbytes)
+            self.nbytes = start + promise.nbytes
+
+    def bytes(self) -> Iterator[memoryview]:
+        """The whole file, zeros between the weights."""
+        position = 0
+        for promise in self._promises:
+            start, length = self.places[promise.name]
+            if start > position:
+                yield memoryview(bytes(start - position))
+            yield from promise.bytes()
+            position = start + length
+
+
+class Counter:
+    """Passes chunks through and tells how many bytes have gone by."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self, label: str, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
+        for chunk in chunks:
+            yield chunk
+            self._done += len(chunk)
+            if self._progress:
+                self._progress(label, self._done, self._total)
+
+
+def ahead(chunks: Iterable[memoryview], depth: int = 4) -> Iterator[memoryview]:
+    """The same chunks, made in a thread up to `depth` before they are asked for, so that reading and writing overlap."""
+    made: queue.Queue[memoryview | BaseException | None] = queue.Queue(depth)
+    left = threading.Event()  # by whoever asked
+
+    def put(item: memoryview | BaseException | None) -> bool:
+        while not left.is_set():
+            try:
+                made.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for chunk in chunks:
+                if not put(chunk):
+                    return
+            put(None)
+        except BaseException as error:  # raised where the chunks are used
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (item := made.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        left.set()
+        thread.join()
 
 
 def row_blocks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
