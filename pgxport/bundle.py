@@ -9,6 +9,7 @@ every graph reads and writes what runners rely on, and its weights lie in these 
 import ctypes
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -254,21 +255,28 @@ class BundleWriter:
         return Bundle(self.path, written)
 
     def _check_output(self) -> None:
-        """What is at the bundle's name is only ever replaced if it is a bundle, or an empty folder, and that was asked for."""
+        """What is at the bundle's name is replaced only if that was asked for, and it is a bundle or an empty folder."""
         if not os.path.lexists(self.path):
             return
         if not self._overwrite:
             raise UsageError(f"{self.path} already exists; pass --overwrite to replace it, or another -o")
-        if self.path.is_dir() and not self.path.is_symlink():
-            with _disk(f"cannot read {self.path}"):
-                if not os.listdir(self.path):
-                    return
-            try:
-                _check_files(self.path, _read_manifest(self.path))
-                return
-            except IntegrityError as error:
-                raise UsageError(f"{error}. pgx replaces only a whole bundle: delete the folder, or choose another -o") from error
-        raise UsageError(f"{self.path} exists and is not a bundle; pgx does not replace it. Choose another -o")
+        if self.path.is_symlink() or not self.path.is_dir():
+            raise UsageError(f"{self.path} is not a folder, and pgx does not replace it; choose another -o")
+        with _disk(f"cannot read {self.path}"):
+            if strangers := sorted(set(os.listdir(self.path)) - _written(self.path)):
+                raise UsageError(
+                    f"{self.path} holds {', '.join(map(repr, strangers[:5]))}, which is not part of a bundle; "
+                    f"pgx does not delete it: move it, or choose another -o"
+                )
+
+
+def _written(path: Path) -> set[str]:
+    """The files that some pgx wrote into a folder: sound or not, and of any version."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        return {MANIFEST, *manifest["files"]} if "format_version" in manifest else set()
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return set()
 
 
 def file_sha256(path: Path) -> str:

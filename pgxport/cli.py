@@ -82,6 +82,34 @@ def export(as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+@click.option("--size", help="A published size, 3b, 10b or 28b, or tiny for the embedded checkpoint.")
+@click.option("--res", type=int, help="Pixels a side: 224, 448 or 896; tiny: 112 or 224.")
+@click.option("--family", type=click.Choice(["paligemma", "paligemma2"]), default="paligemma2", show_default=True)
+@click.option("--checkpoint", type=click.Path(), help="A folder in hub layout, in place of a published model.")
+@click.option("--masks", type=click.Path(dir_okay=False), help="vae-oid.npz, if the bundle is to have a mask decoder.")
+@click.option("--precision", default="fp32", show_default=True, help="How weights are stored; an unknown one lists what there is.")
+@click.option("--target", default="cpu", show_default=True, help="The engine to write for; an unknown one lists what there is.")
+@click.option("--context", type=click.IntRange(1), help="Longest prefix and answer together, in tokens  [default: image + 512]")
+@click.option(
+    "--local-window", type=click.Choice(["hf", "none"]), default="hf", show_default=True, help="Gemma 2's window: hf or none."
+)
+@click.option("--board", help="Only this board, and what fits it: orin-nano-8gb, agx-orin-64gb, gpu-24gb …  [default: all]")
+@json_option
+def plan(as_json: bool, **options: Any) -> None:
+    """Say what a bundle would take on disk and in memory, and which boards it fits. Reads no weight.
+
+    \b
+    pgx plan --size 3b --res 448 --precision fp16
+    pgx plan --size 10b --res 224 --precision fp16 --board agx-orin-32gb
+    """
+    with needs("export"):
+        from pgxport.exporter.plan import PlanOptions, plan, render
+
+    planned = plan(PlanOptions(**options))
+    click.echo(jsonlib.dumps(planned.to_json(), indent=1) if as_json else render(planned))
+
+
+@cli.command()
 @click.argument("bundle", type=click.Path())
 @click.option("--image", "images", multiple=True, required=True, type=click.Path(), help="An image; again for several in order.")
 @click.option("--prompt", required=True, help='"caption en", "ocr", "answer en …", "detect a ; b", "segment a".')
@@ -150,7 +178,8 @@ def inspect(path: str, as_json: bool) -> None:
     from pgxport.inspection import describe, render
     from pgxport.runners.outputs import terminal_safe
 
-    found = describe(Path(path))
+    with needs("export"):  # for a checkpoint; a bundle needs the base alone
+        found = describe(Path(path))
     click.echo(jsonlib.dumps(found, indent=1) if as_json else terminal_safe(render(found)))
 
 

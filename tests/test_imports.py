@@ -17,7 +17,7 @@ import pytest
 REFERENCE = ("torch", "transformers")
 EXPORT_TOOLS = ("onnx", "onnx_ir", *REFERENCE)
 # "pgxport" itself: `from pgxport import bundle` is read as pgxport.bundle, and this stands for the bare package.
-BUNDLE = ("numpy", "pydantic", "pgxport.errors", "pgxport.bundle", "pgxport.__version__")
+BUNDLE = ("numpy", "pydantic", "pgxport.errors", "pgxport.bundle", "pgxport.onnx_check", "pgxport.__version__")
 RUNNERS = (*BUNDLE, "PIL", "tokenizers", "pgxport.runners")
 
 
@@ -44,7 +44,7 @@ class Law:
 
 LAWS = (
     Law(
-        ("errors.py", "bundle.py"),
+        ("errors.py", "bundle.py", "onnx_check.py"),
         only=BUNDLE,
         reason="a bundle is the one contract between export and run, and a board reads it with numpy and pydantic alone",
         remedy="move what needs the import to the side that has it (exporter/ or runners/)",

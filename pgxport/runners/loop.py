@@ -39,6 +39,7 @@ class Decoder:
         names = [f"past_key_values.{i}.{part}" for i in range(manifest.cache.layers) for part in ("key", "value")]
         self.cache = session.new_cache(dict.fromkeys(names, shape))
         self.length = 0  # tokens in the cache
+        self._steps = 0  # after the prefill
 
     def feed(self, embeds: np.ndarray) -> np.ndarray:
         """embeds [1, T, H] -> logits of the last token [V]; T is the prefix, later 1.
@@ -49,6 +50,7 @@ class Decoder:
         tokens, past = embeds.shape[1], self.length
         assert past == 0 or tokens == 1, "Bug: a prefix sees itself, so it cannot be fed in parts"
         self.length += tokens
+        self._steps += past > 0
         feeds: Arrays = {
             "inputs_embeds": embeds,
             "seqlens_k": np.array([self.length - 1], np.int32),
@@ -58,7 +60,7 @@ class Decoder:
             feeds["local_bias"] = local_bias(tokens, self.length, self._window)
         logits = self._session.run(feeds, self.cache)["logits"][0, -1]
         if not math.isfinite(float(logits.sum())):
-            where = "the prefill" if past == 0 else f"decode step {self.length - 1}"
+            where = f"decode step {self._steps}" if self._steps else "the prefill"
             raise NumericError(f"decoder_step gave logits that are not finite at {where}; the bundle or its weights are unsound")
         return logits
 

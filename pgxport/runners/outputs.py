@@ -88,8 +88,8 @@ class Answer:
     boxes: tuple[Box, ...] = ()
     masks: tuple[Mask, ...] = ()
     warnings: tuple[Malformed, ...] = ()
-    truncated: bool = False  # the limit of new tokens came before the model's end of text
     timings: Mapping[str, float] = field(default_factory=dict, compare=False)  # seconds by stage
+    truncated: bool = False  # the limit of new tokens came before the model's end of text
 
     def draw(self, image: Image.Image) -> Image.Image:
         """A copy of the original image with the boxes, masks and labels on it."""

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pgxport.bundle import Bundle
-from pgxport.errors import EngineError, UsageError
+from pgxport.errors import EngineError, IntegrityError, UsageError
 from pgxport.runners.image import load_image, pixel_values
 from pgxport.runners.loop import Decoder, generate
 from pgxport.runners.outputs import Answer, parse
@@ -46,8 +46,12 @@ class Runner:
             )
         self._sessions: dict[str, Session] = {}
         start = time.perf_counter()
-        for name in self.manifest.graphs:
-            self._sessions[name] = open_session(engine, bundle.graph(name), threads=threads)
+        try:
+            for name in self.manifest.graphs:
+                self._sessions[name] = open_session(engine, bundle.graph(name), threads=threads)
+        except BaseException:
+            self.close()
+            raise
         self.load_seconds = time.perf_counter() - start
         self._table = bundle.token_table()
         self._tokenizer = PromptTokenizer(bundle.path / "tokenizer.json", self.manifest.token_ids)
@@ -106,6 +110,8 @@ class Runner:
         self.close()
 
     def _prefix(self, image: Picture | Sequence[Picture], prompt: str) -> _Prefix:
+        if not self._sessions:
+            raise UsageError("this runner was closed; make another with Runner.from_pretrained")
         m, timings = self.manifest, {}
 
         def lap(stage: str, start: float) -> float:
@@ -142,6 +148,10 @@ class Runner:
 
     def _embed(self, ids: Sequence[int]) -> np.ndarray:
         """Token ids to scaled embeddings [1, T, H]; only their rows of the mapped table are read."""
+        if max(ids) >= len(self._table):
+            raise IntegrityError(
+                f"tokenizer.json gives token {max(ids)}, and the token table has {len(self._table)} rows; export again"
+            )
         rows = self._table[list(ids)][None]
         if self.manifest.token_table.dtype == "bfloat16":  # the upper half of a float32
             rows = (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `pgx inspect` says is what the headers and the manifest say, and it reads no weight."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pgxport.bundle import MANIFEST, Bundle
+from pgxport.errors import CheckpointError, InputError, IntegrityError
+from pgxport.inspection import describe, render
+
+
+def test_a_bundle_is_described_as_its_manifest_has_it(a_bundle: Path):
+    found, manifest = describe(a_bundle), Bundle.open(a_bundle).manifest
+    assert found["kind"] == "bundle"
+    for name in (
+        "name",
+        "family",
+        "resolution",
+        "image_tokens",
+        "context_length",
+        "local_window",
+        "recipe",
+        "target",
+        "parameters",
+    ):
+        assert found[name] == getattr(manifest, name)
+    assert found["bytes"] == sum(p.stat().st_size for p in a_bundle.iterdir() if p.name != MANIFEST)
+    assert found["files"] == {p.name: p.stat().st_size for p in a_bundle.iterdir() if p.name != MANIFEST}
+    for name, graph in found["graphs"].items():
+        assert graph["bytes"] == sum(p.stat().st_size for p in a_bundle.glob(f"{name}.*"))
+    assert json.loads(json.dumps(found)) == json.loads(json.dumps(found))
+
+
+def test_the_cache_is_one_line_for_all_layers(a_bundle: Path):
+    shown, layers = render(describe(a_bundle)), Bundle.open(a_bundle).manifest.cache.layers
+    for stem, part in (("past_key_values", "key"), ("present", "value")):
+        assert shown.count(f"{stem}.0…{layers - 1}.{part} float32") == 1
+    assert "logits float32" in shown
+    assert f"pgx run {a_bundle}" in shown
+
+
+def test_a_checkpoint_is_described_from_its_headers(random_checkpoint: Path, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(random_checkpoint)
+    found = describe(random_checkpoint)
+    assert (found["kind"], found["family"], found["resolution"]) == ("checkpoint", "paligemma2", 42)
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["bytes"] == 4 * found["parameters"]
+    counts = {part: row["parameters"] for part, row in found["parts"].items()}
+    assert counts["vision encoder"] == sum(p.numel() for p in model.model.vision_tower.parameters())
+    assert counts["projector"] == sum(p.numel() for p in model.model.multi_modal_projector.parameters())
+    assert counts["token table"] == model.get_input_embeddings().weight.numel()
+    assert sum(counts.values()) == found["parameters"]
+    assert f"--checkpoint {random_checkpoint}" in render(found)
+
+
+def test_what_is_neither_is_refused(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "nowhere", tmp_path / "file"):
+        with pytest.raises(InputError, match="neither"):
+            describe(path)
+    pytest.importorskip("ml_dtypes")
+    with pytest.raises(CheckpointError):
+        describe(tmp_path)
+
+
+def test_a_bundle_that_is_not_sound_is_not_described(a_bundle: Path, tmp_path: Path):
+    bundle = Path(shutil.copytree(a_bundle, tmp_path / "b"))
+    os.truncate(bundle / "tokenizer.json", 100)
+    with pytest.raises(IntegrityError, match=r"tokenizer\.json"):
+        describe(bundle)
