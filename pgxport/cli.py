@@ -77,7 +77,7 @@ def export(as_json: bool, **options: Any) -> None:
     click.echo(f"wrote {bundle.path}: {size(bundle.nbytes)} in {made['seconds']} s, peak memory {size(peak_rss())}")
     if "mask_decoder" not in bundle.manifest.graphs:
         click.echo("without a mask decoder: `segment` answers with boxes and codes only; --masks vae-oid.npz adds it")
-    shown = os.path.relpath(bundle.path)
+    shown = options["output"] or bundle.path.name
     click.echo(f'try: pgx run {shown} --image photo.jpg --prompt "caption en"    pgx inspect {shown}')
 
 

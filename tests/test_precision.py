@@ -53,7 +53,7 @@ def make(folder: Path, family: str, *, loud: float = 1.0):
                     and family == "paligemma2"
                 ):
                     p.copy_((1 + p) * loud - 1)
-                elif name.endswith(("o_proj.weight", "down_proj.weight")) and family == "paligemma" or "projector" in name:
+                elif (name.endswith(("o_proj.weight", "down_proj.weight")) and family == "paligemma") or "projector" in name:
                     p.mul_(loud)
         model.save_pretrained(folder)
     model.set_attn_implementation("eager")
@@ -226,7 +226,7 @@ def test_a_half_precision_bundle_for_the_cpu_computes_in_float32_with_rounded_we
 
 def test_bfloat16_for_the_cpu_is_refused_with_what_it_can_do(tmp_path):
     make(tmp_path / "ck", "paligemma2")
-    with pytest.raises(UsageError, match="bfloat16.*float32, float16"):
+    with pytest.raises(UsageError, match=r"bfloat16.*float32, float16"):
         export(ExportOptions(output=tmp_path / "b", checkpoint=tmp_path / "ck", precision="bf16"))
     assert not (tmp_path / "b").exists()
 
