@@ -2,7 +2,6 @@
 """The command `pgx`: one thin function a command. Results go to stdout, progress to stderr and only to a terminal."""
 
 import json as jsonlib
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -87,8 +86,8 @@ def export(as_json: bool, **options: Any) -> None:
 @click.option("--family", type=click.Choice(["paligemma", "paligemma2"]), default="paligemma2", show_default=True)
 @click.option("--checkpoint", type=click.Path(), help="A folder in hub layout, in place of a published model.")
 @click.option("--masks", type=click.Path(dir_okay=False), help="vae-oid.npz, if the bundle is to have a mask decoder.")
-@click.option("--precision", default="fp32", show_default=True, help="How weights are stored; an unknown one lists what there is.")
-@click.option("--target", default="cpu", show_default=True, help="The engine to write for; an unknown one lists what there is.")
+@click.option("--precision", default="fp32", show_default=True, help="How weights are stored; a wrong one lists what there is.")
+@click.option("--target", default="cpu", show_default=True, help="The engine to write for; a wrong one lists what there is.")
 @click.option("--context", type=click.IntRange(1), help="Longest prefix and answer together, in tokens  [default: image + 512]")
 @click.option(
     "--local-window", type=click.Choice(["hf", "none"]), default="hf", show_default=True, help="Gemma 2's window: hf or none."

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Get a checkpoint's files from the model hub: the local cache's if they are there, else downloaded, resumed where cut short.
+
+Every byte is compared with the digest that the hub names a file by, whether it was downloaded now or lay in the cache.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pgxport.errors import CheckpointError, DiskError, HubError, IntegrityError, UsageError
+
+FILES = ["*.json", "*.safetensors"]  # at the top of a repository; everything else in it is not read, and not fetched
+ELSEWHERE = ["*/*"]
+TIMEOUT = 30.0  # seconds without a byte
+RETRIES = 5  # in a row that bring no byte
+CHUNK = 1 << 16  # a connection that breaks off costs no more than this
+
+Progress = Callable[[str, int, int], None]  # what is being fetched, bytes so far, bytes in all
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A file of a repository. The hub's cache stores it under its digest."""
+
+    name: str
+    size: int
+    digest: str  # sha256 of large files, git's blob id (sha1) of small ones
+
+    def hasher(self) -> Any:
+        if len(self.digest) == 64:
+            return hashlib.sha256()
+        # Not for security: the digests that have to resist forgery, those of the weights, are sha256.
+        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+
+
+def cached(repository: str, revision: str) -> Path | None:
+    """The folder of a complete copy in the local cache, compared with its digests; None where there is none.
+
+    Raises:
+        IntegrityError: a file of it was changed.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=FILES, ignore_patterns=ELSEWHERE, local_files_only=True
+            )
+        )
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise UsageError(f"there is no folder {repository}, and it is not a name of the hub either: {error}") from error
+    if not _complete(folder):
+        return None
+    for file in sorted(folder.iterdir()):
+        blob = file.resolve()
+        # Where the system has no links the cache holds plain files, whose digests nobody remembers.
+        if file.is_symlink() and len(blob.name) in (40, 64):
+            _verify(file, Blob(file.name, blob.stat().st_size, blob.name), repository)
+    return folder
+
+
+def download(repository: str, revision: str, progress: Progress | None = None) -> Path:
+    """Fetch a repository's files into the local cache, and return their folder.
+
+    Raises:
+        HubError: the hub cannot be reached, or refuses.
+        IntegrityError: what arrived is not what the hub promised; nothing of it is kept.
+        DiskError: there is no room.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    with _explained(repository, revision):
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT)
+    blobs = [_blob(repository, sibling) for sibling in info.siblings or () if _wanted(sibling.rfilename)]
+    if not any(blob.name.endswith(".safetensors") for blob in blobs):
+        there = ", ".join(sorted(s.rfilename for s in info.siblings or ())[:5])
+        raise CheckpointError(
+            f"{repository} has no safetensors at revision {revision!r} (it holds {there or 'nothing'}); name another"
+        )
+    cache = Path(constants.HF_HUB_CACHE).expanduser()
+    home = f"models--{repository.replace('/', '--')}"
+    fetch = _Fetch(progress, sum(blob.size for blob in blobs))
+    with _disk(cache), _explained(repository, revision):
+        (cache / home / "blobs").mkdir(parents=True, exist_ok=True)
+        (cache / ".locks" / home).mkdir(parents=True, exist_ok=True)
+        missing = sum(blob.size for blob in blobs if not (cache / home / "blobs" / blob.digest).exists())
+        if missing > (free := shutil.disk_usage(cache).free):
+            raise DiskError(
+                f"{repository} takes {missing:,} bytes more in {cache}, which has room for {free:,}; free some, or set HF_HOME"
+            )
+        for blob in blobs:
+            # The hub's own lock and names: what is fetched here serves its other users, and theirs is used here.
+            with WeakFileLock(cache / ".locks" / home / f"{blob.digest}.lock"):
+                url = hf_hub_url(repository, blob.name, revision=info.sha)
+                fetch(url, blob, cache / home / "blobs" / blob.digest, repository)
+        # All bytes are there; this puts the links and the names in place.
+        folder = Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=FILES, ignore_patterns=ELSEWHERE, tqdm_class=_without_bars()
+            )
+        )
+        for blob in blobs:
+            if (folder / blob.name).resolve().name != blob.digest:
+                _verify(folder / blob.name, blob, repository)
+    return folder
+
+
+class _Fetch:
+    """Downloads blobs one after the other, and tells how far all of them are."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self._progress, self._total, self._before = progress, total, 0
+
+    def __call__(self, url: str, blob: Blob, target: Path, repository: str) -> None:
+        if target.exists():
+            _verify(target, blob, repository)
+        else:
+            partial = target.with_name(f"{target.name}.incomplete")
+            seen = self._stream(url, blob, partial, repository)
+            if seen != blob.digest:
+                partial.unlink()
+                raise IntegrityError(
+                    f"{repository}: {blob.name} arrived damaged: its digest begins {seen[:12]}, the hub says {blob.digest[:12]}; "
+                    f"it was deleted, run this again"
+                )
+            os.replace(partial, target)
+        self._before += blob.size
+
+    def _stream(self, url: str, blob: Blob, partial: Path, repository: str) -> str:
+        """Append what is missing to `partial`, and return the digest of the whole."""
+        from huggingface_hub import get_session, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        with open(partial, "ab+", buffering=0) as file:
+            digest, have = _resume(file, blob)
+            tries = 0
+            while have < blob.size:
+                # Whole bytes, so that a range means the file's own.
+                headers = {**build_hf_headers(), "Range": f"bytes={have}-", "Accept-Encoding": "identity"}
+                tries += 1
+                try:
+                    with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
+                        hf_raise_for_status(response)
+                        if response.status_code != 206 and have:
+                            file.truncate(0)
+                            digest, have = blob.hasher(), 0
+                        for chunk in response.iter_bytes(CHUNK):
+                            if have + len(chunk) > blob.size:
+                                raise IntegrityError(f"{repository}: the hub sends more of {blob.name} than it promised")
+                            file.write(chunk)
+                            digest.update(chunk)
+                            have += len(chunk)
+                            tries = 0
+                            if self._progress:
+                                self._progress(blob.name, self._before + have, self._total)
+                except _transport_errors() as error:
+                    if tries >= RETRIES:
+                        raise HubError(
+                            f"{repository}: the connection broke off at {have:,} of {blob.size:,} bytes of {blob.name} "
+                            f"({type(error).__name__}); what is there is kept, run this again to go on from it"
+                        ) from error
+                    time.sleep(min(1.0, 0.1 * 2**tries))
+            return str(digest.hexdigest())
+
+
+def _resume(file: Any, blob: Blob) -> tuple[Any, int]:
+    """The digest and the length of what an earlier download left in `file`, which then stands at its end."""
+    digest = blob.hasher()
+    if file.seek(0, os.SEEK_END) > blob.size:
+        file.truncate(0)
+    file.seek(0)
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest, file.tell()
+
+
+def _verify(file: Path, blob: Blob, repository: str) -> None:
+    digest = blob.hasher()
+    with open(file, "rb", buffering=0) as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != blob.digest:
+        raise IntegrityError(
+            f"{file.resolve()}: {blob.name} of {repository} was changed in the local cache: its digest begins "
+            f"{digest.hexdigest()[:12]}, the hub says {blob.digest[:12]}; delete this file and run this again"
+        )
+
+
+def _complete(folder: Path) -> bool:
+    """Whether nothing that a checkpoint needs is missing, as after a download that was cut short."""
+    needed: list[Any] = ["config.json", "tokenizer.json", "model.safetensors"]
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+        needed = [*needed[:2], *index["weight_map"].values()]
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return all(isinstance(name, str) and Path(name).name == name and (folder / name).is_file() for name in set(needed))
+
+
+def _without_bars() -> Any:
+    """What the hub's library is to show its progress with, which would go to stderr even if that is no terminal."""
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+    return Silent
+
+
+def _wanted(name: str) -> bool:
+    return "/" not in name and "\\" not in name and name.endswith((".json", ".safetensors"))
+
+
+def _blob(repository: str, sibling: Any) -> Blob:
+    size = sibling.lfs.size if sibling.lfs else sibling.size
+    digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+    if not isinstance(size, int) or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", str(digest)):
+        raise HubError(f"{repository}: the hub does not say how large {sibling.rfilename} is, or its digest; nothing was fetched")
+    return Blob(sibling.rfilename, size, digest)
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What a broken connection raises: huggingface_hub is built on httpx2 since its version 2, and on httpx before."""
+    try:
+        import httpx2 as httpx
+    except ImportError:
+        import httpx  # type: ignore[import-not-found, no-redef]
+    return (httpx.TransportError,)
+
+
+@contextmanager
+def _disk(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(
+            f"cannot write to the hub's cache {cache}: {error.strerror or error}; free some space, or set HF_HOME"
+        ) from error
+
+
+@contextmanager
+def _explained(repository: str, revision: str) -> Iterator[None]:
+    """Turn what the hub's library raises into an error that says what to do."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    unreachable: tuple[type[Exception], ...] = (LocalEntryNotFoundError, *_transport_errors())
+    elsewhere = f"`hf download {repository} --revision {revision}` where there is a network, or --checkpoint DIR"
+    try:
+        yield
+    except GatedRepoError as error:
+        if error.response.status_code == 401:
+            todo = "sign in with `hf auth login` as someone who has accepted its licence"
+        else:
+            todo = "accept its licence on its page of the hub, with the account you are signed in as"
+        raise HubError(f"{repository} is gated: {todo}, and run this again") from error
+    except RepositoryNotFoundError as error:
+        raise HubError(
+            f"the hub has no {repository}, or it is private; check the name, or sign in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubError(f"{repository} has no revision {revision!r}; its page on the hub lists them") from error
+    except HFValidationError as error:
+        raise UsageError(f"there is no folder {repository}, and it is not a name of the hub either: {error}") from error
+    except OfflineModeIsEnabled as error:
+        raise HubError(
+            f"{repository} is not in the local hub cache, or not whole, and HF_HUB_OFFLINE is set; unset it, or use {elsewhere}"
+        ) from error
+    except HfHubHTTPError as error:
+        code = error.response.status_code
+        todo = "sign in again with `hf auth login`" if code in (401, 403) else "try again later"
+        raise HubError(f"{repository}: the hub answers with HTTP {code}; {todo}") from error
+    except unreachable as error:
+        raise HubError(
+            f"{repository} is no folder here, is not in the local hub cache, and the hub cannot be reached "
+            f"({type(error).__name__}); use {elsewhere}"
+        ) from error

@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a bundle will take, on disk and in memory, before it is written: no weight is read.
+
+Sizes of files are exact, for the graphs are written by the functions that export them, over a model that has shapes only. What
+memory they take is a model of an engine, with constants that were measured (they stand beside their names).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from pgxport.errors import UsageError
+from pgxport.exporter.audit import SCENES
+from pgxport.exporter.export import MAX_NEW_TOKENS, TABLE_FILE, _choose
+from pgxport.exporter.graph import GraphBuilder
+from pgxport.exporter.locate import TINY, published_name
+from pgxport.exporter.recipe import RECIPES, Recipe
+from pgxport.exporter.stream import BLOCK_BYTES, DataLayout, Promise
+from pgxport.exporter.targets import TARGETS, Target
+from pgxport.models.checkpoint import Checkpoint, TensorSource
+from pgxport.models.gemma import TOKEN_TABLE, decoder_step
+from pgxport.models.mask_decoder import MaskWeights, mask_decoder
+from pgxport.models.projector import projector
+from pgxport.models.siglip import vision_encoder
+from pgxport.models.spec import SIZES, TINY_RESOLUTIONS, ModelSpec, published, read_config, without_window
+from pgxport.models.weights import weight_shapes
+
+PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector"}
+# Google's tokenizer.json, where there is no checkpoint to look at.
+TOKENIZER_BYTES = {"paligemma": 17_500_000, "paligemma2": 34_600_000}
+
+# Python, numpy, onnx_ir and a graph of 46 layers; then blocks of rows on their way: as stored, widened, transformed, narrowed.
+# Measured: 132 to 146 MB for exports of 0.8 GB, with a tokenizer.json of 0.3 MB.
+EXPORT_BASE, EXPORT_BLOCKS = 125_000_000, 4
+# The audit for float16 holds activations in float32, so many of an MLP's width for each token of its scenes at once. Measured:
+# 225 MB at 448 px and 880 MB at 896 px, with MLPs of 4,304.
+AUDIT_BUFFERS = 6.2
+# What the tokenizer takes once it is parsed: measured with 255,000 pieces and half a million merges, as the published ones have.
+TOKENIZER_MEMORY, TOKENIZER_FACTOR = 320_000_000, 10
+# Python, numpy, Pillow and ONNX Runtime on the CPU, measured. On a GPU its libraries and a CUDA context: assumed.
+RUN_BASE = {"cpu": 70_000_000}
+RUN_BASE_GPU = 600_000_000
+# ONNX Runtime 1.31 on the CPU, in activations of one token: outputs of the MLP's products and its GELU, and some of the
+# stream's width. Measured on 3 to 4 layers at 1,500 and 4,500 tokens: plans of whole runs were 1 to 13 % above. From the
+# second image on its memory pattern takes a third more.
+MLP_BUFFERS, STREAM_BUFFERS, QKV_BUFFERS = 3, 6, 4
+SECOND_IMAGE = 4 / 3
+
+
+@dataclass(frozen=True)
+class Board:
+    """A device: its memory, and what of it is not free for pgx.
+
+    Jetsons share one memory between CPU and GPU. What is kept there is what the firmware reserves (a module of 8 GB reports some
+    7.4 GiB), and a system without a desktop. On a graphics card it is the driver's and a display's. Neither was measured by us.
+    """
+
+    name: str
+    memory: int
+    kept: int
+    gpu_only: bool = False
+
+    @property
+    def usable(self) -> int:
+        return self.memory - self.kept
+
+
+GIB = 1 << 30
+BOARDS = {
+    board.name: board
+    for board in (
+        Board("orin-nano-8gb", 8 * GIB, int(1.5 * GIB)),
+        Board("orin-nx-8gb", 8 * GIB, int(1.5 * GIB)),
+        Board("orin-nx-16gb", 16 * GIB, int(1.75 * GIB)),
+        Board("agx-orin-32gb", 32 * GIB, int(2.5 * GIB)),
+        Board("agx-orin-64gb", 64 * GIB, int(3.5 * GIB)),
+        Board("thor-128gb", 128 * GIB, int(6.5 * GIB)),
+        *(Board(f"gpu-{n}gb", n * GIB, int(0.5 * GIB), gpu_only=True) for n in (8, 12, 16, 24, 32, 48, 80, 96)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What to plan. Names are those of `pgx plan`'s flags, and of `ExportOptions`."""
+
+    size: str | None = None
+    res: int | None = None
+    family: str = "paligemma2"
+    checkpoint: str | Path | None = None
+    masks: str | Path | None = None
+    precision: str = "fp32"
+    target: str = "cpu"
+    context: int | None = None
+    local_window: str = "hf"
+    board: str | None = None
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """Private memory of a run in bytes: what stays, what an answer adds, and the most at any moment."""
+
+    base: int
+    weights: int  # of all graphs, as the engine holds them
+    loading: int  # more of them for a moment, while the engine loads
+    kv: int
+    logits: int
+    vision: int
+    prefill: int
+
+    @property
+    def peak(self) -> int:
+        return self.base + self.weights + max(self.loading, self.kv + self.logits + self.vision + self.prefill)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a bundle takes. All sizes are bytes."""
+
+    model: str
+    family: str
+    resolution: int
+    precision: str
+    target: str
+    context: int
+    parameters: Mapping[str, int]
+    files: Mapping[str, int]
+    estimated: tuple[str, ...]  # the files whose size is not exact
+    export_memory: int
+    run: RunMemory
+    needs: Mapping[str, int]  # peak memory of a run, by precision, for every one that the target computes
+    options: PlanOptions = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.files.values())
+
+    def boards(self) -> list[Board]:
+        """The boards that have what the target computes on, or the one that was asked for."""
+        if self.options.board:
+            return [BOARDS[self.options.board]]
+        return [b for b in BOARDS.values() if self.target != "cpu" or not b.gpu_only]
+
+    def fitting(self, board: Board) -> list[str]:
+        """The precisions that fit, the largest first."""
+        there = sorted(self.needs.items(), key=lambda item: -item[1])
+        # Where two need as much, as on a CPU that widens one to the other, the one named first stores more.
+        return [name for name, need in there if need <= board.usable]
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("model", "family", "resolution", "precision", "target", "context")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "parameters": dict(self.parameters),
+            "files": dict(self.files),
+            "estimated": list(self.estimated),
+            "bundle_bytes": self.nbytes,
+            "export_peak_bytes": self.export_memory,
+            "run": {**asdict(self.run), "peak": self.run.peak},
+            "run_peak_by_precision": dict(self.needs),
+            "boards": [
+                {
+                    "name": b.name,
+                    "memory": b.memory,
+                    "usable": b.usable,
+                    "fits": self.run.peak <= b.usable,
+                    "precisions": self.fitting(b),
+                }
+                for b in self.boards()
+            ],
+            "try": self.next_command(),
+        }
+
+    def next_command(self) -> str:
+        """The export to try: as planned, or in a precision that fits the board which was asked for."""
+        precision, board = self.precision, self.options.board
+        if board and precision not in (fitting := self.fitting(BOARDS[board])):
+            if not fitting:
+                return f"pgx plan {_flags(self.options)} --precision {precision} --target {self.target}"
+            precision = fitting[0]
+        return f"pgx export {_flags(self.options)} --precision {precision} --target {self.target} -o bundle"
+
+
+def plan(options: PlanOptions) -> Plan:
+    """Work out what a bundle would take.
+
+    Raises:
+        UsageError: an option names what does not exist.
+        CheckpointError: the checkpoint that was given is not sound.
+    """
+    recipe, target = _choose("precision", options.precision, RECIPES), _choose("target", options.target, TARGETS)
+    if options.board is not None and _choose("board", options.board, BOARDS).gpu_only and target.name == "cpu":
+        others = ", ".join(name for name in TARGETS if name != "cpu") or "none that this pgx has"
+        raise UsageError(
+            f"board {options.board!r} is a GPU, and target 'cpu' computes on the processor; choose --target {others}"
+        )
+    if options.local_window not in ("hf", "none"):
+        raise UsageError(f"local window {options.local_window!r} does not exist; choose 'hf' or 'none'")
+    model, source, spec, tokenizer = _model(options)
+    context = options.context or spec.image_tokens + 2 * MAX_NEW_TOKENS
+    if context <= spec.image_tokens:
+        raise UsageError(f"--context {context} has no room for an image of {spec.image_tokens} tokens and a prompt")
+    masks = _masks(options)
+    text = TOKENIZER_BYTES[spec.family] if tokenizer is None else tokenizer
+    sketch = _sketch(source, spec, masks, recipe, target, context)
+    run = sketch.memory(target, text)
+    needs = {recipe.name: run.peak}
+    for other in RECIPES.values():
+        # What the target has no kernels for is not a choice.
+        if other is not recipe and _computes(other, target):
+            needs[other.name] = _sketch(source, spec, masks, other, target, context).memory(target, text).peak
+    files, manifest = sketch.files()
+    estimated = {"tokenizer.json": text} if tokenizer is None else {}
+    estimated |= {"README.md": 350, "manifest.json": manifest}
+    exact = {} if tokenizer is None else {"tokenizer.json": tokenizer}
+    return Plan(
+        model=model, family=spec.family, resolution=spec.resolution, precision=recipe.name, target=target.name, context=context,
+        parameters=_parameters(spec), files=files | exact | estimated, estimated=tuple(estimated),
+        export_memory=EXPORT_BASE + EXPORT_BLOCKS * BLOCK_BYTES + _tokenizer_memory(text) + _audit_memory(spec, recipe, target),
+        run=run, needs={name: needs[name] for name in RECIPES if name in needs}, options=options,
+    )  # fmt: skip
+
+
+def render(plan: Plan) -> str:
+    """The same, for people."""
+    lines = [
+        f"{plan.model} at {plan.resolution} px, {plan.precision} for {plan.target}: {_size(plan.nbytes)}, "
+        f"{sum(plan.parameters.values()):,} parameters"
+    ]
+    for name, count in plan.parameters.items():
+        lines.append(f"  {name:16}{count:>16,} parameters")
+    for name, size in plan.files.items():
+        lines.append(f"  {name:22}{'≈' if name in plan.estimated else ' '}{size:>16,} bytes")
+    run = plan.run
+    lines += [
+        f"export needs ≈ {_size(plan.export_memory)} of memory, and {_size(plan.nbytes)} of disk",
+        f"run needs ≈ {_size(run.peak)} of memory at its peak, with {plan.context:,} tokens of prefix and answer:",
+        f"  weights {_size(run.weights)} (+ {_size(run.loading)} while loading), KV {_size(run.kv)}, logits {_size(run.logits)}, "
+        f"vision {_size(run.vision)}, prefill {_size(run.prefill)}, the rest {_size(run.base)}",
+        f"  {'board':16}{'usable':>10}  " + "".join(f"{name:>10}" for name in plan.needs),
+    ]
+    for board in plan.boards():
+        fitting = plan.fitting(board)
+        marks = "".join(f"{'fits' if name in fitting else '–':>10}" for name in plan.needs)
+        lines.append(f"  {board.name:16}{_size(board.usable):>10}  {marks}")
+    if plan.options.board and not plan.fitting(BOARDS[plan.options.board]):
+        lines.append(f"nothing fits {plan.options.board}; a smaller --size, --res or --context needs less")
+    return "\n".join([*lines, f"try: {plan.next_command()}"])
+
+
+class SpecSource:
+    """A checkpoint that has shapes, and no numbers."""
+
+    def __init__(self, spec: ModelSpec):
+        self._shapes = weight_shapes(spec)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return np.dtype(ml_dtypes.bfloat16)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        raise AssertionError(f"Bug: a plan reads no weight, and {name} was read")
+
+
+@dataclass(frozen=True)
+class _Sketch:
+    """The graphs of a bundle, written over shapes."""
+
+    spec: ModelSpec
+    context: int
+    graphs: dict[str, GraphBuilder]
+    table: Promise
+
+    def files(self) -> tuple[dict[str, int], int]:
+        """The size of every file of weights and of every graph, and about that of the manifest."""
+        files, described = {TABLE_FILE: self.table.nbytes}, 3000
+        for name, g in self.graphs.items():
+            layout = DataLayout(g.promises.values())
+            if g.promises:
+                files[f"{name}.data"] = layout.nbytes
+            places = {n: (f"{name}.data", *place) for n, place in layout.places.items()}
+            files[f"{name}.onnx"] = len(g.serialize({**places, TOKEN_TABLE: (TABLE_FILE, 0, self.table.nbytes)}))
+            described += len(g.info().model_dump_json(indent=1))
+        return files, described
+
+    def memory(self, target: Target, tokenizer: int) -> RunMemory:
+        decoder, v, t = self.graphs["decoder_step"], self.spec.vision, self.spec.text
+        axes = {"batch": 1, "capacity": self.context, "tokens": self.context, "total": self.context}
+        inputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.inputs}
+        outputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.outputs}
+        held = [_held(p, g.dtype) for g in self.graphs.values() for p in g.promises.values()]
+        held.append(_held(self.table, decoder.dtype))
+        per_image = (
+            v.image_tokens * self.graphs["vision_encoder"].dtype.itemsize * (MLP_BUFFERS * v.mlp + STREAM_BUFFERS * v.width)
+        )
+        qkv = (t.heads + 2 * t.kv_heads) * t.head_dim
+        per_token = decoder.dtype.itemsize * (MLP_BUFFERS * t.mlp + STREAM_BUFFERS * t.width + QKV_BUFFERS * qkv)
+        # Every head's scores of every pair of tokens at once: that is how ONNX Runtime attends on a CPU.
+        scores = t.heads * self.context**2 * 4
+        fed = sum(size for name, size in inputs.items() if not name.startswith("past_key_values."))
+        return RunMemory(
+            base=RUN_BASE.get(target.name, RUN_BASE_GPU) + _tokenizer_memory(tokenizer),
+            weights=sum(size for size, _ in held),
+            loading=max(extra for _, extra in held),
+            kv=sum(size for name, size in inputs.items() if name.startswith("past_key_values.")),
+            logits=outputs["logits"],
+            vision=int(SECOND_IMAGE * per_image),
+            prefill=self.context * per_token + scores + 2 * fed,
+        )
+
+
+def _sketch(
+    source: TensorSource, spec: ModelSpec, masks: MaskWeights | None, recipe: Recipe, target: Target, context: int
+) -> _Sketch:
+    graphs = {}
+    for write in (vision_encoder, projector, decoder_step):
+        graphs[write.__name__] = GraphBuilder(write.__name__, source, recipe, target, context_length=context)
+        write(graphs[write.__name__], spec)
+    if masks:
+        graphs["mask_decoder"] = GraphBuilder("mask_decoder", masks, recipe, target)
+        mask_decoder(graphs["mask_decoder"])
+    table = graphs["decoder_step"].promises.pop(TOKEN_TABLE)
+    return _Sketch(spec, context, graphs, table)
+
+
+def _held(promise: Promise, computed: np.dtype[Any]) -> tuple[int, int]:
+    """What an engine holds of a weight once it is loaded, and what more for a moment.
+
+    ONNX Runtime maps the files, and packs what it multiplies by into memory of its own: as large, and what was mapped is let go.
+    A float stored in another type than it is computed in is cast whole before it is packed.
+    """
+    if promise.dtype == computed:
+        return promise.nbytes, 0
+    if promise.dtype.kind == "f" or promise.dtype == ml_dtypes.bfloat16:
+        wide = prod(promise.shape) * computed.itemsize
+        return wide, wide
+    return promise.nbytes, promise.nbytes
+
+
+def _audit_memory(spec: ModelSpec, recipe: Recipe, target: Target) -> int:
+    if target.compute(recipe.rules[-1].scheme.dtype) != "float16":
+        return 0
+    return int(SCENES * spec.image_tokens * AUDIT_BUFFERS * max(spec.vision.mlp, spec.text.mlp) * 4)
+
+
+def _tokenizer_memory(size: int) -> int:
+    # The same vocabulary is written with more or less space around it.
+    return min(TOKENIZER_MEMORY, TOKENIZER_FACTOR * size) if size < 10_000_000 else TOKENIZER_MEMORY
+
+
+def _nbytes(value: ir.Value, axes: Mapping[str, int]) -> int:
+    assert value.shape is not None, f"Bug: {value.name} has no shape"
+    assert value.dtype is not None, f"Bug: {value.name} has no type"
+    return prod(d if isinstance(d, int) else axes[str(d.value)] for d in value.shape) * value.dtype.numpy().itemsize
+
+
+def _computes(recipe: Recipe, target: Target) -> bool:
+    try:
+        for rule in recipe.rules:
+            target.compute(rule.scheme.dtype)
+    except UsageError:
+        return False
+    return True
+
+
+def _model(options: PlanOptions) -> tuple[str, TensorSource, ModelSpec, int | None]:
+    """A name for people, what the graphs are written over, the spec, and the bytes of tokenizer.json where it is there."""
+    window = options.local_window == "hf"
+    if options.checkpoint is None and options.size != "tiny":
+        if options.size is None or options.res is None:
+            raise UsageError("no model was named; pass --size 3b --res 448, --size tiny, or --checkpoint DIR")
+        if options.size not in SIZES:
+            raise UsageError(f"size {options.size!r} does not exist; choose --size {', '.join(SIZES)}, or --checkpoint DIR")
+        spec = published(options.family, options.size, options.res)
+        spec = spec if window else without_window(spec)
+        return published_name(options.family, options.size, options.res, "pt"), SpecSource(spec), spec, None
+    if options.checkpoint is None:
+        res = options.res or TINY_RESOLUTIONS[0]
+        if res not in TINY_RESOLUTIONS:
+            raise UsageError(f"the embedded checkpoint has no {res} px; choose --res {' or '.join(map(str, TINY_RESOLUTIONS))}")
+        folder = TINY / f"tiny-{res}"
+    elif not (folder := Path(options.checkpoint)).exists():
+        raise UsageError(
+            f"{folder} does not exist, and a plan downloads nothing; name a published model by --size and --res instead"
+        )
+    checkpoint = Checkpoint.open(folder)
+    spec = read_config(checkpoint.config, local_window=window)
+    if options.res is not None and options.res != spec.resolution:
+        raise UsageError(f"--res {options.res} was asked for, and {folder.name} is a checkpoint for {spec.resolution} px")
+    tokenizer = checkpoint.file("tokenizer.json")
+    return folder.resolve().name, checkpoint, spec, tokenizer.stat().st_size if tokenizer else None
+
+
+def _masks(options: PlanOptions) -> MaskWeights | None:
+    if options.masks:
+        return MaskWeights(Path(options.masks))
+    return MaskWeights(TINY / "vae-oid.npz") if options.size == "tiny" and options.checkpoint is None else None
+
+
+def _parameters(spec: ModelSpec) -> dict[str, int]:
+    parts: dict[str, int] = {}
+    for name, shape in weight_shapes(spec).items():
+        part = PARTS.get(name.partition(".")[0], "token table" if name == TOKEN_TABLE else "decoder")
+        parts[part] = parts.get(part, 0) + prod(shape)
+    return parts
+
+
+def _flags(options: PlanOptions) -> str:
+    """The options that name the model, as they were given."""
+    if options.checkpoint is not None:
+        return f"--checkpoint {options.checkpoint}" + (f" --context {options.context}" if options.context else "")
+    family = "" if options.family == PlanOptions.family or options.size == "tiny" else f" --family {options.family}"
+    res = f" --res {options.res}" if options.res else ""
+    return f"--size {options.size}{res}{family}" + (f" --context {options.context}" if options.context else "")
+
+
+def _size(count: int) -> str:
+    """
+    >>> _size(1_750_000_000), _size(12_300)
+    ('1.75 GB', '0.0123 MB')
+    """
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
