@@ -112,6 +112,7 @@ class Provenance(_Model):
     """Where a bundle comes from."""
 
     checkpoint: str  # a name for people, never a path
+    revision: str | None  # the hub's commit, where it comes from the hub
     checkpoint_sha256: str
     versions: dict[str, str]
 

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The errors pgx raises on purpose, each with the exit code its command ends with (docs/reference/exit-codes.md)."""
 
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class PgxError(Exception):
     """A failure that is not a bug of ours. The message says what, where, the value seen, and the fix."""
@@ -58,3 +63,14 @@ class HubError(PgxError):
     """The model hub could not be reached or refused."""
 
     exit_code = 9
+
+
+def choose(option: str, name: str, table: Mapping[str, T]) -> T:
+    """The table's entry of that name.
+
+    Raises:
+        UsageError: there is none; the message lists those that are.
+    """
+    if name not in table:
+        raise UsageError(f"--{option} {name!r} does not exist; choose {', '.join(table)}")
+    return table[name]

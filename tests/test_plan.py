@@ -4,7 +4,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +63,8 @@ def image_token(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(("family", "size", "res"), MODELS)
-def test_every_published_model_is_planned_in_seconds(family: str, size: str, res: int):
-    start = time.perf_counter()
+def test_every_published_model_is_planned(family: str, size: str, res: int):
     planned = plan(PlanOptions(size=size, res=res, family=family))
-    assert time.perf_counter() - start < 5
     count = sum(planned.parameters.values())
     padding = 64 * TEXT[family, size].width
     assert count - padding == PARAMETERS.get((family, size, res), count - padding)

@@ -6,7 +6,7 @@ import importlib.metadata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 from pgxport import __version__
 from pgxport.bundle import (
@@ -20,26 +20,22 @@ from pgxport.bundle import (
     TokenTable,
     file_sha256,
 )
-from pgxport.errors import CheckpointError, UsageError
+from pgxport.errors import CheckpointError, UsageError, choose
 from pgxport.exporter.audit import audit, residual_divisor
-from pgxport.exporter.graph import GraphBuilder
+from pgxport.exporter.graphs import write_graphs
 from pgxport.exporter.locate import Located, locate
 from pgxport.exporter.recipe import RECIPES
 from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
 from pgxport.exporter.targets import TARGETS
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.gemma import TOKEN_TABLE, decoder_step
-from pgxport.models.mask_decoder import MaskWeights, mask_decoder
-from pgxport.models.projector import projector
-from pgxport.models.siglip import vision_encoder
+from pgxport.models.gemma import TOKEN_TABLE
+from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import ModelSpec, read_config, shrunk, without_window
 from pgxport.models.weights import parameters, weight_shapes
 from pgxport.runners.tokenizer import read_token_ids
 
 TABLE_FILE = "token_table.bin"
 MAX_NEW_TOKENS = 256
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,17 +77,19 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
         CheckpointError: the checkpoint is not a complete, sound PaliGemma.
         DiskError: the bundle cannot be written; nothing is left at its name.
     """
-    recipe = _choose("precision", options.precision, RECIPES)
-    target = _choose("target", options.target, TARGETS)
+    recipe = choose("precision", options.precision, RECIPES)
+    target = choose("target", options.target, TARGETS)
     if options.local_window not in ("hf", "none"):
         raise UsageError(f"local window {options.local_window!r} does not exist; choose 'hf' or 'none'")
-    found = locate(options.size, options.res, options.family, options.variant, options.checkpoint)
+    found = locate(
+        options.size, options.res, options.family, options.variant, options.checkpoint, precision=recipe.name, progress=progress
+    )
     adapter = Path(options.adapter) if options.adapter else None
     checkpoint = Checkpoint.open(found.path, adapter)
     spec = read_config(checkpoint.config, local_window=options.local_window == "hf")
     _check_spec(spec, found, options)
     _check_weights(checkpoint, spec)
-    context = options.context or spec.image_tokens + 2 * MAX_NEW_TOKENS
+    context = spec.image_tokens + 2 * MAX_NEW_TOKENS if options.context is None else options.context
     if context <= spec.image_tokens:
         raise UsageError(f"--context {context} has no room for an image of {spec.image_tokens} tokens and a prompt")
     masks = _mask_source(options, found)
@@ -108,16 +106,8 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
         ranges = audit(Checkpoint.open(found.path, adapter), spec, tokenizer, token_ids)
         spec = shrunk(spec, residual_divisor(ranges))
 
-    graphs = {}
-    for write in (vision_encoder, projector, decoder_step):
-        graphs[write.__name__] = GraphBuilder(write.__name__, checkpoint, recipe, target, context_length=context)
-        write(graphs[write.__name__], spec)
-    if masks:
-        graphs["mask_decoder"] = GraphBuilder("mask_decoder", masks, recipe, target)
-        mask_decoder(graphs["mask_decoder"])
-
+    graphs, table = write_graphs(checkpoint, spec, masks, recipe, target, context)
     output = Path(options.output) if options.output else Path(f"{found.name}-{recipe.name}-{target.name}")
-    table = graphs["decoder_step"].promises.pop(TOKEN_TABLE)
     layouts = {name: DataLayout(g.promises.values()) for name, g in graphs.items()}
     count = Counter(progress, table.nbytes + sum(layout.nbytes for layout in layouts.values()))
 
@@ -192,7 +182,7 @@ def _sha256(files: list[Path]) -> str:
 def _provenance(found: Located, checkpoint_sha256: str) -> Provenance:
     packages = ("numpy", "onnx-ir", "ml-dtypes")
     versions = {"pgxport": __version__, **{p: importlib.metadata.version(p) for p in packages}}
-    return Provenance(checkpoint=found.name, checkpoint_sha256=checkpoint_sha256, versions=versions)
+    return Provenance(checkpoint=found.name, revision=found.revision, checkpoint_sha256=checkpoint_sha256, versions=versions)
 
 
 def _card(m: Manifest) -> str:
@@ -215,9 +205,3 @@ Up to {m.context_length} tokens of prefix and answer, {m.image_tokens} of them a
 def _named(names: list[str]) -> str:
     shown = ", ".join(names[:5])
     return f"{shown} is" if len(names) == 1 else f"{shown}{f' and {len(names) - 5} more' if len(names) > 5 else ''} are"
-
-
-def _choose(option: str, name: str, table: dict[str, T]) -> T:
-    if name not in table:
-        raise UsageError(f"--{option} {name!r} does not exist; choose {', '.join(table)}")
-    return table[name]

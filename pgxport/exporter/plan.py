@@ -15,19 +15,18 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from pgxport.errors import UsageError
+from pgxport.errors import UsageError, choose
 from pgxport.exporter.audit import SCENES
-from pgxport.exporter.export import MAX_NEW_TOKENS, TABLE_FILE, _choose
+from pgxport.exporter.export import MAX_NEW_TOKENS, TABLE_FILE
 from pgxport.exporter.graph import GraphBuilder
+from pgxport.exporter.graphs import write_graphs
 from pgxport.exporter.locate import TINY, published_name
 from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.stream import BLOCK_BYTES, DataLayout, Promise
 from pgxport.exporter.targets import TARGETS, Target
 from pgxport.models.checkpoint import Checkpoint, TensorSource
-from pgxport.models.gemma import TOKEN_TABLE, decoder_step
-from pgxport.models.mask_decoder import MaskWeights, mask_decoder
-from pgxport.models.projector import projector
-from pgxport.models.siglip import vision_encoder
+from pgxport.models.gemma import TOKEN_TABLE
+from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import SIZES, TINY_RESOLUTIONS, ModelSpec, published, read_config, without_window
 from pgxport.models.weights import weight_shapes
 
@@ -194,8 +193,8 @@ def plan(options: PlanOptions) -> Plan:
         UsageError: an option names what does not exist.
         CheckpointError: the checkpoint that was given is not sound.
     """
-    recipe, target = _choose("precision", options.precision, RECIPES), _choose("target", options.target, TARGETS)
-    if options.board is not None and _choose("board", options.board, BOARDS).gpu_only and target.name == "cpu":
+    recipe, target = choose("precision", options.precision, RECIPES), choose("target", options.target, TARGETS)
+    if options.board is not None and choose("board", options.board, BOARDS).gpu_only and target.name == "cpu":
         others = ", ".join(name for name in TARGETS if name != "cpu") or "none that this pgx has"
         raise UsageError(
             f"board {options.board!r} is a GPU, and target 'cpu' computes on the processor; choose --target {others}"
@@ -320,14 +319,7 @@ class _Sketch:
 def _sketch(
     source: TensorSource, spec: ModelSpec, masks: MaskWeights | None, recipe: Recipe, target: Target, context: int
 ) -> _Sketch:
-    graphs = {}
-    for write in (vision_encoder, projector, decoder_step):
-        graphs[write.__name__] = GraphBuilder(write.__name__, source, recipe, target, context_length=context)
-        write(graphs[write.__name__], spec)
-    if masks:
-        graphs["mask_decoder"] = GraphBuilder("mask_decoder", masks, recipe, target)
-        mask_decoder(graphs["mask_decoder"])
-    table = graphs["decoder_step"].promises.pop(TOKEN_TABLE)
+    graphs, table = write_graphs(source, spec, masks, recipe, target, context)
     return _Sketch(spec, context, graphs, table)
 
 

@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from pgxport.bundle import TokenIds
 from pgxport.errors import CheckpointError, InputError, IntegrityError
 from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
 
@@ -273,7 +274,11 @@ def test_what_a_tokenizer_lacks_is_named(folder):
 
 
 def test_a_file_that_is_no_tokenizer_is_an_error(tmp_path):
-    with pytest.raises(IntegrityError, match=r"tokenizer\.json: not a tokenizer"):
-        read_token_ids(b"{}", {})
+    ids = TokenIds(bos=2, eos=1, pad=0, newline=3, image=9, loc_first=4, loc_count=2, seg_first=6, seg_count=2)
+    for rubbish in (b"{}", b"", b"\x80\xff", b'{"added_tokens": 3}', b'{"added_tokens": [{"id": 1}]}', b'{"added_tokens": [1'):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json: its added tokens cannot be read"):
+            read_token_ids(rubbish, {})
+        with pytest.raises(IntegrityError, match=r"tokenizer\.json: not a tokenizer"):
+            PromptTokenizer(rubbish, ids)
     with pytest.raises(InputError, match="cannot be read"):
         read_token_ids(tmp_path / "tokenizer.json", {})

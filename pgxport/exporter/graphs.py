@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All graphs of a bundle together, written over anything that knows the weights' shapes."""
+
+from pgxport.exporter.graph import GraphBuilder
+from pgxport.exporter.recipe import Recipe
+from pgxport.exporter.stream import Promise
+from pgxport.exporter.targets import Target
+from pgxport.models.checkpoint import TensorSource
+from pgxport.models.gemma import TOKEN_TABLE, decoder_step
+from pgxport.models.mask_decoder import MaskWeights, mask_decoder
+from pgxport.models.projector import projector
+from pgxport.models.siglip import vision_encoder
+from pgxport.models.spec import ModelSpec
+
+
+def write_graphs(
+    source: TensorSource, spec: ModelSpec, masks: MaskWeights | None, recipe: Recipe, target: Target, context_length: int
+) -> tuple[dict[str, GraphBuilder], Promise]:
+    """The graphs by name, and the token table, which is a file of its own."""
+    graphs = {}
+    for write in (vision_encoder, projector, decoder_step):
+        g = graphs[write.__name__] = GraphBuilder(write.__name__, source, recipe, target, context_length=context_length)
+        write(g, spec)
+    if masks:
+        graphs["mask_decoder"] = GraphBuilder("mask_decoder", masks, recipe, target)
+        mask_decoder(graphs["mask_decoder"])
+    return graphs, graphs["decoder_step"].promises.pop(TOKEN_TABLE)
