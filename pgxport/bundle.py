@@ -203,7 +203,7 @@ class BundleWriter:
         self._overwrite = overwrite
 
     def __enter__(self) -> Self:
-        self._check_output()
+        self.check_output()
         with _disk(f"cannot write {self.staging}"):
             if self.staging.is_symlink() or self.staging.is_file():
                 self.staging.unlink()
@@ -248,14 +248,14 @@ class BundleWriter:
         with _disk(f"cannot finish {self.path}"):
             _fsync_folder(self.staging)
             if os.path.lexists(self.path):
-                self._check_output()
+                self.check_output()
                 _exchange(self.staging, self.path)  # what was there is deleted on leaving
             else:
                 self.staging.rename(self.path)
             _fsync_folder(self.path.parent)
         return Bundle(self.path, written)
 
-    def _check_output(self) -> None:
+    def check_output(self) -> None:
         """What is at the bundle's name is replaced only if that was asked for, and it is a bundle or an empty folder."""
         if not os.path.lexists(self.path):
             return

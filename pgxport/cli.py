@@ -47,8 +47,9 @@ def cli() -> None:
 )
 @click.option("-o", "--output", type=click.Path(), help="The folder to write  [default: named after the model]")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@click.option("--dry-run", is_flag=True, help="Check everything and say how large each file would be; write nothing.")
 @json_option
-def export(as_json: bool, **options: Any) -> None:
+def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     """Write a bundle from a checkpoint.
 
     \b
@@ -59,7 +60,16 @@ def export(as_json: bool, **options: Any) -> None:
 
     with needs("export"):
         from pgxport.exporter.export import ExportOptions, export
+        from pgxport.exporter.export import dry_run as check
 
+    if dry_run:
+        with progress_bar() as progress:  # of a download, if it comes to one
+            sizes = check(ExportOptions(**options), progress=progress)
+        for line in [jsonlib.dumps({"files": sizes}, indent=1)] if as_json else [f"{n}: {size(b)}" for n, b in sizes.items()]:
+            click.echo(line)
+        if not as_json:
+            click.echo(f"would write {size(sum(sizes.values()))}, and wrote nothing; try: the same without --dry-run")
+        return
     start = time.perf_counter()
     with progress_bar() as progress:
         bundle = export(ExportOptions(**options), progress=progress)

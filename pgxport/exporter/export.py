@@ -9,32 +9,20 @@ from pathlib import Path
 from typing import cast
 
 from pgxport import __version__
-from pgxport.bundle import (
-    Bundle,
-    BundleWriter,
-    Cache,
-    Float,
-    GraphInfo,
-    Manifest,
-    Provenance,
-    TokenTable,
-    file_sha256,
-)
+from pgxport.bundle import Bundle, BundleWriter, Cache, Float, Manifest, Provenance, TokenIds, TokenTable, file_sha256
 from pgxport.errors import CheckpointError, UsageError, choose
 from pgxport.exporter.audit import audit, residual_divisor
-from pgxport.exporter.graphs import write_graphs
+from pgxport.exporter.graphs import TABLE_FILE, file_sizes, serialized, write_graphs
 from pgxport.exporter.locate import Located, locate
-from pgxport.exporter.recipe import RECIPES
+from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
-from pgxport.exporter.targets import TARGETS
+from pgxport.exporter.targets import TARGETS, Target
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import ModelSpec, read_config, shrunk, without_window
 from pgxport.models.weights import parameters, weight_shapes
 from pgxport.runners.tokenizer import read_token_ids
 
-TABLE_FILE = "token_table.bin"
 MAX_NEW_TOKENS = 256
 
 
@@ -69,6 +57,22 @@ class ExportOptions:
     overwrite: bool = False
 
 
+@dataclass(frozen=True)
+class Job:
+    """An export that has passed every check that needs no weight."""
+
+    found: Located
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    recipe: Recipe
+    target: Target
+    context: int
+    masks: MaskWeights | None
+    tokenizer: Path
+    token_ids: TokenIds
+    output: Path
+
+
 def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundle:
     """Write a bundle from a checkpoint.
 
@@ -77,63 +81,107 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
         CheckpointError: the checkpoint is not a complete, sound PaliGemma.
         DiskError: the bundle cannot be written; nothing is left at its name.
     """
+    job = prepare(options, progress=progress)
+    spec, ranges = job.spec, None
+    if job.target.compute(job.recipe.rules[-1].scheme.dtype) == "float16":
+        # A checkpoint of its own: what the audit reads does not count as exported.
+        ranges = audit(_open(job.found, options), spec, job.tokenizer, job.token_ids)
+        spec = shrunk(spec, residual_divisor(ranges))
+
+    graphs, table = write_graphs(job.checkpoint, spec, job.masks, job.recipe, job.target, job.context)
+    layouts = {name: DataLayout(g.promises.values()) for name, g in graphs.items()}
+    count = Counter(progress, table.nbytes + sum(layout.nbytes for layout in layouts.values()))
+    with BundleWriter(job.output, overwrite=options.overwrite) as writer, ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(_sha256, job.checkpoint.files())
+        writer.write(TABLE_FILE, count(TABLE_FILE, ahead(table.bytes())))
+        for name, g in graphs.items():
+            if g.promises:
+                writer.write(f"{name}.data", count(f"{name}.data", ahead(layouts[name].bytes())))
+            writer.write(f"{name}.onnx", [serialized(g, layouts[name], table)])
+        writer.write("tokenizer.json", [job.tokenizer.read_bytes()])
+        if left := job.checkpoint.unread():
+            raise CheckpointError(f"Bug: {', '.join(left[:5])} of {job.found.name} reached no graph")
+        infos, decoder = {name: g.info() for name, g in graphs.items()}, graphs["decoder_step"]
+        manifest = Manifest(
+            name=job.found.name,
+            family=spec.family,
+            resolution=spec.resolution,
+            image_tokens=spec.image_tokens,
+            context_length=job.context,
+            max_new_tokens=MAX_NEW_TOKENS,
+            local_window=spec.text.window if any(t.name == "local_bias" for t in infos["decoder_step"].inputs) else None,
+            residual_divisor=spec.text.residual_divisor,
+            ranges=ranges,
+            recipe=job.recipe.name,
+            target=job.target.name,
+            parameters=parameters(spec),
+            spec=asdict(spec),
+            token_ids=job.token_ids,
+            token_table=TokenTable(
+                file=TABLE_FILE,
+                dtype=cast(Float, table.dtype.name),
+                shape=(spec.text.vocab, spec.text.width),
+                scale=spec.text.embed_scale,
+            ),
+            cache=Cache(
+                layers=spec.text.depth,
+                kv_heads=spec.text.kv_heads,
+                head_dim=spec.text.head_dim,
+                dtype=cast(Float, decoder.dtype.name),
+            ),
+            graphs=infos,
+            files={},
+            provenance=_provenance(job.found, digest.result()),
+        )
+        writer.write("README.md", [_card(manifest).encode()])
+        return writer.commit(manifest.model_copy(update={"files": writer.files}))
+
+
+def dry_run(options: ExportOptions, *, progress: Progress | None = None) -> dict[str, int]:
+    """Check everything that an export checks before it reads a weight, and say how large each file would be.
+
+    Raises:
+        PgxError: as `export` would.
+    """
+    job = prepare(options, progress=progress)
+    graphs, table = write_graphs(job.checkpoint, job.spec, job.masks, job.recipe, job.target, job.context)
+    return {**file_sizes(graphs, table), "tokenizer.json": job.tokenizer.stat().st_size}
+
+
+def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Job:
+    """Find the checkpoint and check it against its config, the options and the target."""
     recipe = choose("precision", options.precision, RECIPES)
     target = choose("target", options.target, TARGETS)
+    for rule in recipe.rules:
+        target.compute(rule.scheme.dtype)
     if options.local_window not in ("hf", "none"):
         raise UsageError(f"local window {options.local_window!r} does not exist; choose 'hf' or 'none'")
     found = locate(
         options.size, options.res, options.family, options.variant, options.checkpoint, precision=recipe.name, progress=progress
     )
-    adapter = Path(options.adapter) if options.adapter else None
-    checkpoint = Checkpoint.open(found.path, adapter)
+    output = Path(options.output) if options.output else Path(f"{found.name}-{recipe.name}-{target.name}")
+    BundleWriter(output, overwrite=options.overwrite).check_output()
+    checkpoint = _open(found, options)
     spec = read_config(checkpoint.config, local_window=options.local_window == "hf")
     _check_spec(spec, found, options)
     _check_weights(checkpoint, spec)
     context = spec.image_tokens + 2 * MAX_NEW_TOKENS if options.context is None else options.context
     if context <= spec.image_tokens:
         raise UsageError(f"--context {context} has no room for an image of {spec.image_tokens} tokens and a prompt")
-    masks = _mask_source(options, found)
-
+    masks = options.masks or found.masks
     tokenizer = checkpoint.file("tokenizer.json")
     if tokenizer is None:
         raise CheckpointError(
             f"{found.name}: tokenizer.json is missing; download it beside the weights, from the same repository"
         )
-    token_ids = read_token_ids(tokenizer, checkpoint.config)
-    ranges = None
-    if target.compute(recipe.rules[-1].scheme.dtype) == "float16":
-        # A checkpoint of its own: what the audit reads does not count as exported.
-        ranges = audit(Checkpoint.open(found.path, adapter), spec, tokenizer, token_ids)
-        spec = shrunk(spec, residual_divisor(ranges))
+    return Job(
+        found, checkpoint, spec, recipe, target, context, MaskWeights(Path(masks)) if masks else None, tokenizer,
+        read_token_ids(tokenizer, checkpoint.config), output,
+    )  # fmt: skip
 
-    graphs, table = write_graphs(checkpoint, spec, masks, recipe, target, context)
-    output = Path(options.output) if options.output else Path(f"{found.name}-{recipe.name}-{target.name}")
-    layouts = {name: DataLayout(g.promises.values()) for name, g in graphs.items()}
-    count = Counter(progress, table.nbytes + sum(layout.nbytes for layout in layouts.values()))
 
-    with BundleWriter(output, overwrite=options.overwrite) as writer, ThreadPoolExecutor(1) as beside:
-        digest = beside.submit(_sha256, checkpoint.files())
-        writer.write(TABLE_FILE, count(TABLE_FILE, ahead(table.bytes())))
-        infos = {}
-        for name, g in graphs.items():
-            if g.promises:
-                writer.write(f"{name}.data", count(f"{name}.data", ahead(layouts[name].bytes())))
-            places = {n: (f"{name}.data", *place) for n, place in layouts[name].places.items()}
-            writer.write(f"{name}.onnx", [g.serialize({**places, TOKEN_TABLE: (TABLE_FILE, 0, table.nbytes)})])
-            infos[name] = g.info()
-        writer.write("tokenizer.json", [tokenizer.read_bytes()])
-        if left := checkpoint.unread():
-            raise CheckpointError(f"Bug: {', '.join(left[:5])} of {found.name} reached no graph")
-        manifest = Manifest(
-            name=found.name, family=spec.family, resolution=spec.resolution, image_tokens=spec.image_tokens, context_length=context,
-            max_new_tokens=MAX_NEW_TOKENS, local_window=spec.text.window if _has_input(infos["decoder_step"], "local_bias") else None,
-            residual_divisor=spec.text.residual_divisor, ranges=ranges, recipe=recipe.name, target=target.name, parameters=parameters(spec), spec=asdict(spec), token_ids=token_ids,
-            token_table=TokenTable(file=TABLE_FILE, dtype=cast(Float, table.dtype.name), shape=(spec.text.vocab, spec.text.width), scale=spec.text.embed_scale),
-            cache=Cache(layers=spec.text.depth, kv_heads=spec.text.kv_heads, head_dim=spec.text.head_dim, dtype=cast(Float, graphs["decoder_step"].dtype.name)),
-            graphs=infos, files={}, provenance=_provenance(found, digest.result()),
-        )  # fmt: skip
-        writer.write("README.md", [_card(manifest).encode()])
-        return writer.commit(manifest.model_copy(update={"files": writer.files}))
+def _open(found: Located, options: ExportOptions) -> Checkpoint:
+    return Checkpoint.open(found.path, Path(options.adapter) if options.adapter else None)
 
 
 def _check_spec(spec: ModelSpec, found: Located, options: ExportOptions) -> None:
@@ -161,15 +209,6 @@ def _check_weights(checkpoint: Checkpoint, spec: ModelSpec) -> None:
             f"{where}: {name} is {list(checkpoint.shape(name))} where config.json says {list(expected[name])}"
             + (f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
         )
-
-
-def _mask_source(options: ExportOptions, found: Located) -> MaskWeights | None:
-    file = options.masks or found.masks
-    return MaskWeights(Path(file)) if file else None
-
-
-def _has_input(graph: GraphInfo, name: str) -> bool:
-    return any(tensor.name == name for tensor in graph.inputs)
 
 
 def _sha256(files: list[Path]) -> str:

@@ -3,7 +3,7 @@
 
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.recipe import Recipe
-from pgxport.exporter.stream import Promise
+from pgxport.exporter.stream import DataLayout, Promise
 from pgxport.exporter.targets import Target
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.gemma import TOKEN_TABLE, decoder_step
@@ -11,6 +11,8 @@ from pgxport.models.mask_decoder import MaskWeights, mask_decoder
 from pgxport.models.projector import projector
 from pgxport.models.siglip import vision_encoder
 from pgxport.models.spec import ModelSpec
+
+TABLE_FILE = "token_table.bin"
 
 
 def write_graphs(
@@ -25,3 +27,20 @@ def write_graphs(
         graphs["mask_decoder"] = GraphBuilder("mask_decoder", masks, recipe, target)
         mask_decoder(graphs["mask_decoder"])
     return graphs, graphs["decoder_step"].promises.pop(TOKEN_TABLE)
+
+
+def serialized(g: GraphBuilder, layout: DataLayout, table: Promise) -> bytes:
+    """The graph's .onnx file, its weights in the data file of its name and in the token table's."""
+    places = {name: (f"{g.name}.data", *place) for name, place in layout.places.items()}
+    return g.serialize({**places, table.name: (TABLE_FILE, 0, table.nbytes)})
+
+
+def file_sizes(graphs: dict[str, GraphBuilder], table: Promise) -> dict[str, int]:
+    """Bytes of every file of weights, and of every graph."""
+    sizes = {TABLE_FILE: table.nbytes}
+    for name, g in graphs.items():
+        layout = DataLayout(g.promises.values())
+        if g.promises:
+            sizes[f"{name}.data"] = layout.nbytes
+        sizes[f"{name}.onnx"] = len(serialized(g, layout, table))
+    return sizes

@@ -17,12 +17,12 @@ import onnx_ir as ir
 
 from pgxport.errors import UsageError, choose
 from pgxport.exporter.audit import SCENES
-from pgxport.exporter.export import MAX_NEW_TOKENS, TABLE_FILE
+from pgxport.exporter.export import MAX_NEW_TOKENS
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.graphs import write_graphs
+from pgxport.exporter.graphs import file_sizes, write_graphs
 from pgxport.exporter.locate import TINY, published_name
 from pgxport.exporter.recipe import RECIPES, Recipe
-from pgxport.exporter.stream import BLOCK_BYTES, DataLayout, Promise
+from pgxport.exporter.stream import BLOCK_BYTES, Promise
 from pgxport.exporter.targets import TARGETS, Target
 from pgxport.models.checkpoint import Checkpoint, TensorSource
 from pgxport.models.gemma import TOKEN_TABLE
@@ -221,7 +221,7 @@ def plan(options: PlanOptions) -> Plan:
     return Plan(
         model=model, family=spec.family, resolution=spec.resolution, precision=recipe.name, target=target.name, context=context,
         parameters=_parameters(spec), files=files | exact | estimated, estimated=tuple(estimated),
-        export_memory=EXPORT_BASE + EXPORT_BLOCKS * BLOCK_BYTES + _tokenizer_memory(text) + _audit_memory(spec, recipe, target),
+        export_memory=EXPORT_BASE + EXPORT_BLOCKS * BLOCK_BYTES + 2 * text + _audit_memory(spec, recipe, target, text),
         run=run, needs={name: needs[name] for name in RECIPES if name in needs}, options=options,
     )  # fmt: skip
 
@@ -280,15 +280,8 @@ class _Sketch:
 
     def files(self) -> tuple[dict[str, int], int]:
         """The size of every file of weights and of every graph, and about that of the manifest."""
-        files, described = {TABLE_FILE: self.table.nbytes}, 3000
-        for name, g in self.graphs.items():
-            layout = DataLayout(g.promises.values())
-            if g.promises:
-                files[f"{name}.data"] = layout.nbytes
-            places = {n: (f"{name}.data", *place) for n, place in layout.places.items()}
-            files[f"{name}.onnx"] = len(g.serialize({**places, TOKEN_TABLE: (TABLE_FILE, 0, self.table.nbytes)}))
-            described += len(g.info().model_dump_json(indent=1))
-        return files, described
+        described = sum(len(g.info().model_dump_json(indent=1)) for g in self.graphs.values())
+        return file_sizes(self.graphs, self.table), 3000 + described
 
     def memory(self, target: Target, tokenizer: int) -> RunMemory:
         decoder, v, t = self.graphs["decoder_step"], self.spec.vision, self.spec.text
@@ -337,10 +330,11 @@ def _held(promise: Promise, computed: np.dtype[Any]) -> tuple[int, int]:
     return promise.nbytes, promise.nbytes
 
 
-def _audit_memory(spec: ModelSpec, recipe: Recipe, target: Target) -> int:
+def _audit_memory(spec: ModelSpec, recipe: Recipe, target: Target, tokenizer: int) -> int:
     if target.compute(recipe.rules[-1].scheme.dtype) != "float16":
         return 0
-    return int(SCENES * spec.image_tokens * AUDIT_BUFFERS * max(spec.vision.mlp, spec.text.mlp) * 4)
+    activations = int(SCENES * spec.image_tokens * AUDIT_BUFFERS * max(spec.vision.mlp, spec.text.mlp) * 4)
+    return activations + _tokenizer_memory(tokenizer)
 
 
 def _tokenizer_memory(size: int) -> int:
