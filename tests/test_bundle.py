@@ -228,7 +228,7 @@ def die_at(step):
 def trials(source: Path, output: Path, script: str, checkpoint: Path | str = "-") -> Any:
     done = subprocess.run(
         [sys.executable, "-c", TRIALS + script, str(source), str(output), str(checkpoint)],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -261,7 +261,7 @@ def test_killed_at_random_moments_of_an_export_the_next_succeeds(random_bundle: 
 begin = time.perf_counter()
 write()
 good, took, bad, killed, random = state(), time.perf_counter() - begin, [], 0, random.Random(0)
-for trial in range(20):
+for trial in range(60):
     fresh = trial % 2
     if fresh:
         [p.unlink() for p in output.iterdir()] and output.rmdir()
@@ -277,7 +277,7 @@ print(json.dumps([bad, killed, [p.name for p in output.parent.iterdir()]]))
 """
     bad, killed, left = trials(random_bundle, tmp_path / "out" / "b", script, random_checkpoint)
     assert (bad, left) == ([], ["b"])
-    assert killed >= 10, "too few were killed in time to show anything"
+    assert killed >= 30, "too few were killed in time to show anything"
 
 
 def test_an_export_that_outgrows_its_limit_is_a_disk_error_and_leaves_nothing(a_bundle: Path, tmp_path: Path):

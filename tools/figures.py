@@ -29,11 +29,36 @@ def tiny() -> str:
     return "\n".join([*lines, "", f"{count} questions of each task; in brackets the 95 % bootstrap interval."])
 
 
+def true_shapes() -> str:
+    """What was measured on checkpoints of published shapes with random weights."""
+    lines = ["| measured on published shapes, random weights | |", "|---|---|"]
+    for file in sorted(RESULTS.glob("export-*.json")):
+        r = json.loads(file.read_text())
+        row = f"{r['bundle_bytes'] / 1e9:.2f} GB in {r['seconds']['median']:.0f} s, peak private memory {r['peak_private_bytes'] / 1e6:.0f} MB"
+        if "ratio_to_copy" in r:
+            row += f"; {r['ratio_to_copy']['median']:.2f} × copying the checkpoint with sha256 ({_range(r['ratio_to_copy']['all'])})"
+        if r["limit_data_mib"]:
+            row += f"; under a limit of {r['limit_data_mib']} MiB"
+        lines.append(f"| {r['what']} | {row} |")
+    for file in sorted(RESULTS.glob("parity-*.json")):
+        r = json.loads(file.read_text())
+        row = f"{r['tokens_equal']} of {r['steps']} tokens equal; logits within {r['largest_error_of_logits_scale']:.1e} of their scale"
+        lines.append(f"| {r['what']} | {row} |")
+    graphs = json.loads((RESULTS / "graphs.json").read_text())["seconds"]
+    slowest = max(graphs.values(), key=lambda row: row["median"])["median"]
+    lines.append(f"| all graphs of a model written, {len(graphs)} models in every precision | {slowest:.2f} s at most (median) |")
+    return "\n".join(lines)
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.2f}–{max(values):.2f}"
+
+
 def _interval(row: dict[str, float]) -> str:
     return f"{row['mean'] * 100:.1f} % ({row['low'] * 100:.1f}–{row['high'] * 100:.1f})"
 
 
-TABLES = {"tiny": tiny}
+TABLES = {"tiny": tiny, "true_shapes": true_shapes}
 
 
 def rewritten(text: str) -> str:

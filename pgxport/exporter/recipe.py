@@ -41,6 +41,8 @@ class Recipe:
 
 
 FP32 = Recipe("fp32", (Rule("*", Scheme()),))
-FP16 = Recipe("fp16", (Rule("*", Scheme("float16")),))
-BF16 = Recipe("bf16", (Rule("*", Scheme("bfloat16")),))
+# Gemma's norms multiply by 1 + weight, of which half precision keeps too few digits. They are a few kilobytes a layer.
+NORMS = Rule("*norm*", Scheme())
+FP16 = Recipe("fp16", (NORMS, Rule("*", Scheme("float16"))))
+BF16 = Recipe("bf16", (NORMS, Rule("*", Scheme("bfloat16"))))
 RECIPES = {recipe.name: recipe for recipe in (FP32, FP16, BF16)}

@@ -56,7 +56,7 @@ def test_a_dry_run_refuses_what_an_export_refuses(random_checkpoint, tmp_path):
         dry_run(ExportOptions(output=tmp_path / "c", checkpoint=random_checkpoint, precision="bf16"))
     with pytest.raises(UsageError, match="--context 1"):
         dry_run(ExportOptions(output=tmp_path / "c", checkpoint=random_checkpoint, context=1))
-    with pytest.raises(CheckpointError, match="no such folder|does not exist|cannot"):
+    with pytest.raises(CheckpointError, match=r"no such folder|does not exist|cannot"):
         dry_run(ExportOptions(output=tmp_path / "c", checkpoint=tmp_path / "nowhere" / "x"))
 
 
