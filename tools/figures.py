@@ -36,7 +36,9 @@ def true_shapes() -> str:
         r = json.loads(file.read_text())
         row = f"{r['bundle_bytes'] / 1e9:.2f} GB in {r['seconds']['median']:.0f} s, peak private memory {r['peak_private_bytes'] / 1e6:.0f} MB"
         if "ratio_to_copy" in r:
-            row += f"; {r['ratio_to_copy']['median']:.2f} × copying the checkpoint with sha256 ({_range(r['ratio_to_copy']['all'])})"
+            row += (
+                f"; {r['ratio_to_copy']['median']:.2f} × copying the checkpoint with sha256 ({_range(r['ratio_to_copy']['all'])})"
+            )
         if r["limit_data_mib"]:
             row += f"; under a limit of {r['limit_data_mib']} MiB"
         lines.append(f"| {r['what']} | {row} |")

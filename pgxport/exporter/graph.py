@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write an ONNX graph: named scopes, operators, and weights that stay in the checkpoint until the file is written."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -21,7 +21,6 @@ from pgxport.models.layers import Transform, times
 from pgxport.models.spec import TextSpec
 
 Place = tuple[str, int, int]  # file, offset, length
-INLINE_BYTES = 1024  # a constant up to this size stands in the .onnx file itself
 
 
 class GraphBuilder:
@@ -72,16 +71,19 @@ class GraphBuilder:
         return value if have == want else self.op("Cast", value, to=int(ir.DataType.from_numpy(want)))
 
     def constant(self, value: Any, dtype: Any = None) -> ir.Value:
-        """A number or array that is part of the architecture, not of the checkpoint; fractions are activations."""
+        """A number or short list that is part of the architecture, not of the checkpoint; fractions are activations."""
         array = np.asarray(value, dtype or (self.dtype if np.asarray(value).dtype.kind == "f" else np.int64))
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
-            if array.nbytes > INLINE_BYTES:
-                self._constants[key] = self.promise(Promise(name, array.dtype, array.shape, lambda: iter([array])))
-            else:
-                self._constants[key] = self._initializer(_value(name, array.dtype, array.shape), ir.tensor(array, name=name))
+            self._constants[key] = self._initializer(_value(name, array.dtype, array.shape), ir.tensor(array, name=name))
         return self._constants[key]
+
+    def table(self, name: str, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> ir.Value:
+        """A large constant, worked out when it is written."""
+        if name not in self._weights:
+            self._weights[name] = self.promise(Promise(name, self.dtype, shape, lambda: iter([make().astype(self.dtype)])))
+        return self._weights[name]
 
     def weight(self, name: str, transform: Transform | None = None) -> ir.Value:
         return self.tensor(self.path(name), transform)

@@ -46,7 +46,9 @@ def cached_attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, 
     past = [g.input(f"past_key_values.{layer}.{part}", shape, g.dtype) for part in ("key", "value")]
     lengths = g.input("seqlens_k", ["batch"], np.int32)  # tokens in the cache after this call, less one
     total = g.input("total_sequence_length", [], np.int32)
-    cos, sin = (g.constant(table, g.dtype) for table in rotary_tables(text, g.context_length))
+    rows = (g.context_length, text.head_dim // 2)
+    cos = g.table("rotary.cos", rows, lambda: rotary_tables(text, g.context_length)[0])
+    sin = g.table("rotary.sin", rows, lambda: rotary_tables(text, g.context_length)[1])
     local = text.window is not None and layer in text.local_layers and text.window < g.context_length
     bias = g.input("local_bias", ["batch", 1, "tokens", "total"]) if local else None
     out, *present = g.op(
