@@ -132,6 +132,7 @@ class Manifest(_Model):
     recipe: str
     target: str
     parameters: int
+    stored: dict[str, dict[Float, PositiveInt]]  # how many weights of each dtype, by graph, and for the token table
     spec: dict[str, Any]  # the ModelSpec, for people and reports
     token_ids: TokenIds
     token_table: TokenTable

@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pgxport.bundle import MANIFEST, Bundle, TensorInfo
+from pgxport.bundle import ITEM_BYTES, MANIFEST, Bundle, TensorInfo
 from pgxport.errors import InputError
 
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector"}
@@ -32,21 +32,26 @@ def render(found: dict[str, Any]) -> str:
         lines = [
             f"{found['name']}: {found['family']} at {found['resolution']} px, {found['parameters']:,} parameters, {found['bytes']:,} bytes"
         ]
-        lines += [
-            f"  {part}: {row['parameters']:,} parameters, {row['bytes']:,} bytes ({row['dtypes']})"
-            for part, row in found["parts"].items()
-        ]
+        lines += _parts(found)
         return "\n".join([*lines, f"try: pgx export --checkpoint {found['path']} -o bundle"])
     lines = [
         f"{found['name']}: {found['family']} at {found['resolution']} px, {found['parameters']:,} parameters",
         f"  {found['recipe']} for {found['target']}, {found['bytes']:,} bytes, every file as its manifest says",
         f"  {found['image_tokens']} image tokens, up to {found['context_length']} tokens of prefix and answer",
     ]
+    lines += _parts(found)
     for name, graph in found["graphs"].items():
-        lines.append(f"  {name}: {graph['bytes']:,} bytes")
+        lines.append(f"  graph {name}: {graph['bytes']:,} bytes with its weights")
         for kind in ("inputs", "outputs"):
             lines += [f"    {kind[:-1]:6} {row}" for row in _fold(graph[kind])]
     return "\n".join([*lines, f'try: pgx run {found["path"]} --image photo.jpg --prompt "caption en"'])
+
+
+def _parts(found: dict[str, Any]) -> list[str]:
+    return [
+        f"  {part}: {row['parameters']:,} parameters, {row['bytes']:,} bytes ({row['dtypes']})"
+        for part, row in found["parts"].items()
+    ]
 
 
 def _bundle(bundle: Bundle) -> dict[str, Any]:
@@ -72,8 +77,16 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
             "parameters",
         }
     )
+    parts = {
+        part: {
+            "parameters": sum(counts.values()),
+            "bytes": sum(count * ITEM_BYTES[dtype] for dtype, count in counts.items()),
+            "dtypes": ", ".join(sorted(counts)),
+        }
+        for part, counts in m.stored.items()
+    }
     return {
-        "kind": "bundle", "path": str(bundle.path), **facts, "bytes": bundle.nbytes, "graphs": graphs,
+        "kind": "bundle", "path": str(bundle.path), **facts, "bytes": bundle.nbytes, "parts": parts, "graphs": graphs,
         "files": {name: info.size for name, info in m.files.items()}, "spec": m.spec, "provenance": m.provenance.model_dump(),
     }  # fmt: skip
 

@@ -35,6 +35,20 @@ def test_a_bundle_is_described_as_its_manifest_has_it(a_bundle: Path):
     assert json.loads(json.dumps(found)) == json.loads(json.dumps(found))
 
 
+def test_a_bundles_parts_are_told_by_dtype_and_add_up_to_its_parameters(a_bundle: Path):
+    found = describe(a_bundle)
+    parts = found["parts"]
+    without_masks = sum(row["parameters"] for part, row in parts.items() if part != "mask_decoder")
+    assert without_masks == found["parameters"]
+    assert {row["dtypes"] for row in parts.values()} == {"float32"}
+    table = Bundle.open(a_bundle).manifest.token_table
+    assert parts["token_table"]["bytes"] == 4 * table.shape[0] * table.shape[1] == found["files"][table.file]
+    for name in ("vision_encoder", "projector", "mask_decoder"):
+        # The data file holds nothing else, but for the padding to pages.
+        assert 0 <= found["files"][f"{name}.data"] - parts[name]["bytes"] < 4096 * 400
+    assert f"{parts['projector']['parameters']:,} parameters" in render(found)
+
+
 def test_the_cache_is_one_line_for_all_layers(a_bundle: Path):
     shown, layers = render(describe(a_bundle)), Bundle.open(a_bundle).manifest.cache.layers
     for stem, part in (("past_key_values", "key"), ("present", "value")):

@@ -12,7 +12,7 @@ from pgxport import __version__
 from pgxport.bundle import Bundle, BundleWriter, Cache, Float, Manifest, Provenance, TokenIds, TokenTable, file_sha256
 from pgxport.errors import CheckpointError, UsageError, choose
 from pgxport.exporter.audit import audit, residual_divisor
-from pgxport.exporter.graphs import TABLE_FILE, file_sizes, serialized, write_graphs
+from pgxport.exporter.graphs import TABLE_FILE, file_sizes, serialized, stored, write_graphs
 from pgxport.exporter.locate import Located, locate
 from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
@@ -115,6 +115,7 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
             recipe=job.recipe.name,
             target=job.target.name,
             parameters=parameters(spec),
+            stored=stored(graphs, table),
             spec=asdict(spec),
             token_ids=job.token_ids,
             token_table=TokenTable(

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """All graphs of a bundle together, written over anything that knows the weights' shapes."""
 
+from collections.abc import Iterable
+from math import prod
+from typing import cast
+
+from pgxport.bundle import Float
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.stream import DataLayout, Promise
@@ -27,6 +32,19 @@ def write_graphs(
         graphs["mask_decoder"] = GraphBuilder("mask_decoder", masks, recipe, target)
         mask_decoder(graphs["mask_decoder"])
     return graphs, graphs["decoder_step"].promises.pop(TOKEN_TABLE)
+
+
+def stored(graphs: dict[str, GraphBuilder], table: Promise) -> dict[str, dict[Float, int]]:
+    """How many weights of each dtype, by graph, and for the token table."""
+    counts: dict[str, dict[Float, int]] = {}
+    parts: dict[str, Iterable[Promise]] = {"token_table": [table], **{name: g.promises.values() for name, g in graphs.items()}}
+    for part, promises in parts.items():
+        of_part = counts.setdefault(part, {})
+        for promise in promises:
+            if not promise.name.startswith("rotary."):  # tables that are worked out, not weights
+                dtype = cast(Float, promise.dtype.name)
+                of_part[dtype] = of_part.get(dtype, 0) + prod(promise.shape)
+    return counts
 
 
 def serialized(g: GraphBuilder, layout: DataLayout, table: Promise) -> bytes:
