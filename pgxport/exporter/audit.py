@@ -46,26 +46,25 @@ def audit(source: TensorSource, spec: ModelSpec, tokenizer: Path, ids: TokenIds,
             kind = "vision residual"  # no divisor reaches it
         elif where.endswith(entering):
             kind = "residual"
-        top = float(np.abs(values).max())
+        top = max(float(values.max()), -float(values.min()))
         if top > largest.get(kind, (-1.0, ""))[0] or math.isnan(top):
             largest[kind] = (top, where)
 
-    pictures = [draw("calibration", i) for i in range(scenes)]
-    pixels = np.stack([pixel_values(s.image, spec.resolution) for s in pictures])
-    hidden = _run(Eager(source, {"pixel_values": pixels}, observe=observe), vision_encoder, spec, "image_hidden")
-    features = _run(Eager(source, {"image_hidden": hidden}, observe=observe), projector, spec, "image_features")
-
     words = PromptTokenizer(tokenizer, ids)
     prompt = words.prompt_ids("caption en", 0)
-    answers = [words.prompt_ids(caption(s), 0)[1:-1] for s in pictures]  # without bos and newline
-    shortest = min(map(len, answers))
-    tokens = np.array([prompt + answer[:shortest] for answer in answers])
-    rows = np.stack([to_float32(source.rows(TOKEN_TABLE, int(t), int(t) + 1))[0] for t in tokens.ravel()])
-    text = rows.reshape(*tokens.shape, -1) * np.float32(spec.text.embed_scale)
-    embeds = np.concatenate([features, text], 1)
-    observe("residual", "inputs_embeds", embeds)
-    eager = Eager(source, {"inputs_embeds": embeds}, prefix=spec.image_tokens + len(prompt), observe=observe)
-    _run(eager, decoder_step, spec, "logits")
+    for index in range(scenes):  # one at a time: the weights are read again, and activations take half the memory of two
+        scene = draw("calibration", index)
+        tokens = prompt + words.prompt_ids(caption(scene), 0)[1:-1]  # without bos and newline
+        pixels = pixel_values(scene.image, spec.resolution)[None]
+        hidden = _run(Eager(source, {"pixel_values": pixels}, observe=observe), vision_encoder, spec, "image_hidden")
+        features = _run(Eager(source, {"image_hidden": hidden}, observe=observe), projector, spec, "image_features")
+        text = np.concatenate([to_float32(source.rows(TOKEN_TABLE, t, t + 1)) for t in tokens]) * np.float32(
+            spec.text.embed_scale
+        )
+        embeds = np.concatenate([features, text[None]], 1)
+        observe("residual", "inputs_embeds", embeds)
+        eager = Eager(source, {"inputs_embeds": embeds}, prefix=spec.image_tokens + len(prompt), observe=observe)
+        _run(eager, decoder_step, spec, "logits")
     kinds = sorted(largest)
     return Ranges(largest={k: largest[k][0] for k in kinds}, where={k: largest[k][1] for k in kinds}, scenes=scenes)
 

@@ -73,7 +73,7 @@ class Eager:
         for start, stop in row_blocks(rows, 4 * cols):
             block = to_float32(self.source.rows(path, start, stop)) * np.float32(gain)
             # Products of half precision are added up in float32, as engines do.
-            y[..., start:stop] = x.astype(np.float32) @ block.astype(self.dtype).astype(np.float32).T
+            y[..., start:stop] = x.astype(np.float32, copy=False) @ block.astype(self.dtype).astype(np.float32).T
         return y
 
     def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, *, heads: int, scale: float) -> np.ndarray:
@@ -117,7 +117,7 @@ class Eager:
         result = getattr(self, f"_{kind.lower()}")(*inputs, **attributes)
         if kind in ("Add", "Mul"):
             self._observe({"Add": "residual", "Mul": "MLP product"}[kind], self.path(kind), result)
-        return result.astype(self.dtype)
+        return result.astype(self.dtype, copy=False)
 
     def _add(self, a: Any, b: Any) -> np.ndarray:
         return a + b
@@ -133,8 +133,13 @@ class Eager:
 
     def _gelu(self, x: np.ndarray, approximate: str) -> np.ndarray:
         assert approximate == "tanh"
-        x = x.astype(np.float32)
-        return np.float32(0.5) * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)))
+        y = np.empty(x.shape, np.float32)
+        # A few tokens at a time: an MLP's activations are the largest arrays here, and this would make several more.
+        for start, stop in row_blocks(x.shape[1], 4 * x.shape[0] * x.shape[2]):
+            part = x[:, start:stop].astype(np.float32)
+            inner = np.float32(math.sqrt(2 / math.pi)) * (part + np.float32(0.044715) * part * part * part)
+            y[:, start:stop] = np.float32(0.5) * part * (1 + np.tanh(inner))
+        return y
 
     def _reshape(self, x: np.ndarray, shape: list[int]) -> np.ndarray:
         return x.reshape([x.shape[i] if d == 0 else d for i, d in enumerate(shape)])
