@@ -398,3 +398,26 @@ def test_a_config_beside_the_npz_goes_before_its_shapes(gemma1: Arrays, tmp_path
     assert checkpoint.files() == [tmp_path / "config.json", tmp_path / "a.npz"]
     # A file given by itself may lie in a folder with anything else.
     assert Checkpoint.open(tmp_path / "a.npz").config["model_type"] == "paligemma"
+
+
+@pytest.mark.parametrize("family", ["paligemma", "paligemma2"])
+def test_a_folder_with_the_npz_and_a_tokenizer_exports_the_bytes_of_the_hub_checkpoint(tmp_path: Path, family: str):
+    """As in the published npz, the table has no row for `<image>`, whose id is the first beyond it."""
+    pytest.importorskip("onnx_ir")
+    from gemma_tokenizer import build_tokenizer
+    from tokenizers import Tokenizer
+
+    from pgxport.exporter.export import ExportOptions, export
+
+    hub, npz = tmp_path / "hub", tmp_path / "npz"
+    build_tokenizer(hub)
+    image = Tokenizer.from_file(str(hub / "tokenizer.json")).token_to_id("<image>")
+    model = random_paligemma(hub, family=family, text={"vocab_size": image}, image_token_index=image)
+    npz.mkdir()
+    np.savez(npz / "model.npz", **training_arrays(model))
+    for name in ("tokenizer.json", *(["config.json"] if family == "paligemma2" else [])):  # Gemma 2's query scale has no shape
+        (npz / name).write_bytes((hub / name).read_bytes())
+    ours, theirs = (export(ExportOptions(output=tmp_path / f"b-{c.name}", checkpoint=c)).manifest for c in (npz, hub))
+    assert ours.token_ids == theirs.token_ids
+    weights = {name: info.sha256 for name, info in theirs.files.items() if name != "README.md"}
+    assert {name: info.sha256 for name, info in ours.files.items() if name != "README.md"} == weights
