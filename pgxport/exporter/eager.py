@@ -16,6 +16,7 @@ from pgxport.exporter.stream import row_blocks, to_float32
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.layers import Transform, times
 from pgxport.models.spec import TextSpec
+from pgxport.runners.loop import visible
 
 Observe = Callable[[str, str, np.ndarray], None]  # what kind of number, where, the values
 
@@ -90,12 +91,9 @@ class Eager:
             return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(self.dtype)
 
         k, v = (np.repeat(x, text.heads // text.kv_heads, 1) for x in (rotate(k), v))
-        i, j = np.arange(tokens)[:, None], np.arange(tokens)[None, :]
-        causal = j <= i
-        if text.window is not None and layer in text.local_layers:
-            causal &= i - j < text.window
-        inside = (i < self.prefix) & (j < self.prefix)
-        return self._attend(rotate(q), k, v, text.query_scale, text.attn_softcap, inside | causal)
+        local = layer in text.local_layers
+        seen = visible(self.prefix, tokens, text.window if local else None)
+        return self._attend(rotate(q), k, v, text.query_scale, text.attn_softcap, seen)
 
     def _attend(
         self, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, cap: float | None, seen: np.ndarray | None

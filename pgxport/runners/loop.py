@@ -67,10 +67,15 @@ class Decoder:
 
 def local_bias(tokens: int, total: int, window: int) -> np.ndarray:
     """[1, 1, T, S], added to the scores of local layers: nothing for a prefix, `HIDDEN` where a new token may not look."""
-    bias = np.zeros((1, 1, tokens, total), np.float32)
-    if tokens < total:
-        bias[..., : max(0, total - window)] = HIDDEN
-    return bias
+    seen = visible(total if tokens == total else 0, total, window, first=total - tokens)
+    return np.where(seen, np.float32(0), HIDDEN)[None, None]
+
+
+def visible(prefix: int, total: int, window: int | None = None, *, first: int = 0) -> np.ndarray:
+    """[T, S] bool: which of `total` tokens each token from `first` on looks at; the first `prefix` ones see each other."""
+    i, j = np.arange(first, total)[:, None], np.arange(total)[None, :]
+    causal = (j <= i) if window is None else (j <= i) & (i - j < window)
+    return causal | ((i < prefix) & (j < prefix))
 
 
 def generate(decoder: Decoder, prefix: np.ndarray, embed: Callable[[int], np.ndarray], *, eos: int, limit: int) -> Iterator[int]:
