@@ -166,9 +166,7 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Job:
     spec = read_config(checkpoint.config, local_window=options.local_window == "hf")
     _check_spec(spec, found, options)
     _check_weights(checkpoint, spec)
-    context = spec.image_tokens + 2 * MAX_NEW_TOKENS if options.context is None else options.context
-    if context <= spec.image_tokens:
-        raise UsageError(f"--context {context} has no room for an image of {spec.image_tokens} tokens and a prompt")
+    context = context_length(spec, options.context)
     masks = options.masks or found.masks
     tokenizer = checkpoint.file("tokenizer.json")
     if tokenizer is None:
@@ -179,6 +177,18 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Job:
         found, checkpoint, spec, recipe, target, context, MaskWeights(Path(masks)) if masks else None, tokenizer,
         read_token_ids(tokenizer, checkpoint.config), output,
     )  # fmt: skip
+
+
+def context_length(spec: ModelSpec, asked: int | None) -> int:
+    """The longest prefix and answer together, in tokens; without a wish, room for a long prompt and a long answer.
+
+    Raises:
+        UsageError: an image and a prompt do not fit.
+    """
+    length = spec.image_tokens + 2 * MAX_NEW_TOKENS if asked is None else asked
+    if length <= spec.image_tokens:
+        raise UsageError(f"--context {length} has no room for an image of {spec.image_tokens} tokens and a prompt")
+    return length
 
 
 def _open(found: Located, options: ExportOptions) -> Checkpoint:

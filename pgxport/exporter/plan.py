@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pgxport.errors import UsageError, choose
-from pgxport.exporter.export import MAX_NEW_TOKENS
+from pgxport.exporter.export import context_length
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import file_sizes, write_graphs
 from pgxport.exporter.locate import TINY, published_name
@@ -201,9 +201,7 @@ def plan(options: PlanOptions) -> Plan:
     if options.local_window not in ("hf", "none"):
         raise UsageError(f"local window {options.local_window!r} does not exist; choose 'hf' or 'none'")
     model, source, spec, tokenizer = _model(options)
-    context = options.context or spec.image_tokens + 2 * MAX_NEW_TOKENS
-    if context <= spec.image_tokens:
-        raise UsageError(f"--context {context} has no room for an image of {spec.image_tokens} tokens and a prompt")
+    context = context_length(spec, options.context)
     masks = _masks(options)
     text = TOKENIZER_BYTES[spec.family] if tokenizer is None else tokenizer
     sketch = _sketch(source, spec, masks, recipe, target, context)
