@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from pgxport.errors import DiskError, IntegrityError, UsageError
 from pgxport.onnx_check import read_signature
@@ -42,7 +42,9 @@ TokenId = Annotated[int, Field(ge=0)]
 
 
 Float = Literal["float32", "float16", "bfloat16"]
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # numpy alone does not know bfloat16
+Stored = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+Kept = Literal["float32", "float16", "bfloat16", "int8"]  # in a KV cache
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}  # numpy alone does not know bfloat16
 
 
 class _Model(BaseModel):
@@ -69,12 +71,50 @@ class GraphInfo(_Model):
 
 
 class TokenTable(_Model):
-    """The embedding [vocab, width], row by row in a file of its own; a looked-up row is multiplied by `scale`."""
+    """The embedding [vocab, width], row by row in a file of its own; a looked-up row is multiplied by `scale`.
+
+    Whole numbers have scales, at `scales_offset` of the same file, one for each `group` of a row's numbers, and codes at its
+    beginning: with a group bytes around 128 or pairs of 4 bits around 8, the lower half first, the last group filled up; without
+    one, int8 and one scale a row.
+    """
 
     file: FileName
-    dtype: Float
+    dtype: Stored
     shape: tuple[PositiveInt, PositiveInt]
     scale: float = Field(gt=0, allow_inf_nan=False)
+    group: Annotated[int, Field(ge=16, le=65536)] | None = None
+    scales_offset: Annotated[int, Field(gt=0)] | None = None
+    scales_dtype: Float | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        coded = self.dtype in ("int8", "int4")
+        if coded != (self.scales_offset is not None) or coded != (self.scales_dtype in ("float32", "float16")):
+            raise ValueError(f"a token table of {self.dtype} with scales of {self.scales_dtype} at {self.scales_offset}")
+        if (self.group is not None and not coded) or (self.group is None and self.dtype == "int4"):
+            raise ValueError(f"a token table of {self.dtype} in groups of {self.group}")
+        if self.group is not None and self.group & (self.group - 1):
+            raise ValueError(f"groups of {self.group}, which is no power of two")
+        return self
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, without its scales."""
+        if self.group is None:
+            return self.shape[1] * ITEM_BYTES[self.dtype]
+        return self.groups * self.group * (8 if self.dtype == "int8" else 4) // 8
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return 1 if self.group is None else -(-self.shape[1] // self.group)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the file."""
+        if self.scales_offset is None:
+            return self.shape[0] * self.row_bytes
+        return self.scales_offset + self.shape[0] * self.groups * ITEM_BYTES[self.scales_dtype or "float32"]
 
 
 class Cache(_Model):
@@ -83,7 +123,7 @@ class Cache(_Model):
     layers: int = Field(gt=0, le=1024)
     kv_heads: int = Field(gt=0, le=1024)
     head_dim: int = Field(gt=0, le=1024)
-    dtype: Float
+    dtype: Kept
 
 
 class TokenIds(_Model):
@@ -108,12 +148,24 @@ class Ranges(_Model):
     scenes: int
 
 
+class Parity(_Model):
+    """What rounding to whole numbers cost, against the checkpoint, at every token of answers that both were given."""
+
+    scenes: int
+    positions: int
+    kl: float  # mean Kullback-Leibler divergence from the checkpoint's next-token distribution, in nats
+    kl_worst: float
+    agreement: float  # share of positions where both find the same token likeliest
+    sqnr: dict[str, float]  # of each rounded matrix, in dB, worst first
+
+
 class Provenance(_Model):
     """Where a bundle comes from."""
 
     checkpoint: str  # a name for people, never a path
     revision: str | None  # the hub's commit, where it comes from the hub
     checkpoint_sha256: str
+    calibration_sha256: str | None = None
     versions: dict[str, str]
 
 
@@ -129,10 +181,11 @@ class Manifest(_Model):
     local_window: PositiveInt | None  # tokens that a generated token sees in local layers; None where no layer needs telling
     residual_divisor: float = Field(ge=1)  # what the residual stream is divided by, to stay inside float16
     ranges: Ranges | None  # what that was chosen by; None where activations are not float16
-    recipe: str
+    parity: Parity | None  # None where nothing is rounded to whole numbers, or the comparison was not asked for
+    recipe: str  # its rules are in recipe.toml
     target: str
     parameters: int
-    stored: dict[str, dict[Float, PositiveInt]]  # how many weights of each dtype, by graph, and for the token table
+    stored: dict[str, dict[Stored, PositiveInt]]  # how many weights of each dtype, by graph, and for the token table
     spec: dict[str, Any]  # the ModelSpec, for people and reports
     token_ids: TokenIds
     token_table: TokenTable
@@ -182,11 +235,40 @@ class Bundle:
     def graph(self, name: str) -> Path:
         return self.path / self.manifest.graphs[name].file
 
-    def token_table(self) -> np.ndarray:
-        """The embedding [vocab, width], mapped: only the rows that are looked up are read. bfloat16 comes as uint16."""
-        table = self.manifest.token_table
-        stored = np.dtype("uint16" if table.dtype == "bfloat16" else table.dtype)
-        return np.memmap(self.path / table.file, stored, "r", shape=table.shape)
+    def token_table(self) -> "Embedding":
+        return Embedding(self.path / self.manifest.token_table.file, self.manifest.token_table)
+
+
+class Embedding:
+    """The token table, mapped: only the rows that are looked up are read."""
+
+    def __init__(self, file: Path, table: TokenTable):
+        self._table = table
+        self._bytes = np.memmap(file, np.uint8, "r", shape=(table.nbytes,))
+        self._rows = self._bytes[: table.shape[0] * table.row_bytes].reshape(table.shape[0], table.row_bytes)
+        if table.scales_offset is not None:
+            assert table.scales_dtype is not None
+            scales = self._bytes[table.scales_offset :].view(table.scales_dtype)
+            self._scales = scales.reshape(table.shape[0], table.groups)
+
+    def __len__(self) -> int:
+        return self._table.shape[0]
+
+    def rows(self, ids: Sequence[int]) -> np.ndarray:
+        """float32 [T, H], not yet scaled."""
+        rows, t = self._rows[list(ids)], self._table
+        if t.dtype == "bfloat16":  # the upper half of a float32
+            return (rows.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+        if t.scales_offset is None:
+            return rows.view(t.dtype).astype(np.float32)
+        if t.group is None:
+            codes = rows.view(np.int8).astype(np.float32)
+        elif t.dtype == "int8":
+            codes = rows.astype(np.float32) - np.float32(128)
+        else:
+            codes = np.stack([rows & 15, rows >> 4], -1).reshape(len(rows), -1).astype(np.float32) - np.float32(8)
+        scales = np.repeat(self._scales[list(ids)].astype(np.float32), t.group or t.shape[1], 1)
+        return (codes * scales)[:, : t.shape[1]]
 
 
 class BundleWriter:
@@ -344,7 +426,9 @@ def _plain_size(file: Path) -> int:
 
 def _check_table(path: Path, manifest: Manifest) -> None:
     table, size = manifest.token_table, manifest.files[manifest.token_table.file].size
-    if size != table.shape[0] * table.shape[1] * ITEM_BYTES[table.dtype]:
+    if table.scales_offset is not None and table.scales_offset < table.shape[0] * table.row_bytes:
+        raise IntegrityError(f"{path / table.file}: the scales at {table.scales_offset} lie among the rows")
+    if size != table.nbytes:
         raise IntegrityError(f"{path / table.file} has {size} bytes, which is not {table.shape} {table.dtype}")
     ids = manifest.token_ids
     if (top := max(ids.bos, ids.eos, ids.pad, ids.newline, ids.image)) >= table.shape[0]:

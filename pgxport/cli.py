@@ -39,12 +39,20 @@ def cli() -> None:
 @click.option("--checkpoint", help="A folder in hub layout, or a hub id, in place of the published one.")
 @click.option("--adapter", type=click.Path(), help="A LoRA adapter in PEFT layout, merged as the checkpoint is read.")
 @click.option("--masks", type=click.Path(dir_okay=False), help="vae-oid.npz, for the masks of `segment` (tiny brings its own).")
-@click.option("--precision", default="fp32", show_default=True, help="fp32.")
-@click.option("--target", default="cpu", show_default=True, help="The engine to write for: cpu.")
+@click.option("--precision", default="fp32", show_default=True, help="How weights are stored; a wrong one lists what there is.")
+@click.option(
+    "--recipe", type=click.Path(dir_okay=False), help="A TOML file that says it weight by weight (docs/reference/recipes.md)."
+)
+@click.option("--calibration", type=click.Path(dir_okay=False), help="What `pgx calibrate` wrote, for recipes that need it.")
+@click.option("--target", default="cpu", show_default=True, help="The engine to write for; a wrong one lists what there is.")
 @click.option("--context", type=click.IntRange(1), help="Longest prefix and answer together, in tokens  [default: image + 512]")
 @click.option(
     "--local-window", type=click.Choice(["hf", "none"]), default="hf", show_default=True, help="Gemma 2's window: hf or none."
 )
+@click.option(
+    "--parity", type=click.IntRange(0), default=2, show_default=True, help="Scenes to compare a rounded bundle on; 0: none."
+)
+@click.option("--gate", type=click.FloatRange(0, 1), help="Write nothing if fewer tokens agree with the checkpoint, as 0.99.")
 @click.option("-o", "--output", type=click.Path(), help="The folder to write  [default: named after the model]")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say how large each file would be; write nothing.")
@@ -54,7 +62,7 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
 
     \b
     pgx export --size tiny --res 224 -o b
-    pgx export --checkpoint my-finetune/ --precision fp32 -o b
+    pgx export --checkpoint my-finetune/ --precision int8 --gate 0.99 -o b
     """
     import time
 
@@ -79,11 +87,19 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
         "seconds": round(time.perf_counter() - start, 2),
         "peak_rss_bytes": peak_rss(),
         "files": {name: info.size for name, info in bundle.manifest.files.items()},
+        "parity": bundle.manifest.parity.model_dump() if bundle.manifest.parity else None,
     }
     if as_json:
         click.echo(jsonlib.dumps(made, indent=1))
         return
     click.echo(f"wrote {bundle.path}: {size(bundle.nbytes)} in {made['seconds']} s, peak memory {size(peak_rss())}")
+    if parity := bundle.manifest.parity:
+        click.echo(
+            f"against the checkpoint, {parity.positions} tokens of {parity.scenes} scenes: {parity.agreement:.1%} of the likeliest "
+            f"tokens the same, KL {parity.kl:.2g} nats (worst {parity.kl_worst:.2g})"
+        )
+        for path, decibels in list(parity.sqnr.items())[:5]:
+            click.echo(f"  {decibels:6.1f} dB  {path}")
     if "mask_decoder" not in bundle.manifest.graphs:
         click.echo("without a mask decoder: `segment` answers with boxes and codes only; --masks vae-oid.npz adds it")
     shown = options["output"] or bundle.path.name
@@ -116,6 +132,51 @@ def plan(as_json: bool, **options: Any) -> None:
 
     planned = plan(PlanOptions(**options))
     click.echo(jsonlib.dumps(planned.to_json(), indent=1) if as_json else render(planned))
+
+
+@cli.command()
+@click.argument("source", required=False)
+@click.option("--size", help="A published size, 3b, 10b or 28b, or tiny for the embedded checkpoint, in place of SOURCE.")
+@click.option("--res", type=int, help="Pixels a side: 224, 448 or 896; tiny: 112 or 224.")
+@click.option("--family", type=click.Choice(["paligemma", "paligemma2"]), default="paligemma2", show_default=True)
+@click.option("--variant", default="pt", show_default=True, help="pt, mix or ft-TASK, as the hub names them.")
+@click.option("--adapter", type=click.Path(), help="A LoRA adapter in PEFT layout, as it will be given to the export.")
+@click.option("--data", type=click.Path(), help="Samples: a JSONL file, or a folder of images and texts  [default: drawn scenes]")
+@click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="How many to take, from the beginning.")
+@click.option("--moments/--no-moments", default=True, show_default=True, help="Keep the second moments, which GPTQ needs.")
+@click.option(
+    "-o", "--output", type=click.Path(), default="calibration.safetensors", show_default=True, help="The file to write."
+)
+@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+@json_option
+def calibrate(as_json: bool, **options: Any) -> None:
+    """Run samples through a model, and write what quantization has to know about its activations.
+
+    SOURCE is a checkpoint or a hub id, run layer by layer (stopped, it goes on where it was), or a float bundle, run whole.
+
+    \b
+    pgx calibrate --size tiny --res 224 -o calibration.safetensors
+    pgx calibrate my-finetune/ --data samples.jsonl --samples 64
+    """
+    import time
+
+    with needs("export"):
+        from pgxport.calib.calibrate import CalibrateOptions, calibrate
+
+        start = time.perf_counter()
+        with progress_bar() as progress:
+            made = calibrate(CalibrateOptions(**options), progress=progress)
+    about, nbytes, seconds = made.about, made.path.stat().st_size, round(time.perf_counter() - start, 2)
+    if as_json:
+        found = {"file": str(made.path), "bytes": nbytes, "sha256": made.digest, "seconds": seconds, "peak_rss_bytes": peak_rss()}
+        click.echo(jsonlib.dumps(found | about.model_dump(exclude={"inputs"}), indent=1))
+        return
+    click.echo(f"wrote {made.path}: {size(nbytes)} in {seconds} s, peak memory {size(peak_rss())}")
+    click.echo(f"{about.samples} samples: {about.prefix_tokens} tokens of prefix, {about.suffix_tokens} of suffix")
+    of_bundle = about.engine == "onnxruntime"
+    named = {"checkpoint": "CHECKPOINT" if of_bundle else options["source"], "size": options["size"], "res": options["res"]}
+    model = " ".join(f"--{option} {value}" for option, value in named.items() if value)
+    click.echo(f"try: pgx export {model} --precision int4 --calibration {made.path}")
 
 
 @cli.command()
@@ -173,6 +234,44 @@ def run(
     click.echo(
         f"{len(answer.token_ids)} tokens; ms: {times}" + (f"; drawn on {save}" if save else "; --save out.png draws it"), err=True
     )
+
+
+@cli.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path())
+@click.option("-r", "--repeat", "repetitions", type=click.IntRange(1), default=5, show_default=True, help="Repetitions of each.")
+@click.option("--prompt-tokens", type=click.IntRange(2), help="Length of the prompt, bos and newline included  [default: 16]")
+@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Decode steps; no end is heeded.")
+@click.option("--image", "images", multiple=True, type=click.Path(), help="An image; again for several  [default: noise]")
+@click.option("--decoder-only", is_flag=True, help="Only decode steps, on random numbers, without an image or a prefill.")
+@click.option("--past", help="With --decoder-only: tokens already there, as in 1100,4200  [default: image and prompt]")
+@engine_option
+@threads_option
+@json_option
+def bench(as_json: bool, decoder_only: bool, past: str | None, bundles: tuple[str, ...], **options: Any) -> None:
+    """Measure time and memory of bundles side by side: one row a stage, and what can be told apart.
+
+    \b
+    pgx bench b-int8 b-int4 -r 5
+    pgx bench b --decoder-only --past 1100,4200
+    """
+    from pgxport.report.bench import bench, render
+    from pgxport.report.measure import Answers, Steps, lengths
+    from pgxport.runners.outputs import terminal_safe
+
+    prompt_tokens, new_tokens, images = options.pop("prompt_tokens"), options.pop("new_tokens"), options.pop("images")
+    if past and not decoder_only:
+        raise click.UsageError("--past goes with --decoder-only")
+    if decoder_only and (prompt_tokens or images):
+        raise click.UsageError("--prompt-tokens and --image belong to whole answers; with --decoder-only there is --past")
+    whole = Answers(prompt_tokens or Answers.prompt_tokens, new_tokens, images)
+    work = Steps(lengths(past), steps=new_tokens) if decoder_only else whole
+    progress = stage_line if sys.stderr.isatty() else None
+    done = bench(bundles, work, progress=progress, **options)
+    if progress:
+        progress("")
+    click.echo(jsonlib.dumps(done.to_json(), indent=1) if as_json else terminal_safe(render(done)))
+    if all(m.reason for m in done.measurements):
+        fail(done.measurements[0].exit_code, f"nothing could be measured: {done.measurements[0].reason}")
 
 
 @cli.command()
@@ -255,6 +354,13 @@ class progress_bar:
     def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def stage_line(what: str) -> None:
+    """Say on the terminal what is being done, over what was said before."""
+    from pgxport.runners.outputs import terminal_safe
+
+    click.echo(f"\r\x1b[K{terminal_safe(what)}\r", nl=False, err=True)
 
 
 def size(count: int) -> str:

@@ -45,7 +45,7 @@ def test_a_bundle_is_what_was_written(a_bundle: Path, tmp_path: Path):
     assert contents(bundle.path) == contents(a_bundle)
     assert Bundle.open(bundle.path) == bundle
     assert bundle.nbytes == sum(p.stat().st_size for p in a_bundle.iterdir() if p.name != MANIFEST)
-    assert bundle.token_table().shape == bundle.manifest.token_table.shape
+    assert bundle.token_table().rows([0, 1]).shape == (2, bundle.manifest.token_table.shape[1])
     assert os.listdir(tmp_path / "new") == ["b"]
 
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("onnx_ir")
 
 from pgxport.errors import UsageError
-from pgxport.exporter.plan import BOARDS, GIB, PlanOptions, plan, render
+from pgxport.exporter.plan import BOARDS, GIB, PlanOptions, _computes, plan, render
 from pgxport.exporter.recipe import RECIPES
 from pgxport.exporter.targets import TARGETS
 from pgxport.models.spec import RESOLUTIONS, TEXT
@@ -20,7 +20,7 @@ from pgxport.models.tiny import __file__ as tiny
 
 MASKS = Path(tiny).with_name("vae-oid.npz")
 MODELS = [(family, size, res) for family, size in TEXT for res in RESOLUTIONS]
-COMPUTED = [(t.name, r.name) for t in TARGETS.values() for r in RECIPES.values() if r.rules[-1].scheme.dtype in t.computes]
+COMPUTED = [(t.name, name) for t in TARGETS.values() for name in RECIPES if _computes(t.recipe(name), t)]
 
 # Counted by others: the presets of keras-hub, whose token tables end at the vocabulary's 257,152 rows.
 PARAMETERS = {

@@ -29,6 +29,37 @@ HEADROOM = 8.0
 SCENES = 2
 # What a float16 engine holds in float16 and no divisor reaches; squares, variances and scores are summed in float32.
 HELD = ("vision residual", "MLP product", "linear output")
+# What an Eager shows besides, for calib/: each is counted as what it was made by.
+ELSEWHERE = ("linear input", "cache key", "cache value")
+
+
+class Census:
+    """The largest |x| of each kind of number, and where it was."""
+
+    def __init__(self, spec: ModelSpec):
+        self.largest: dict[str, float] = {}
+        self.where: dict[str, str] = {}
+        # Products that go into the stream as they are, and are divided with it.
+        branches = () if spec.text.post_norms else ("o_proj.weight", "down_proj.weight")
+        self._entering = ("multi_modal_projector.linear.weight", *branches)
+
+    def __call__(self, kind: str, where: str, values: np.ndarray) -> None:
+        """Count numbers in; an `Eager` observes through this."""
+        if kind in ELSEWHERE:
+            return
+        if kind == "residual" and where.startswith("vision_tower"):
+            kind = "vision residual"  # no divisor reaches it
+        elif where.endswith(self._entering):
+            kind = "residual"
+        self.add(kind, where, max(float(values.max()), -float(values.min())))
+
+    def add(self, kind: str, where: str, top: float) -> None:
+        if top > self.largest.get(kind, -1.0) or math.isnan(top):
+            self.largest[kind], self.where[kind] = top, where
+
+    def ranges(self, scenes: int) -> Ranges:
+        kinds = sorted(self.largest)
+        return Ranges(largest={k: self.largest[k] for k in kinds}, where={k: self.where[k] for k in kinds}, scenes=scenes)
 
 
 def audit(source: TensorSource, spec: ModelSpec, tokenizer: Path, ids: TokenIds, *, scenes: int = SCENES) -> Ranges:
@@ -37,19 +68,7 @@ def audit(source: TensorSource, spec: ModelSpec, tokenizer: Path, ids: TokenIds,
     Raises:
         UsageError: numbers that no divisor reaches exceed float16, so that it cannot be used.
     """
-    largest: dict[str, tuple[float, str]] = {}
-    # Products that go into the stream as they are, and are divided with it.
-    entering = ("multi_modal_projector.linear.weight", *(() if spec.text.post_norms else ("o_proj.weight", "down_proj.weight")))
-
-    def observe(kind: str, where: str, values: np.ndarray) -> None:
-        if kind == "residual" and where.startswith("vision_tower"):
-            kind = "vision residual"  # no divisor reaches it
-        elif where.endswith(entering):
-            kind = "residual"
-        top = max(float(values.max()), -float(values.min()))
-        if top > largest.get(kind, (-1.0, ""))[0] or math.isnan(top):
-            largest[kind] = (top, where)
-
+    observe = Census(spec)
     words = PromptTokenizer(tokenizer, ids)
     prompt = words.prompt_ids("caption en", 0)
     for index in range(scenes):  # one at a time: the weights are read again, and activations take half the memory of two
@@ -65,8 +84,7 @@ def audit(source: TensorSource, spec: ModelSpec, tokenizer: Path, ids: TokenIds,
         observe("residual", "inputs_embeds", embeds)
         eager = Eager(source, {"inputs_embeds": embeds}, prefix=spec.image_tokens + len(prompt), observe=observe)
         _run(eager, decoder_step, spec, "logits")
-    kinds = sorted(largest)
-    return Ranges(largest={k: largest[k][0] for k in kinds}, where={k: largest[k][1] for k in kinds}, scenes=scenes)
+    return observe.ranges(scenes)
 
 
 def residual_divisor(ranges: Ranges) -> float:

@@ -19,10 +19,14 @@ from pgxport.models.spec import TextSpec
 from pgxport.runners.loop import visible
 
 Observe = Callable[[str, str, np.ndarray], None]  # what kind of number, where, the values
+Rounding = Callable[[str, str, np.ndarray], np.ndarray]  # the same, to the values that an engine computes with instead
 
 
 class Eager:
-    """A `Writer` that computes. Tokens from `prefix` on are causal, and those before see the whole prefix."""
+    """A `Writer` that computes. Tokens from `prefix` on are causal, and those before see the whole prefix.
+
+    Where a graph gives the logits of the last token, `last` of them are given here.
+    """
 
     def __init__(
         self,
@@ -32,10 +36,13 @@ class Eager:
         prefix: int = 0,
         dtype: Any = np.float32,
         observe: Observe | None = None,
+        rounding: Rounding | None = None,
+        last: int = 1,
     ):
-        self.source, self.feeds, self.prefix, self.dtype = source, feeds, prefix, np.dtype(dtype)
+        self.source, self.feeds, self.prefix, self.dtype, self.last = source, feeds, prefix, np.dtype(dtype), last
         self.outputs: dict[str, np.ndarray] = {}
-        self._observe = observe or (lambda kind, where, values: None)
+        self.observe = observe or (lambda kind, where, values: None)
+        self._rounding = rounding or (lambda kind, where, values: values)
         self._scope: list[str] = []
 
     @contextmanager
@@ -60,13 +67,15 @@ class Eager:
 
     def linear(self, x: np.ndarray, name: str, *, bias: bool = False, gain: float = 1.0) -> np.ndarray:
         with self.scope(name):
-            y = self._product(x, self.path("weight"), gain)
+            self.observe("linear input", self.path("weight"), x)
+            y = self._product(self._rounding("linear input", self.path("weight"), x), self.path("weight"), gain)
             y = y + self.weight("bias", times(gain)) if bias else y
-            self._observe("linear output", self.path("weight"), y)
+            self.observe("linear output", self.path("weight"), y)
             return y
 
     def lm_head(self, x: np.ndarray, name: str) -> np.ndarray:
-        return self._product(x, name, 1.0)
+        self.observe("linear input", name, x)
+        return self._product(self._rounding("linear input", name, x), name, 1.0)
 
     def _product(self, x: np.ndarray, path: str, gain: float) -> np.ndarray:
         rows, cols = self.source.shape(path)
@@ -90,7 +99,11 @@ class Eager:
             a, b = np.split(x, 2, -1)
             return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(self.dtype)
 
-        k, v = (np.repeat(x, text.heads // text.kv_heads, 1) for x in (rotate(k), v))
+        k = rotate(k)
+        self.observe("cache key", self.path("key"), k)
+        self.observe("cache value", self.path("value"), v)
+        k, v = self._rounding("cache key", self.path("key"), k), self._rounding("cache value", self.path("value"), v)
+        k, v = (np.repeat(x, text.heads // text.kv_heads, 1) for x in (k, v))
         local = layer in text.local_layers
         seen = visible(self.prefix, tokens, text.window if local else None)
         return self._attend(rotate(q), k, v, text.query_scale, text.attn_softcap, seen)
@@ -102,7 +115,7 @@ class Eager:
         out = np.empty(q.shape, self.dtype)
         for head in range(q.shape[1]):
             scores = q[:, head].astype(np.float32) @ k[:, head].astype(np.float32).swapaxes(1, 2) * np.float32(scale)
-            self._observe("attention score", self.path("scores"), scores)
+            self.observe("attention score", self.path("scores"), scores)
             if cap is not None:
                 scores = np.tanh(scores / np.float32(cap)) * np.float32(cap)
             if seen is not None:
@@ -114,7 +127,7 @@ class Eager:
     def op(self, kind: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> np.ndarray:
         result = getattr(self, f"_{kind.lower()}")(*inputs, **attributes)
         if kind in ("Add", "Mul"):
-            self._observe({"Add": "residual", "Mul": "MLP product"}[kind], self.path(kind), result)
+            self.observe({"Add": "residual", "Mul": "MLP product"}[kind], self.path(kind), result)
         return result.astype(self.dtype, copy=False)
 
     def _add(self, a: Any, b: Any) -> np.ndarray:
@@ -147,7 +160,7 @@ class Eager:
 
     def _slice(self, x: np.ndarray, start: list[int], stop: list[int], axis: list[int]) -> np.ndarray:
         assert (start, axis) == ([-1], [1])
-        return x[:, -1:]
+        return x[:, -self.last :]
 
     def _conv(self, x: np.ndarray, w: np.ndarray, b: np.ndarray, strides: list[int]) -> np.ndarray:
         """Patches that do not overlap: a product of each with the kernel."""
@@ -160,13 +173,13 @@ class Eager:
         x = x.astype(np.float32)
         x = x - x.mean(axis, keepdims=True)
         variance = (x * x).mean(axis, keepdims=True)
-        self._observe("norm square", self.path("square"), x * x)
-        self._observe("variance", self.path("variance"), variance)
+        self.observe("norm square", self.path("square"), x * x)
+        self.observe("variance", self.path("variance"), variance)
         return x / np.sqrt(variance + np.float32(epsilon)) * w + b
 
     def _rmsnormalization(self, x: np.ndarray, w: np.ndarray, axis: int, epsilon: float) -> np.ndarray:
         x = x.astype(np.float32)
         variance = (x * x).mean(axis, keepdims=True)
-        self._observe("norm square", self.path("square"), x * x)
-        self._observe("variance", self.path("variance"), variance)
+        self.observe("norm square", self.path("square"), x * x)
+        self.observe("variance", self.path("variance"), variance)
         return x / np.sqrt(variance + np.float32(epsilon)) * w

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pipeline of `pgx export`: find the checkpoint, check it, write the graphs, stream the weights, commit the bundle."""
 
-import hashlib
 import importlib.metadata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -9,15 +8,20 @@ from pathlib import Path
 from typing import cast
 
 from pgxport import __version__
-from pgxport.bundle import Bundle, BundleWriter, Cache, Float, Manifest, Provenance, TokenIds, TokenTable, file_sha256
-from pgxport.errors import CheckpointError, UsageError, choose
+from pgxport.bundle import Bundle, BundleWriter, Cache, Kept, Manifest, Parity, Provenance, Ranges, TokenIds
+from pgxport.errors import CheckpointError, GateError, UsageError, choose
 from pgxport.exporter.audit import audit, residual_divisor
-from pgxport.exporter.graphs import TABLE_FILE, file_sizes, serialized, stored, write_graphs
+from pgxport.exporter.calibration import Calibration, checkpoint_sha256
+from pgxport.exporter.forced import Forced, scene
+from pgxport.exporter.graphs import TABLE_FILE, file_sizes, serialized, stored, token_table, write_graphs
 from pgxport.exporter.locate import Located, locate
-from pgxport.exporter.recipe import RECIPES, Recipe
+from pgxport.exporter.parity import FIRST_SCENE, Run, StoredWeights, parity
+from pgxport.exporter.recipe import Recipe
+from pgxport.exporter.recipe_toml import read_recipe, to_toml
+from pgxport.exporter.scaling import Rescaled, RescaledStatistics, Statistics, rescaled
 from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
 from pgxport.exporter.targets import TARGETS, Target
-from pgxport.models.checkpoint import Checkpoint
+from pgxport.models.checkpoint import Checkpoint, TensorSource
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import ModelSpec, read_config, shrunk, without_window
 from pgxport.models.weights import parameters, weight_shapes
@@ -38,8 +42,12 @@ class ExportOptions:
         adapter: A LoRA adapter in PEFT layout, merged into the checkpoint as it is read.
         masks: `vae-oid.npz`, for the mask decoder; the embedded checkpoint brings its own.
         context: The longest prefix and answer together, in tokens; None leaves room for a long prompt and answer.
+        recipe: A TOML file in place of a named precision.
+        calibration: What `pgx calibrate` wrote, for the recipes that need it.
         local_window: "hf": generated tokens see a window of the prefix in Gemma 2's local layers, as in transformers;
             "none": they see all of it, as in the training code. The same below 4,096 tokens.
+        parity: Scenes on which a bundle of whole numbers is compared with the checkpoint before it gets its name; 0: none.
+        gate: The least share of tokens on which both must agree, 0 to 1; below it nothing is written.
     """
 
     output: str | Path | None = None
@@ -51,9 +59,13 @@ class ExportOptions:
     adapter: str | Path | None = None
     masks: str | Path | None = None
     precision: str = "fp32"
+    recipe: str | Path | None = None
+    calibration: str | Path | None = None
     target: str = "cpu"
     context: int | None = None
     local_window: str = "hf"
+    parity: int = 2
+    gate: float | None = None
     overwrite: bool = False
 
 
@@ -71,6 +83,7 @@ class Job:
     tokenizer: Path
     token_ids: TokenIds
     output: Path
+    calibration: Calibration | None
 
 
 def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundle:
@@ -82,25 +95,38 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
         DiskError: the bundle cannot be written; nothing is left at its name.
     """
     job = prepare(options, progress=progress)
-    spec, ranges = job.spec, None
+    spec, calibration = job.spec, job.calibration
+    ranges: Ranges | None = None
+    if calibration:
+        calibration.check(checkpoint_sha256(job.checkpoint.files()), job.found.name)
     if job.target.compute(job.recipe.rules[-1].scheme.dtype) == "float16":
+        measured = calibration.ranges if calibration else None
         # A checkpoint of its own: what the audit reads does not count as exported.
-        ranges = audit(_open(job.found, options), spec, job.tokenizer, job.token_ids)
-        spec = shrunk(spec, residual_divisor(ranges))
+        measured = measured or audit(_open(job.found, options), spec, job.tokenizer, job.token_ids)
+        spec, ranges = shrunk(spec, residual_divisor(measured)), measured
+    source, statistics = (job.checkpoint, None) if calibration is None else rescaled_for(job, spec, calibration)
 
-    graphs, table = write_graphs(job.checkpoint, spec, job.masks, job.recipe, job.target, job.context)
+    graphs, table = write_graphs(source, spec, job.masks, job.recipe, job.target, job.context, statistics)
     layouts = {name: DataLayout(g.promises.values()) for name, g in graphs.items()}
     count = Counter(progress, table.nbytes + sum(layout.nbytes for layout in layouts.values()))
     with BundleWriter(job.output, overwrite=options.overwrite) as writer, ThreadPoolExecutor(1) as beside:
-        digest = beside.submit(_sha256, job.checkpoint.files())
+        digest = beside.submit(checkpoint_sha256, job.checkpoint.files())
         writer.write(TABLE_FILE, count(TABLE_FILE, ahead(table.bytes())))
         for name, g in graphs.items():
             if g.promises:
                 writer.write(f"{name}.data", count(f"{name}.data", ahead(layouts[name].bytes())))
             writer.write(f"{name}.onnx", [serialized(g, layouts[name], table)])
+        writer.write("recipe.toml", [to_toml(job.recipe).encode()])
         writer.write("tokenizer.json", [job.tokenizer.read_bytes()])
         if left := job.checkpoint.unread():
             raise CheckpointError(f"Bug: {', '.join(left[:5])} of {job.found.name} reached no graph")
+        compared = None
+        if job.recipe.lossy and options.parity:
+            files = {name: (writer.staging / f"{name}.data", layout) for name, layout in layouts.items()}
+            files["token_table"] = (writer.staging / TABLE_FILE, table)
+            rounded = Run(StoredWeights(source, graphs, files), spec, job.recipe, statistics)
+            compared = parity(Run(job.checkpoint, job.spec), rounded, _scenes(job, options.parity), progress=progress)
+            _gate(job, compared, options.gate)
         infos, decoder = {name: g.info() for name, g in graphs.items()}, graphs["decoder_step"]
         manifest = Manifest(
             name=job.found.name,
@@ -112,27 +138,23 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
             local_window=spec.text.window if any(t.name == "local_bias" for t in infos["decoder_step"].inputs) else None,
             residual_divisor=spec.text.residual_divisor,
             ranges=ranges,
+            parity=compared,
             recipe=job.recipe.name,
             target=job.target.name,
             parameters=parameters(spec),
             stored=stored(graphs, table),
             spec=asdict(spec),
             token_ids=job.token_ids,
-            token_table=TokenTable(
-                file=TABLE_FILE,
-                dtype=cast(Float, table.dtype.name),
-                shape=(spec.text.vocab, spec.text.width),
-                scale=spec.text.embed_scale,
-            ),
+            token_table=token_table(graphs, table, spec),
             cache=Cache(
                 layers=spec.text.depth,
                 kv_heads=spec.text.kv_heads,
                 head_dim=spec.text.head_dim,
-                dtype=cast(Float, decoder.dtype.name),
+                dtype=cast(Kept, decoder.cache_dtype.name),
             ),
             graphs=infos,
             files={},
-            provenance=_provenance(job.found, digest.result()),
+            provenance=_provenance(job.found, digest.result(), calibration),
         )
         writer.write("README.md", [_card(manifest).encode()])
         return writer.commit(manifest.model_copy(update={"files": writer.files}))
@@ -145,16 +167,20 @@ def dry_run(options: ExportOptions, *, progress: Progress | None = None) -> dict
         PgxError: as `export` would.
     """
     job = prepare(options, progress=progress)
-    graphs, table = write_graphs(job.checkpoint, job.spec, job.masks, job.recipe, job.target, job.context)
+    graphs, table = write_graphs(job.checkpoint, job.spec, job.masks, job.recipe, job.target, job.context, job.calibration)
     return {**file_sizes(graphs, table), "tokenizer.json": job.tokenizer.stat().st_size}
 
 
 def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Job:
     """Find the checkpoint and check it against its config, the options and the target."""
-    recipe = choose("precision", options.precision, RECIPES)
     target = choose("target", options.target, TARGETS)
-    for rule in recipe.rules:
-        target.compute(rule.scheme.dtype)
+    recipe = named(options.precision, options.recipe, target)
+    calibration = Calibration.open(options.calibration) if options.calibration else None
+    if recipe.calibrated and calibration is None:
+        raise UsageError(
+            f"recipe {recipe.name!r} rounds by what calibration measured, and --calibration was not given; "
+            f"`pgx calibrate` writes the file"
+        )
     if options.local_window not in ("hf", "none"):
         raise UsageError(f"local window {options.local_window!r} does not exist; choose 'hf' or 'none'")
     found = locate(
@@ -165,7 +191,8 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Job:
     checkpoint = _open(found, options)
     spec = read_config(checkpoint.config, local_window=options.local_window == "hf")
     _check_spec(spec, found, options)
-    _check_weights(checkpoint, spec)
+    check_weights(checkpoint, spec)
+    recipe.check(weight_shapes(spec))
     context = context_length(spec, options.context)
     masks = options.masks or found.masks
     tokenizer = checkpoint.file("tokenizer.json")
@@ -175,8 +202,26 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Job:
         )
     return Job(
         found, checkpoint, spec, recipe, target, context, MaskWeights(Path(masks)) if masks else None, tokenizer,
-        read_token_ids(tokenizer, checkpoint.config), output,
+        read_token_ids(tokenizer, checkpoint.config), output, calibration,
     )  # fmt: skip
+
+
+def named(precision: str, file: str | Path | None, target: Target) -> Recipe:
+    """The recipe of that name, or in that file, for the target.
+
+    Raises:
+        UsageError: there is none, the file is not sound, both were given, or the target cannot run it.
+    """
+    if file is None:
+        recipe = target.recipe(precision)
+    elif precision != ExportOptions.precision:
+        raise UsageError(
+            f"--precision {precision} and --recipe {file} were both given; a recipe says the precision of every weight"
+        )
+    else:
+        recipe = read_recipe(Path(file))
+    target.check(recipe)
+    return recipe
 
 
 def context_length(spec: ModelSpec, asked: int | None) -> int:
@@ -205,7 +250,7 @@ def _check_spec(spec: ModelSpec, found: Located, options: ExportOptions) -> None
         )
 
 
-def _check_weights(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+def check_weights(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     expected, there = weight_shapes(spec), set(checkpoint.names())
     where = checkpoint.path.name
     if missing := [n for n in expected if n not in there]:
@@ -222,17 +267,33 @@ def _check_weights(checkpoint: Checkpoint, spec: ModelSpec) -> None:
         )
 
 
-def _sha256(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
-    return digest.hexdigest()
+def rescaled_for(job: Job, spec: ModelSpec, calibration: Calibration) -> tuple[TensorSource, Statistics]:
+    """The checkpoint with input channels rescaled as the recipe asks, and the statistics of that."""
+    source = rescaled(job.checkpoint, spec, job.recipe.scheme, calibration)
+    return (source, RescaledStatistics(calibration, source)) if isinstance(source, Rescaled) else (source, calibration)
 
 
-def _provenance(found: Located, checkpoint_sha256: str) -> Provenance:
+def _scenes(job: Job, count: int) -> list[Forced]:
+    return [scene(FIRST_SCENE + i, job.spec, job.tokenizer, job.token_ids) for i in range(count)]
+
+
+def _gate(job: Job, measured: Parity, least: float | None) -> None:
+    if least is not None and measured.agreement < least:
+        worst = next(iter(measured.sqnr))
+        raise GateError(
+            f"{job.found.name} in {job.recipe.name} agrees with the checkpoint on {measured.agreement:.1%} of "
+            f"{measured.positions} tokens, and --gate asks for {least:.1%}; nothing was written. Of the matrices {worst} lost "
+            f"most ({measured.sqnr[worst]:.1f} dB): give it more bits by a rule, or calibrate"
+        )
+
+
+def _provenance(found: Located, digest: str, calibration: Calibration | None) -> Provenance:
     packages = ("numpy", "onnx-ir", "ml-dtypes")
     versions = {"pgxport": __version__, **{p: importlib.metadata.version(p) for p in packages}}
-    return Provenance(checkpoint=found.name, revision=found.revision, checkpoint_sha256=checkpoint_sha256, versions=versions)
+    return Provenance(
+        checkpoint=found.name, revision=found.revision, checkpoint_sha256=digest,
+        calibration_sha256=calibration.digest if calibration else None, versions=versions,
+    )  # fmt: skip
 
 
 def _card(m: Manifest) -> str:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write an ONNX graph: named scopes, operators, and weights that stay in the checkpoint until the file is written."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes  # noqa: F401  before onnx_ir: it registers bfloat16 and int4 with numpy
 import numpy as np
@@ -12,7 +14,9 @@ import onnx_ir as ir
 
 from pgxport import __version__
 from pgxport.bundle import GraphInfo, TensorInfo
+from pgxport.errors import UsageError
 from pgxport.exporter import lower
+from pgxport.exporter.coded import Coded, Layout
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.stream import Promise, narrow, row_blocks, to_float32
 from pgxport.exporter.targets import Target
@@ -20,19 +24,35 @@ from pgxport.models.checkpoint import TensorSource
 from pgxport.models.layers import Transform, times
 from pgxport.models.spec import TextSpec
 
+if TYPE_CHECKING:
+    from pgxport.exporter.scaling import Statistics
+
 Place = tuple[str, int, int]  # file, offset, length
 
 
 class GraphBuilder:
     """One graph being written. Implements `pgxport.models.layers.Writer`."""
 
-    def __init__(self, name: str, source: TensorSource, recipe: Recipe, target: Target, *, context_length: int = 0):
+    def __init__(
+        self,
+        name: str,
+        source: TensorSource,
+        recipe: Recipe,
+        target: Target,
+        *,
+        context_length: int = 0,
+        statistics: Statistics | None = None,
+    ):
         self.name, self.source, self.recipe, self.target = name, source, recipe, target
         self.context_length = context_length  # the longest prefix and answer together that a decoder is written for
+        self.statistics = statistics  # of activations, from calibration
         self.promises: dict[str, Promise] = {}
+        self.matrices: dict[str, Coded] = {}  # those in whole numbers
+        self.rounded: dict[tuple[Any, ...], lower.Rounded] = {}
         self.graph = ir.Graph((), (), nodes=(), name=name, opset_imports=dict(target.opsets))
         # One dtype for all activations of a graph, by the weights it is to multiply most of.
         self.dtype = np.dtype(target.compute(recipe.rules[-1].scheme.dtype))
+        self.cache_dtype = np.dtype(recipe.cache or self.dtype)
         self._promised: list[str] = []
         self._scope: list[str] = []
         self._inputs: dict[str, ir.Value] = {}
@@ -71,19 +91,23 @@ class GraphBuilder:
         return value if have == want else self.op("Cast", value, to=int(ir.DataType.from_numpy(want)))
 
     def constant(self, value: Any, dtype: Any = None) -> ir.Value:
-        """A number or short list that is part of the architecture, not of the checkpoint; fractions are activations."""
-        array = np.asarray(value, dtype or (self.dtype if np.asarray(value).dtype.kind == "f" else np.int64))
+        """A number or short list that is part of the architecture, not of the checkpoint.
+
+        Python's fractions are activations, and its whole numbers int64; numpy's stay what they are.
+        """
+        if dtype is None and not isinstance(value, np.generic | np.ndarray):
+            dtype = self.dtype if np.asarray(value).dtype.kind == "f" else np.int64
+        array = np.asarray(value, dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
             self._constants[key] = self._initializer(_value(name, array.dtype, array.shape), ir.tensor(array, name=name))
         return self._constants[key]
 
-    def table(self, name: str, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> ir.Value:
+    def table(self, name: str, shape: tuple[int, ...], make: Callable[[], np.ndarray], dtype: Any = None) -> ir.Value:
         """A large constant, worked out when it is written."""
-        if name not in self._weights:
-            self._weights[name] = self.promise(Promise(name, self.dtype, shape, lambda: iter([make().astype(self.dtype)])))
-        return self._weights[name]
+        kind = np.dtype(dtype or self.dtype)
+        return self.initializer(Promise(name, kind, shape, lambda: iter([make().astype(kind)])))
 
     def weight(self, name: str, transform: Transform | None = None) -> ir.Value:
         return self.tensor(self.path(name), transform)
@@ -91,10 +115,52 @@ class GraphBuilder:
     def tensor(self, path: str, transform: Transform | None = None) -> ir.Value:
         """A tensor of the checkpoint by its whole name, stored as the recipe says."""
         if path not in self._weights:
-            stored = np.dtype(self.recipe.scheme(path).dtype)
-            value = self.promise(Promise(path, stored, self.source.shape(path), lambda: self._blocks(path, stored, transform)))
+            scheme = self.recipe.scheme(path)
+            if scheme.bits is not None:
+                raise UsageError(
+                    f"recipe {self.recipe.name!r} rounds {path} to {scheme.bits} bits, and only matrices of linear layers can be "
+                    f"rounded; put a rule with a dtype for it before the others"
+                )
+            stored = np.dtype(scheme.dtype)
+            value = self.initializer(
+                Promise(path, stored, self.source.shape(path), lambda: self._blocks(path, stored, transform))
+            )
             self._weights[path] = self.cast(value, stored, self.dtype)
         return self._weights[path]
+
+    def coded(self, path: str, layout: Layout, gain: float = 1.0) -> Coded:
+        """A matrix of the checkpoint in whole numbers; its parts become initializers by `initializer`."""
+        if path not in self.matrices:
+            self.matrices[path] = Coded(
+                path, self.source, self.recipe.scheme(path), layout,
+                gain=gain, dtype=self.dtype if layout == "blocks" else np.float32, statistics=self.statistics,
+            )  # fmt: skip
+        return self.matrices[path]
+
+    def activation_range(self, w: Coded) -> tuple[float, float]:
+        """Lowest and highest input of a matrix, by its observer.
+
+        Raises:
+            UsageError: there was no calibration.
+        """
+        return self._calibrated(w.path).range(w.path, w.scheme.observer)
+
+    def cache_scale(self, layer: int, part: str, text: TextSpec) -> ir.Value:
+        """float32 [1, K, 1, D], the step of each channel of an int8 cache."""
+        name, shape = f"cache.{layer}.{part}.scale", (1, text.kv_heads, 1, text.head_dim)
+
+        def make() -> np.ndarray:
+            largest = self._calibrated(name).cache(layer, part).reshape(shape)
+            return np.maximum(largest, np.finfo(np.float32).tiny) / np.float32(127)
+
+        return self.table(name, shape, make, np.float32)
+
+    def _calibrated(self, what: str) -> Statistics:
+        if self.statistics is None:
+            raise UsageError(
+                f"recipe {self.recipe.name!r} needs calibration for {what}: run `pgx calibrate`, then pass --calibration FILE"
+            )
+        return self.statistics
 
     def _blocks(self, path: str, stored: np.dtype, transform: Transform | None) -> Iterator[np.ndarray]:
         shape = self.source.shape(path)
@@ -102,8 +168,10 @@ class GraphBuilder:
             block = to_float32(self.source.rows(path, start, stop))
             yield narrow(block if transform is None else transform(block), stored, path)
 
-    def promise(self, promise: Promise) -> ir.Value:
-        """An initializer whose bytes are written later, into the graph's data file."""
+    def initializer(self, promise: Promise) -> ir.Value:
+        """A promise as an initializer: its bytes are written later, into the graph's data file."""
+        if promise.name in self.promises:
+            return self.graph.initializers[promise.name]
         self.promises[promise.name] = promise
         self._promised.append(promise.name)
         dtype = ir.DataType.from_numpy(promise.dtype)
@@ -146,10 +214,22 @@ class GraphBuilder:
     def linear(self, x: ir.Value, name: str, *, bias: bool = False, gain: float = 1.0) -> ir.Value:
         with self.scope(name):
             y = lower.linear(self, x, self.path("weight"), gain)
-            return self.op("Add", y, self.weight("bias", times(gain))) if bias else y
+            return self.op("Add", y, self.weight("bias", self._bias(self.path("weight"), gain))) if bias else y
+
+    def _bias(self, path: str, gain: float) -> Transform | None:
+        """What a bias is multiplied by, and given back of what rounding the matrix took; the matrix is written before it."""
+        if path not in self.matrices or not self.matrices[path].scheme.compensate:
+            return times(gain)
+
+        def compensated(b: np.ndarray) -> np.ndarray:
+            lost = self.matrices[path].compensation
+            assert lost is not None, f"Bug: the bias of {path} was written before its matrix"
+            return b * np.float32(gain) + lost
+
+        return compensated
 
     def lm_head(self, x: ir.Value, name: str) -> ir.Value:
-        return lower.linear(self, x, name)
+        return lower.lm_head(self, x, name)
 
     def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, *, heads: int, scale: float) -> ir.Value:
         return lower.attention(self, q, k, v, heads=heads, scale=scale)

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """All graphs of a bundle together, written over anything that knows the weights' shapes."""
 
-from collections.abc import Iterable
-from math import prod
-from typing import cast
+from __future__ import annotations
 
-from pgxport.bundle import Float
+from math import prod
+from typing import TYPE_CHECKING, Any, cast
+
+from pgxport.bundle import Stored, TokenTable
+from pgxport.errors import UsageError
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.recipe import Recipe
-from pgxport.exporter.stream import DataLayout, Promise
+from pgxport.exporter.stream import DataLayout
 from pgxport.exporter.targets import Target
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.gemma import TOKEN_TABLE, decoder_step
@@ -17,43 +19,83 @@ from pgxport.models.projector import projector
 from pgxport.models.siglip import vision_encoder
 from pgxport.models.spec import ModelSpec
 
+if TYPE_CHECKING:
+    from pgxport.exporter.scaling import Statistics
+
 TABLE_FILE = "token_table.bin"
 
 
 def write_graphs(
-    source: TensorSource, spec: ModelSpec, masks: MaskWeights | None, recipe: Recipe, target: Target, context_length: int
-) -> tuple[dict[str, GraphBuilder], Promise]:
+    source: TensorSource,
+    spec: ModelSpec,
+    masks: MaskWeights | None,
+    recipe: Recipe,
+    target: Target,
+    context_length: int,
+    statistics: Statistics | None = None,
+) -> tuple[dict[str, GraphBuilder], DataLayout]:
     """The graphs by name, and the token table, which is a file of its own."""
     graphs = {}
     for write in (vision_encoder, projector, decoder_step):
-        g = graphs[write.__name__] = GraphBuilder(write.__name__, source, recipe, target, context_length=context_length)
+        g = GraphBuilder(write.__name__, source, recipe, target, context_length=context_length, statistics=statistics)
         write(g, spec)
+        graphs[g.name] = g
     if masks:
-        graphs["mask_decoder"] = GraphBuilder("mask_decoder", masks, recipe, target)
+        graphs["mask_decoder"] = GraphBuilder("mask_decoder", masks, _floats(recipe), target)
         mask_decoder(graphs["mask_decoder"])
-    return graphs, graphs["decoder_step"].promises.pop(TOKEN_TABLE)
+    decoder = graphs["decoder_step"]
+    parts = [p for p in decoder.promises if p == TOKEN_TABLE or p.startswith(f"{TOKEN_TABLE}.")]
+    return graphs, DataLayout([decoder.promises.pop(p) for p in parts])
 
 
-def stored(graphs: dict[str, GraphBuilder], table: Promise) -> dict[str, dict[Float, int]]:
-    """How many weights of each dtype, by graph, and for the token table."""
-    counts: dict[str, dict[Float, int]] = {}
-    parts: dict[str, Iterable[Promise]] = {"token_table": [table], **{name: g.promises.values() for name, g in graphs.items()}}
-    for part, promises in parts.items():
-        of_part = counts.setdefault(part, {})
-        for promise in promises:
-            if not promise.name.startswith("rotary."):  # tables that are worked out, not weights
-                dtype = cast(Float, promise.dtype.name)
-                of_part[dtype] = of_part.get(dtype, 0) + prod(promise.shape)
+def _floats(recipe: Recipe) -> Recipe:
+    """What a recipe does with all that no rule names: the mask decoder is a small model of another kind."""
+    return Recipe(recipe.name, recipe.rules[-1:])
+
+
+def stored(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, dict[Stored, int]]:
+    """How many weights of each type, by graph, and for the token table."""
+    counts: dict[str, dict[Stored, int]] = {"token_table": {}}
+    for g in graphs.values():
+        for path, matrix in g.matrices.items():
+            _count(counts, "token_table" if path == TOKEN_TABLE else g.name, f"int{matrix.scheme.bits}", matrix.shape)
+        parts = {p.name for matrix in g.matrices.values() for p in matrix.promises}
+        for promise in g.promises.values():
+            # Tables that are worked out are no weights, nor are the scales of whole numbers.
+            if promise.name not in parts and not promise.name.startswith(("rotary.", "cache.", "lm_head.")):
+                _count(counts, g.name, promise.dtype.name, promise.shape)
+    for promise in table.promises:
+        if promise.name == TOKEN_TABLE:
+            _count(counts, "token_table", promise.dtype.name, promise.shape)
     return counts
 
 
-def serialized(g: GraphBuilder, layout: DataLayout, table: Promise) -> bytes:
+def _count(counts: dict[str, dict[Stored, int]], part: str, kind: str, shape: tuple[int, ...]) -> None:
+    of_part = counts.setdefault(part, {})
+    of_part[cast(Stored, kind)] = of_part.get(cast(Stored, kind), 0) + prod(shape)
+
+
+def token_table(graphs: dict[str, GraphBuilder], table: DataLayout, spec: ModelSpec) -> TokenTable:
+    """What the manifest says of the table's file."""
+    matrix = graphs["decoder_step"].matrices.get(TOKEN_TABLE)
+    described: dict[str, Any] = {"dtype": table.promises[0].dtype.name}
+    if matrix is not None:
+        if matrix.zeros:
+            raise UsageError(
+                f"{TOKEN_TABLE} is looked up by rows too, for which its grid has to be symmetric; say symmetric = true in its rule"
+            )
+        place = {"scales_offset": table.places[matrix.scales.name][0], "scales_dtype": matrix.scales.dtype.name}
+        described = {"dtype": f"int{matrix.scheme.bits}", "group": matrix.scheme.group, **place}
+    return TokenTable(file=TABLE_FILE, shape=(spec.text.vocab, spec.text.width), scale=spec.text.embed_scale, **described)
+
+
+def serialized(g: GraphBuilder, layout: DataLayout, table: DataLayout) -> bytes:
     """The graph's .onnx file, its weights in the data file of its name and in the token table's."""
     places = {name: (f"{g.name}.data", *place) for name, place in layout.places.items()}
-    return g.serialize({**places, table.name: (TABLE_FILE, 0, table.nbytes)})
+    return g.serialize({**places, **{name: (TABLE_FILE, *place) for name, place in table.places.items()}})
 
 
-def file_sizes(graphs: dict[str, GraphBuilder], table: Promise) -> dict[str, int]:
+def file_sizes(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, int]:
     """Bytes of every file of weights, and of every graph."""
     sizes = {TABLE_FILE: table.nbytes}
     for name, g in graphs.items():

@@ -6,7 +6,8 @@ Everything else in a graph is the same for every engine and precision.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,14 +18,91 @@ from pgxport.models.spec import TextSpec
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from pgxport.exporter.coded import Coded
     from pgxport.exporter.graph import GraphBuilder
 
 
 def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Value:
     """x [..., in] times the checkpoint's matrix [out, in] -> [..., out]"""
-    # FusedMatMul reads [out, in] as the checkpoint has it: nothing is transposed while writing, and the token table serves
-    # lookup and output from the same bytes. (A Transpose node would be folded into a second copy in memory.)
-    return g.op("FusedMatMul", x, g.tensor(path, times(gain)), domain="com.microsoft", transB=1)
+    scheme = g.recipe.scheme(path)
+    if scheme.bits is None:
+        # FusedMatMul reads [out, in] as the checkpoint has it: nothing is transposed while writing, and the token table serves
+        # lookup and output from the same bytes. (A Transpose node would be folded into a second copy in memory.)
+        return g.op("FusedMatMul", x, g.tensor(path, times(gain)), domain="com.microsoft", transB=1)
+    if scheme.activations == "float":
+        return grouped_product(g, x, g.coded(path, "blocks", gain))
+    return integer_product(g, x, g.coded(path, "columns", gain))
+
+
+def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
+    """x [B, 1, H] times the token table [V, H], whose rows are looked up too, so that they stay rows -> [B, 1, V]"""
+    scheme = g.recipe.scheme(path)
+    if scheme.bits is None or scheme.activations == "float":
+        return linear(g, x, path)
+    table = g.coded(path, "rows")
+    q = rounded_activations(g, g.op("Reshape", x, [-1, table.shape[1]]), table)
+    rows = table.shape[:1]
+    zeros = g.table("lm_head.zeros", rows, lambda: np.zeros(rows, np.int8), np.int8)  # QGemm wants as many as scales
+    parts = g.initializer(table.codes), g.initializer(table.scales), zeros
+    y = g.op("QGemm", q.codes, q.scale, q.zero, *parts, domain="com.microsoft", transB=1)
+    return g.op("Reshape", y if q.tokens is None else g.op("Mul", y, q.tokens), [-1, 1, table.shape[0]])
+
+
+def grouped_product(g: GraphBuilder, x: ir.Value, w: Coded) -> ir.Value:
+    """Float activations by 4 or 8 bits, with a scale for each group of input channels."""
+    return g.op(
+        "MatMulNBits", x, *(g.initializer(p) for p in w.promises), domain="com.microsoft",
+        K=w.shape[1], N=w.shape[0], bits=w.scheme.bits, block_size=w.scheme.group,
+        accuracy_level=4,  # activations in int8, a scale for each group of them; without, kernels are three times slower
+    )  # fmt: skip
+
+
+def integer_product(g: GraphBuilder, x: ir.Value, w: Coded) -> ir.Value:
+    """Activations in 8 bits by weights in 8 bits, with a scale for each output channel."""
+    q = rounded_activations(g, x, w)
+    y = g.op(
+        "MatMulIntegerToFloat", q.codes, g.initializer(w.codes), q.scale, g.initializer(w.scales), q.zero, domain="com.microsoft"
+    )
+    return y if q.tokens is None else g.op("Mul", y, q.tokens)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Activations in whole numbers, (codes - zero) * scale, and that times `tokens` [..., 1] where each token has a scale."""
+
+    codes: ir.Value
+    scale: ir.Value
+    zero: ir.Value
+    tokens: ir.Value | None = None
+
+
+def rounded_activations(g: GraphBuilder, x: ir.Value, w: Coded) -> Rounded:
+    """x in uint8, made once for all products that read it. (Kernels of ONNX Runtime want uint8 by int8; int8 by int8 is slow.)"""
+    key = (x.name, w.scheme.activations, w.scheme.observer)
+    if key not in g.rounded:
+        if w.scheme.activations == "static":
+            low, high = g.activation_range(w)
+            scale, zero = uint8_grid(low, high)
+            q = g.op("QuantizeLinear", x, scale, zero)
+            g.rounded[key] = Rounded(q, g.constant(scale), g.constant(zero))
+        else:
+            # A scale for each token: one large token of a thousand would leave the others a few codes.
+            largest = g.op("Max", g.op("ReduceMax", g.op("Abs", x), [-1], keepdims=1), 1e-30)  # a token may be all zeros
+            tokens = g.op("Mul", largest, 1 / 127)
+            q = g.op("QuantizeLinear", g.op("Div", x, tokens), np.float32(1), np.uint8(128))
+            g.rounded[key] = Rounded(q, g.constant(np.float32(1)), g.constant(np.uint8(128)), tokens)
+    return g.rounded[key]
+
+
+def uint8_grid(low: float, high: float) -> tuple[np.float32, np.uint8]:
+    """Scale and zero point of 256 steps from low to high, zero among them.
+
+    >>> uint8_grid(-1.0, 1.55)
+    (np.float32(0.01), np.uint8(100))
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = np.float32((high - low) / 255) or np.float32(1)
+    return scale, np.uint8(round(-low / float(scale)))
 
 
 def attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, heads: int, scale: float) -> ir.Value:
@@ -43,21 +121,32 @@ def cached_attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, 
             f"head_dim is {text.head_dim}; target {g.target.name!r} attends with head sizes that are multiples of 16"
         )
     shape: list[int | str] = ["batch", text.kv_heads, "capacity", text.head_dim]
-    past = [g.input(f"past_key_values.{layer}.{part}", shape, g.dtype) for part in ("key", "value")]
+    kept = g.cache_dtype
+    past = [g.input(f"past_key_values.{layer}.{part}", shape, kept) for part in ("key", "value")]
     lengths = g.input("seqlens_k", ["batch"], np.int32)  # tokens in the cache after this call, less one
     total = g.input("total_sequence_length", [], np.int32)
     rows = (g.context_length, text.head_dim // 2)
-    cos = g.table("rotary.cos", rows, lambda: rotary_tables(text, g.context_length)[0])
-    sin = g.table("rotary.sin", rows, lambda: rotary_tables(text, g.context_length)[1])
+    # The node computes in the type of a float cache; an int8 one has scales, and any type of activations.
+    inner = g.dtype if kept == np.int8 else kept
+    cos = g.table("rotary.cos", rows, lambda: rotary_tables(text, g.context_length)[0], inner)
+    sin = g.table("rotary.sin", rows, lambda: rotary_tables(text, g.context_length)[1], inner)
     local = text.window is not None and layer in text.local_layers and text.window < g.context_length
     bias = g.input("local_bias", ["batch", 1, "tokens", "total"]) if local else None
+    q, k, v = (g.cast(x, g.dtype, inner) for x in (q, k, v))
+    bias = bias and g.cast(bias, g.dtype, inner)
+    scales: list[ir.Value | None] = []
+    rounding: dict[str, Any] = {}
+    if kept == np.int8:
+        scales = [None, *(g.cache_scale(layer, part, text) for part in ("key", "value"))]
+        rounding = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
     out, *present = g.op(
-        "GroupQueryAttention", q, k, v, *past, lengths, total, cos, sin, None, bias, outputs=3, domain="com.microsoft",
-        num_heads=text.heads, kv_num_heads=text.kv_heads, scale=text.query_scale, softcap=text.attn_softcap or 0.0, do_rotary=1, causal=0,
+        "GroupQueryAttention", q, k, v, *past, lengths, total, cos, sin, None, bias, *scales, outputs=3, domain="com.microsoft",
+        num_heads=text.heads, kv_num_heads=text.kv_heads, scale=text.query_scale, softcap=text.attn_softcap or 0.0, do_rotary=1,
+        causal=0, **rounding,
     )  # fmt: skip
     for part, value in zip(("key", "value"), present, strict=True):
-        g.output(value, f"present.{layer}.{part}", shape)
-    return out
+        g.output(value, f"present.{layer}.{part}", shape, kept)
+    return g.cast(out, inner, g.dtype)
 
 
 def rotary_tables(text: TextSpec, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,12 +16,13 @@ import numpy as np
 import onnx_ir as ir
 
 from pgxport.errors import UsageError, choose
-from pgxport.exporter.export import context_length
+from pgxport.exporter.export import context_length, named
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import file_sizes, write_graphs
 from pgxport.exporter.locate import TINY, published_name
 from pgxport.exporter.recipe import RECIPES, Recipe
-from pgxport.exporter.stream import BLOCK_BYTES, Promise
+from pgxport.exporter.recipe_toml import to_toml
+from pgxport.exporter.stream import BLOCK_BYTES, DataLayout, Promise
 from pgxport.exporter.targets import TARGETS, Target
 from pgxport.models.checkpoint import Checkpoint, TensorSource
 from pgxport.models.gemma import TOKEN_TABLE
@@ -94,6 +95,7 @@ class PlanOptions:
     checkpoint: str | Path | None = None
     masks: str | Path | None = None
     precision: str = "fp32"
+    recipe: str | Path | None = None
     target: str = "cpu"
     context: int | None = None
     local_window: str = "hf"
@@ -192,7 +194,8 @@ def plan(options: PlanOptions) -> Plan:
         UsageError: an option names what does not exist.
         CheckpointError: the checkpoint that was given is not sound.
     """
-    recipe, target = choose("precision", options.precision, RECIPES), choose("target", options.target, TARGETS)
+    target = choose("target", options.target, TARGETS)
+    recipe = named(options.precision, options.recipe, target)
     if options.board is not None and choose("board", options.board, BOARDS).gpu_only and target.name == "cpu":
         others = ", ".join(name for name in TARGETS if name != "cpu") or "none that this pgx has"
         raise UsageError(
@@ -207,13 +210,14 @@ def plan(options: PlanOptions) -> Plan:
     sketch = _sketch(source, spec, masks, recipe, target, context)
     run = sketch.memory(target, text)
     needs = {recipe.name: run.peak}
-    for other in RECIPES.values():
+    for other in map(target.recipe, RECIPES):
         # What the target has no kernels for is not a choice.
         if other is not recipe and _computes(other, target):
             needs[other.name] = _sketch(source, spec, masks, other, target, context).memory(target, text).peak
     files, manifest = sketch.files()
     estimated = {"tokenizer.json": text} if tokenizer is None else {}
     estimated |= {"README.md": 350, "manifest.json": manifest}
+    files |= {"recipe.toml": len(to_toml(recipe).encode())}
     exact = {} if tokenizer is None else {"tokenizer.json": tokenizer}
     return Plan(
         model=model, family=spec.family, resolution=spec.resolution, precision=recipe.name, target=target.name, context=context,
@@ -250,6 +254,16 @@ def render(plan: Plan) -> str:
     return "\n".join([*lines, f"try: {plan.next_command()}"])
 
 
+class NoStatistics:
+    """A calibration that has no numbers; a graph has the same size with any."""
+
+    def range(self, path: str, observer: str) -> tuple[float, float]:
+        return -1.0, 1.0
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"Bug: a plan needs no calibration, and {name} was asked for")
+
+
 class SpecSource:
     """A checkpoint that has shapes, and no numbers."""
 
@@ -273,7 +287,7 @@ class _Sketch:
     spec: ModelSpec
     context: int
     graphs: dict[str, GraphBuilder]
-    table: Promise
+    table: DataLayout
 
     def files(self) -> tuple[dict[str, int], int]:
         """The size of every file of weights and of every graph, and about that of the manifest."""
@@ -286,7 +300,7 @@ class _Sketch:
         inputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.inputs}
         outputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.outputs}
         held = [_held(p, g.dtype) for g in self.graphs.values() for p in g.promises.values()]
-        held.append(_held(self.table, decoder.dtype))
+        held += [_held(p, decoder.dtype) for p in self.table.promises]
         per_image = (
             v.image_tokens * self.graphs["vision_encoder"].dtype.itemsize * (MLP_BUFFERS * v.mlp + STREAM_BUFFERS * v.width)
         )
@@ -309,7 +323,7 @@ class _Sketch:
 def _sketch(
     source: TensorSource, spec: ModelSpec, masks: MaskWeights | None, recipe: Recipe, target: Target, context: int
 ) -> _Sketch:
-    graphs, table = write_graphs(source, spec, masks, recipe, target, context)
+    graphs, table = write_graphs(source, spec, masks, recipe, target, context, NoStatistics())
     return _Sketch(spec, context, graphs, table)
 
 
@@ -347,8 +361,7 @@ def _nbytes(value: ir.Value, axes: Mapping[str, int]) -> int:
 
 def _computes(recipe: Recipe, target: Target) -> bool:
     try:
-        for rule in recipe.rules:
-            target.compute(rule.scheme.dtype)
+        target.check(recipe)
     except UsageError:
         return False
     return True

@@ -1,20 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each weight is stored, as data: ordered rules of pattern and scheme, the first match wins.
+"""How each weight is stored and multiplied by, as data: ordered rules of pattern and scheme, the first match wins.
 
 Knows no operators and no engine; `targets.py` says what an engine can run, and `lower.py` is where the two meet.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from pgxport.errors import UsageError
+
+Method = Literal["nearest", "clip", "gptq"]
+Scaling = Literal["none", "awq", "smoothquant"]
+Activations = Literal["float", "dynamic", "static"]
+Observer = Literal["minmax", "percentile", "entropy", "mse"]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to store a weight. `dtype` is numpy's name of the type (bfloat16: that of ml_dtypes)."""
+    """A way to store a weight, and to multiply by it.
+
+    Attributes:
+        dtype: numpy's name of the type of a float (bfloat16: that of ml_dtypes). Not used where `bits` is given.
+        bits: 8 or 4: whole numbers, and a scale for each group of them. None: floats.
+        group: Input channels that share a scale, a power of two from 16 on; the last group of a row may be shorter. None: a row.
+        symmetric: The grid is symmetric around zero; else each group has a zero point.
+        method: How weights are rounded: "nearest"; "clip", nearest on the clipped range that loses least; "gptq", which
+            needs second moments of the inputs.
+        scaling: How input channels are rescaled before rounding: "awq", or "smoothquant" where activations are rounded too.
+        activations: What the products are made of: "float", or int8 with a scale measured at run time ("dynamic") or in
+            calibration ("static").
+        observer: How calibration's numbers become the range of static activations.
+        compensate: Add what rounding takes from the mean output to the bias of the layer, where it has one.
+    """
 
     dtype: str = "float32"
+    bits: int | None = None
+    group: int | None = None
+    symmetric: bool = True
+    method: Method = "nearest"
+    scaling: Scaling = "none"
+    activations: Activations = "float"
+    observer: Observer = "minmax"
+    compensate: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it cannot be written without a calibration file."""
+        return self.bits is not None and (
+            self.method == "gptq" or self.scaling != "none" or self.activations == "static" or self.compensate
+        )
 
 
 @dataclass(frozen=True)
@@ -25,8 +61,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
+    """Ordered rules, and how the KV cache is kept: a float type, "int8" (a scale for each channel), or None: as activations are."""
+
     name: str
     rules: tuple[Rule, ...]
+    cache: str | None = None
 
     def scheme(self, weight: str) -> Scheme:
         """The scheme of a weight, by its name in the checkpoint.
@@ -39,10 +78,50 @@ class Recipe:
                 return rule.scheme
         raise UsageError(f"recipe {self.name!r} has no rule for {weight!r}; end it with a rule for '*'")
 
+    def check(self, weights: Iterable[str]) -> None:
+        """Every weight has a rule, and every rule a weight.
 
-FP32 = Recipe("fp32", (Rule("*", Scheme()),))
+        Raises:
+            UsageError: one has not.
+        """
+        names = list(weights)
+        left = set(names)
+        for rule in self.rules:
+            if not any(fnmatchcase(name, rule.pattern) for name in names):
+                raise UsageError(f"recipe {self.name!r}: the rule for {rule.pattern!r} matches no weight; mend it or take it out")
+            matched = {name for name in left if fnmatchcase(name, rule.pattern)}
+            if not matched and rule is not self.rules[-1]:
+                raise UsageError(f"recipe {self.name!r}: the rule for {rule.pattern!r} comes after others that match all it does")
+            left -= matched
+        if left:
+            self.scheme(min(left))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it cannot be written without a calibration file."""
+        return self.cache == "int8" or any(rule.scheme.calibrated for rule in self.rules)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether it stores anything in whole numbers."""
+        return self.cache == "int8" or any(rule.scheme.bits for rule in self.rules)
+
+
 # Gemma's norms multiply by 1 + weight, of which half precision keeps too few digits. They are a few kilobytes a layer.
 NORMS = Rule("*norm*", Scheme())
-FP16 = Recipe("fp16", (NORMS, Rule("*", Scheme("float16"))))
+REST = Rule("*", Scheme("float16"))
+# Patterns of the matrices, in the order of their use; norms come first, for the third would match them.
+TABLE, DECODER = "*.embed_tokens.weight", "language_model.*_proj.weight"
+VISION, PROJECTOR = "vision_tower.*.layers.*.weight", "multi_modal_projector.linear.weight"
+FP32 = Recipe("fp32", (Rule("*", Scheme()),))
+FP16 = Recipe("fp16", (NORMS, REST))
 BF16 = Recipe("bf16", (NORMS, Rule("*", Scheme("bfloat16"))))
-RECIPES = {recipe.name: recipe for recipe in (FP32, FP16, BF16)}
+INT8 = Recipe("int8", (NORMS, *(Rule(p, Scheme(bits=8, group=128)) for p in (TABLE, DECODER, VISION, PROJECTOR)), REST))
+_INT4 = (NORMS, Rule(TABLE, Scheme(bits=8, group=128)), Rule(DECODER, Scheme(bits=4, group=32, method="clip")))
+INT4 = Recipe("int4", (*_INT4, REST))
+# Where integer products are fast, the vision encoder has them.
+INT4_FAST_VISION = Recipe("int4", (*_INT4, *(Rule(p, Scheme(bits=8, activations="dynamic")) for p in (VISION, PROJECTOR)), REST))
+W8A8 = Recipe(
+    "w8a8", (NORMS, *(Rule(p, Scheme(bits=8, activations="dynamic")) for p in (TABLE, DECODER, VISION, PROJECTOR)), REST)
+)
+RECIPES = {recipe.name: recipe for recipe in (FP32, FP16, BF16, INT8, INT4, W8A8)}

@@ -45,10 +45,10 @@ class DataLayout:
     """Where each promise of a graph lies in its data file: one after another, each at the beginning of a page."""
 
     def __init__(self, promises: Iterable[Promise]):
-        self._promises = list(promises)
+        self.promises = list(promises)
         self.places: dict[str, tuple[int, int]] = {}  # offset and length
         self.nbytes = 0
-        for promise in self._promises:
+        for promise in self.promises:
             start = -(-self.nbytes // PAGE) * PAGE
             self.places[promise.name] = (start, promise.nbytes)
             self.nbytes = start + promise.nbytes
@@ -56,7 +56,7 @@ class DataLayout:
     def bytes(self) -> Iterator[memoryview]:
         """The whole file, zeros between the weights."""
         position = 0
-        for promise in self._promises:
+        for promise in self.promises:
             start, length = self.places[promise.name]
             if start > position:
                 yield memoryview(bytes(start - position))

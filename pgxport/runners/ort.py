@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise EngineError(f'engine cpu needs ONNX Runtime: pip install "pgxport[cpu]" ({error})') from error
 
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of a cache
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}  # of a cache
 OLDEST = (1, 30)  # the first release whose GroupQueryAttention can look both ways
 
 

@@ -152,10 +152,7 @@ class Runner:
             raise IntegrityError(
                 f"tokenizer.json gives token {max(ids)}, and the token table has {len(self._table)} rows; export again"
             )
-        rows = self._table[list(ids)][None]
-        if self.manifest.token_table.dtype == "bfloat16":  # the upper half of a float32
-            rows = (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        return rows.astype(np.float32, copy=False) * np.float32(self.manifest.token_table.scale)
+        return self._table.rows(ids)[None] * np.float32(self.manifest.token_table.scale)
 
     def _decode_mask(self, codes: np.ndarray) -> np.ndarray:
         return self._sessions["mask_decoder"].run({"codes": codes})["mask"]

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy of recipes on the embedded checkpoint's test split, each beside the float32 bundle on the same questions.
+
+python benchmarks/accuracy.py --questions 500                       # every named recipe, 112 and 224 px
+python benchmarks/accuracy.py --recipes int4 my.toml --res 224      # some
+
+For each recipe: the metric of every task with its 95 % bootstrap interval and its paired difference to float32, the share of
+answers that are the same, and how often both find the same next token likeliest when both are given float32's answer so far.
+Answers are kept in --work as they come, so that a run that was stopped goes on where it was.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from pgxport import __version__
+from pgxport.calib.calibrate import CalibrateOptions, calibrate
+from pgxport.exporter.export import ExportOptions, export
+from pgxport.exporter.recipe import RECIPES
+from pgxport.exporter.targets import CPU
+from pgxport.report.datasets import scene_samples
+from pgxport.report.fidelity import token_agreement
+from pgxport.report.metrics import METRICS, compare
+from pgxport.report.metrics import estimate as measured
+from pgxport.report.samples import Sample
+from pgxport.runners.loop import Decoder
+from pgxport.runners.outputs import Answer, parse
+from pgxport.runners.runner import Runner
+
+MORE = {"detect": ("box_iou",)}  # beside the metric that decides
+
+
+def bundle(recipe: str, res: int, work: Path, samples: int) -> Path:
+    """Export, calibrating first where the recipe needs it; what is there from an earlier run of the same is kept."""
+    given = {"recipe": recipe} if recipe.endswith(".toml") else {"precision": recipe}
+    text = Path(recipe).read_text() if recipe.endswith(".toml") else repr(CPU.recipe(recipe))
+    output = work / f"{Path(recipe).stem}-{res}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    if output.exists():
+        return output
+    calibration = work / f"calibration-{res}-{samples}.safetensors"
+    if not calibration.exists():
+        calibrate(CalibrateOptions(output=calibration, size="tiny", res=res, samples=samples))
+    needed = {} if recipe in ("fp32", "fp16") else {"calibration": calibration}
+    return export(ExportOptions(output=output, size="tiny", res=res, **given, **needed)).path
+
+
+def ask(path: Path, reference: Path | None, questions: int, threads: int) -> list[dict[str, Any]]:
+    """The ids a bundle answers with and, along the reference's answer, how many next tokens it finds likeliest as well."""
+    done = path.with_suffix(".answers.jsonl")
+    rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
+    before = (
+        None if reference is None else [json.loads(x) for x in reference.with_suffix(".answers.jsonl").read_text().splitlines()]
+    )
+    samples = scene_samples(questions)
+    if len(rows) >= len(samples):
+        return rows[: len(samples)]
+    with Runner.from_pretrained(path, threads=threads) as runner, done.open("a") as file:
+        for i in range(len(rows), len(samples)):
+            picture, prompt = samples[i].open(), samples[i].prompt
+            ids = list(runner.answer(picture, prompt).token_ids)
+            row = {"id": samples[i].id, "ids": ids}
+            if before is not None:
+                row["agreed"], row["positions"] = forced(runner, picture, prompt, before[i]["ids"])
+            rows.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    return rows
+
+
+def forced(runner: Runner, picture: Any, prompt: str, answer: list[int]) -> tuple[int, int]:
+    """Next tokens that agree with a given answer and its end, and how many there are."""
+    prefix = runner._prefix(picture, prompt)
+    decoder = Decoder(runner._sessions["decoder_step"], runner.manifest, prefix.embeds.shape[1] + len(answer) + 1)
+    agreed, fed = 0, prefix.embeds
+    for token in [*answer, runner.manifest.token_ids.eos]:
+        agreed += int(decoder.feed(fed).argmax()) == token
+        fed = runner._embed([token])
+    return agreed, len(answer) + 1
+
+
+def table(samples: tuple[Sample, ...], answers: list[Answer], reference: list[Answer]) -> dict[str, Any]:
+    """Task metric -> value, interval, and paired difference to the reference."""
+    result: dict[str, Any] = {}
+    for task in dict.fromkeys(s.task for s in samples):
+        chosen = [i for i, s in enumerate(samples) if s.task == task]
+        of, mine, theirs = ([x[i] for i in chosen] for x in (samples, answers, reference))
+        for name in (of[0].metric, *MORE.get(task, ())):
+            value, change = measured(name, of, mine), compare(name, of, mine, theirs)
+            result[f"{task} {METRICS[name].title}"] = {
+                "value": value.value, "low": value.low, "high": value.high, "questions": len(of),
+                "difference": change.value, "difference_low": change.low, "difference_high": change.high, "verdict": str(change.verdict),
+            }  # fmt: skip
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=[r for r in RECIPES if r not in ("fp32", "bf16")])
+    parser.add_argument("--res", type=int, nargs="+", default=[112, 224])
+    parser.add_argument("--questions", type=int, default=500, help="of each task")
+    parser.add_argument("--calibration-samples", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("build/accuracy"))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    samples = scene_samples(args.questions)
+    record: dict[str, Any] = {
+        "what": f"recipes on the embedded checkpoint, {args.questions} test questions a task, ONNX Runtime on the CPU, greedy",
+        "command": f"python benchmarks/accuracy.py --questions {args.questions} --recipes {' '.join(Path(r).name for r in args.recipes)}",
+        "versions": {"pgxport": __version__, "onnxruntime": onnxruntime.__version__, "python": platform.python_version()},
+        "results": {},
+    }
+    with ProcessPoolExecutor(args.workers) as pool:
+        for res in args.res:
+            paths = {r: bundle(r, res, args.work, args.calibration_samples) for r in ("fp32", *args.recipes)}
+            pool.submit(ask, paths["fp32"], None, args.questions, 1).result()
+            jobs = {r: pool.submit(ask, paths[r], paths["fp32"] if r != "fp32" else None, args.questions, 1) for r in paths}
+            rows = {r: job.result() for r, job in jobs.items()}
+            with Runner.from_pretrained(paths["fp32"]) as runner:
+                answers = {r: [answer(runner, s, row["ids"]) for s, row in zip(samples, rows[r], strict=True)] for r in paths}
+            for recipe in paths:
+                same = [float(a["ids"] == b["ids"]) for a, b in zip(rows[recipe], rows["fp32"], strict=True)]
+                of = record["results"].setdefault(Path(recipe).stem, {})[str(res)] = {
+                    "bytes": sum(f.stat().st_size for f in paths[recipe].iterdir()),
+                    "metrics": table(samples, answers[recipe], answers["fp32"]),
+                    "identical_answers": float(np.mean(same)),
+                    "token_agreement": float(
+                        np.mean([token_agreement(a["ids"], b["ids"]) for a, b in zip(rows[recipe], rows["fp32"], strict=True)])
+                    ),
+                }
+                if recipe != "fp32":
+                    of["top1_agreement"] = sum(r["agreed"] for r in rows[recipe]) / sum(r["positions"] for r in rows[recipe])
+                print(line(recipe, res, of), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def answer(runner: Runner, sample: Sample, ids: list[int]) -> Answer:
+    text = runner._tokenizer.decode(ids)
+    boxes, masks, warnings = parse(text, *sample.open().size, runner._decode_mask)
+    return Answer(text, tuple(ids), boxes, masks, warnings, truncated=False, timings={})
+
+
+def line(recipe: str, res: int, of: dict[str, Any]) -> str:
+    changes = " ".join(f"{n.split()[0]} {100 * m['difference']:+.2f}" for n, m in of["metrics"].items())
+    return (
+        f"{Path(recipe).stem:24} {res}  {of['bytes'] / 1e6:6.2f} MB  same {of['identical_answers']:.1%}  "
+        f"top-1 {of.get('top1_agreement', 1):.2%}  points: {changes}"
+    )
+
+
+if __name__ == "__main__":
+    main()

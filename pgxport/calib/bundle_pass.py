@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibrate on a float bundle: its graphs run by ONNX Runtime, with the input of every linear as one more output.
+
+Holds the statistics of all layers at once, and the activations of a sample.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from pgxport.bundle import Bundle
+from pgxport.calib.observe import Statistics
+from pgxport.calib.samples import Encoded
+from pgxport.errors import NumericError, UsageError
+from pgxport.exporter.stream import Progress
+from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
+from pgxport.models.weights import weight_shapes
+from pgxport.runners.image import pixel_values
+from pgxport.runners.loop import Decoder
+from pgxport.runners.ort import OrtCache, refusals
+from pgxport.runners.session import Arrays
+
+FOLDER = "session.model_external_initializers_file_folder_path"
+GRAPHS = ("vision_encoder", "projector", "decoder_step")
+
+
+def observe_bundle(bundle: Bundle, samples: Sequence[Encoded], *, moments: bool, progress: Progress | None) -> Statistics:
+    """Run image, prefix and answer of every sample, the answer's tokens one by one as they would be generated.
+
+    Raises:
+        UsageError: the bundle is for another engine than ONNX Runtime's CPU, or multiplies by whole numbers.
+        NumericError: second moments of all layers do not fit into memory, or activations are not finite.
+    """
+    m = bundle.manifest
+    if m.target != "cpu":
+        raise UsageError(f"{bundle.path} is for target {m.target!r}; calibrate the checkpoint, or a bundle for target 'cpu'")
+    shapes = _linears(bundle)
+    if moments:
+        _check_memory(bundle, shapes)
+    sessions = {name: _ObservedSession(bundle, name, shapes) for name in GRAPHS}
+    seen = {path for session in sessions.values() for paths in session.observed.values() for path in paths}
+    if hidden := sorted(shapes.keys() - seen):
+        raise UsageError(
+            f"{bundle.path} ({m.recipe}) does not multiply by {hidden[0]!r} in float, nor by {len(hidden) - 1} others; "
+            f"calibrate the checkpoint, or a bundle of it with --precision fp32"
+        )
+    statistics, table = Statistics(moments=moments), bundle.token_table()
+    scale = np.float32(m.token_table.scale)
+
+    def embed(ids: Sequence[int]) -> np.ndarray:
+        """[1, T, H]"""
+        return table.rows(ids)[None] * scale
+
+    for number, sample in enumerate(samples, 1):
+        pixels = pixel_values(sample.sample.picture(), m.resolution)[None]
+        hidden_states = sessions["vision_encoder"].run({"pixel_values": pixels})["image_hidden"]
+        features = sessions["projector"].run({"image_hidden": hidden_states})["image_features"]
+        decoder = Decoder(sessions["decoder_step"], m, features.shape[1] + len(sample.prompt) + len(sample.answer))
+        decoder.feed(np.concatenate([features, embed(sample.prompt)], 1))
+        for token in sample.answer:
+            decoder.feed(embed([token]))
+        for session in sessions.values():
+            session.give(statistics)
+        for layer in range(m.cache.layers):
+            for part in ("key", "value"):
+                statistics.add_cache(layer, part, decoder.cache.arrays[f"past_key_values.{layer}.{part}"])
+        if progress:
+            progress("samples", number * pixels.nbytes, len(samples) * pixels.nbytes)
+    return statistics
+
+
+class _ObservedSession:
+    """A graph of a bundle, loaded with more outputs than it has; a `Session` to whoever runs it."""
+
+    def __init__(self, bundle: Bundle, name: str, linears: Mapping[str, Any]):
+        self._file = bundle.graph(name)
+        model = ir.load(self._file)
+        self.observed = _inputs_of(model.graph, linears)  # a value's name, and the weights it is multiplied by
+        known = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
+        values = {value.name: value for node in model.graph for value in node.outputs}
+        for value in (values[name] for name in self.observed if name not in known):
+            value.dtype = ir.DataType.FLOAT  # as every activation of a bundle for the CPU
+            model.graph.outputs.append(value)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # errors; they are raised as well
+        options.add_session_config_entry(FOLDER, str(bundle.path))
+        with refusals(f"load {self._file}"):
+            data = ir.to_proto(model).SerializeToString()
+            self._session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._taken: dict[str, list[np.ndarray]] = {name: [] for name in self.observed}
+
+    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None) -> Arrays:
+        with refusals(f"run {self._file}"):
+            if cache is None:
+                results = dict(zip(self._outputs, self._session.run(None, dict(feeds)), strict=True))
+            else:
+                for name, array in feeds.items():
+                    cache.binding.bind_cpu_input(name, array)
+                for name in cache.results:  # anew, for ONNX Runtime would keep to the shapes of the prefix
+                    cache.binding.bind_output(name, "cpu")
+                self._session.run_with_iobinding(cache.binding)
+                values = cache.binding.get_outputs_as_ortvaluevector()
+                results = {name: values[i].numpy().copy() for i, name in enumerate(cache.results)}
+        for name, taken in self._taken.items():
+            taken.append(feeds[name] if name in feeds else results[name])
+        return results
+
+    def new_cache(self, shapes: Mapping[str, tuple[int, ...]]) -> OrtCache:
+        return OrtCache(self._session, shapes, self._outputs)
+
+    def close(self) -> None:
+        del self._session
+
+    def give(self, statistics: Statistics) -> None:
+        """Count in what was observed since the last time: x [1, T, K] of the prefix and of each step."""
+        for name, taken in self._taken.items():
+            statistics.add_input(self.observed[name], np.concatenate(taken, 1))
+            taken.clear()
+
+
+def _inputs_of(graph: ir.Graph, linears: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The values that are multiplied by a weight of the checkpoint, each with those weights."""
+    found: dict[str, list[str]] = {}
+    for node in graph:
+        if node.op_type not in ("MatMul", "FusedMatMul"):
+            continue
+        x, weight = node.inputs[:2]
+        if weight is not None and (cast := weight.producer()) and cast.op_type == "Cast":
+            weight = cast.inputs[0]
+        if x is None or weight is None or not weight.is_initializer():
+            continue
+        if x.name and weight.name and weight.name in linears:
+            found.setdefault(x.name, []).append(weight.name)
+    return found
+
+
+def _linears(bundle: Bundle) -> dict[str, tuple[int, ...]]:
+    """The matrices that a bundle of this model multiplies by, [out, in]."""
+    spec = bundle.manifest.spec
+    try:
+        model = ModelSpec(spec["family"], VisionSpec(**spec["vision"]), TextSpec(**spec["text"]))
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            f"{bundle.path}: its manifest describes no model that this pgx knows ({error}); export it again"
+        ) from error
+    return {n: s for n, s in weight_shapes(model).items() if len(s) == 2 and "position_embedding" not in n}
+
+
+def _check_memory(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse second moments that would not fit: triangles while they are summed, and once more as they are written."""
+    # q, k and v share their input, and so do gate and up.
+    sites = [s[1] for n, s in shapes.items() if not n.endswith(("k_proj.weight", "v_proj.weight", "up_proj.weight"))]
+    needed, available = sum(4 * k * k for k in sites) + bundle.nbytes, available_memory()
+    if available is not None and needed > available:
+        raise NumericError(
+            f"second moments of all layers of {bundle.path} take {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB "
+            f"are free; give the checkpoint, which is calibrated layer by layer, or --no-moments"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that can be had, where the system says."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rounding cost: a bundle's files, read back, against the checkpoint, on scenes that calibration does not use.
+
+Both are run in numpy, for an export needs no engine and holds a few row blocks of weights. What the bundle rounds while it runs
+(activations, the KV cache) is rounded here as well; what an engine adds of its own is measured by `pgx report`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pgxport.bundle import Parity
+from pgxport.exporter.forced import Forced, forced_logits
+from pgxport.exporter.graph import GraphBuilder
+from pgxport.exporter.lower import uint8_grid
+from pgxport.exporter.recipe import Recipe
+from pgxport.exporter.scaling import Statistics
+from pgxport.exporter.stream import DataLayout, Progress, narrow, to_float32
+from pgxport.models.checkpoint import TensorSource
+from pgxport.models.spec import ModelSpec
+
+FIRST_SCENE = 1 << 20  # beyond what anybody calibrates on
+
+
+class StoredWeights:
+    """What a bundle's files hold, under the checkpoint's names: written, read back, and in float32 again.
+
+    Args:
+        layouts: By the name of the data file, without its ending.
+    """
+
+    def __init__(self, source: TensorSource, graphs: Mapping[str, GraphBuilder], layouts: Mapping[str, tuple[Path, DataLayout]]):
+        self._source = source
+        self.matrices = {path: matrix for g in graphs.values() for path, matrix in g.matrices.items()}
+        self._dtypes = {p.name: p.dtype for _, layout in layouts.values() for p in layout.promises}
+        wanted = {p.name for matrix in self.matrices.values() for p in matrix.promises}
+        self._parts: dict[str, np.ndarray] = {}
+        for file, layout in layouts.values():
+            for p in layout.promises:
+                if p.name in wanted:
+                    self._parts[p.name] = np.memmap(file, p.dtype, "r", layout.places[p.name][0], p.shape)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return np.dtype(np.float32)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        if name in self.matrices:
+            return self.matrices[name].dequantized(self._parts, start, stop)
+        return to_float32(narrow(to_float32(self._source.rows(name, start, stop)), self._dtypes[name], name))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model to be run in numpy: weights, how large it is, and how a recipe rounds what it computes with."""
+
+    weights: TensorSource
+    spec: ModelSpec
+    recipe: Recipe | None = None
+    statistics: Statistics | None = None
+
+    def rounding(self, kind: str, where: str, x: np.ndarray) -> np.ndarray:
+        """What the engine takes for x."""
+        assert self.recipe is not None
+        if kind != "linear input":
+            return self._cached(kind.removeprefix("cache "), where, x)
+        scheme = self.recipe.scheme(where)
+        if scheme.bits is None:
+            return x
+        if scheme.activations == "static":
+            assert self.statistics is not None, "Bug: static activations without calibration"
+            scale, zero = uint8_grid(*self.statistics.range(where, scheme.observer))
+            return (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale
+        if scheme.activations == "dynamic":
+            return _symmetric(x, np.abs(x).max(-1, keepdims=True))
+        # MatMulNBits rounds activations too, with a scale for each group of them.
+        assert scheme.group is not None, f"Bug: {where} has no group"
+        return np.concatenate(
+            [
+                _symmetric(g, np.abs(g).max(-1, keepdims=True))
+                for g in np.split(x, range(scheme.group, x.shape[-1], scheme.group), -1)
+            ],
+            -1,
+        )
+
+    def _cached(self, part: str, where: str, x: np.ndarray) -> np.ndarray:
+        """Keys and values [B, K, T, D]; `where` begins with the layer's path."""
+        assert self.recipe is not None
+        if self.recipe.cache == "int8":
+            assert self.statistics is not None, "Bug: an int8 cache without calibration"
+            layer = int(where.partition(".layers.")[2].partition(".")[0])
+            return _symmetric(x, self.statistics.cache(layer, part)[None, :, None])
+        return x.astype(self.recipe.cache or x.dtype).astype(x.dtype)
+
+
+def parity(exact: Run, rounded: Run, samples: Sequence[Forced], *, progress: Progress | None = None) -> Parity:
+    """Force both along the same answers, and compare what each would have said at every token."""
+    losses: list[float] = []
+    agreed = 0
+    for i, sample in enumerate(samples):
+        if progress:
+            progress("comparing with the checkpoint", i, len(samples))
+        p = forced_logits(exact.weights, exact.spec, sample)
+        q = forced_logits(rounded.weights, rounded.spec, sample, rounding=rounded.rounding)
+        losses += [float(divergence(a[None], b[None])[0]) for a, b in zip(p, q, strict=True)]  # a token at a time: a row is wide
+        agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+    if progress:
+        progress("comparing with the checkpoint", len(samples), len(samples))
+    assert isinstance(rounded.weights, StoredWeights), "Bug: only a bundle's files are compared"
+    sqnr = {path: round(matrix.sqnr, 2) for path, matrix in rounded.weights.matrices.items()}
+    return Parity(
+        scenes=len(samples), positions=len(losses), kl=float(np.mean(losses)), kl_worst=max(losses),
+        agreement=agreed / len(losses), sqnr=dict(sorted(sqnr.items(), key=lambda item: item[1])),
+    )  # fmt: skip
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p ‖ q) in nats of each row of logits [T, V] -> [T] (Kullback and Leibler, 1951), in float64.
+
+    >>> divergence(np.array([[0.0, 0.0]]), np.array([[0.0, np.log(3)]])).round(4)
+    array([0.1438])
+    """
+    p, q = (x - x.max(-1, keepdims=True) for x in (p.astype(np.float64), q.astype(np.float64)))
+    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+    return np.maximum((np.exp(p) * (p - q)).sum(-1), 0)
+
+
+def _symmetric(x: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """x in int8, each row of it on the grid up to its largest, and back."""
+    scale = np.maximum(largest, np.float32(1e-30)) / np.float32(127)
+    return np.clip(np.rint(x / scale), -128, 127) * scale

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes as TOML files: read strictly, each mistake named with its line; written so that reading gives an equal recipe.
+
+Knows no weights and no engine: whether a rule matches anything is `Recipe.check`'s, what can be run is `targets.py`'s.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pgxport.errors import DiskError, UsageError
+from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
+
+MAX_BYTES = 1_000_000
+HEADER = """\
+# How the weights of this bundle are stored: the effective recipe, written by pgx export.
+# The first rule whose pattern matches a weight decides. Keys and defaults: docs/reference/recipes.md
+"""
+# A recipe's name becomes part of file names and of reports.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+CACHES = ("float32", "float16", "int8")
+# What a type is called, and how to write one.
+TYPES = {
+    bool: ("a boolean", "true or false"),
+    int: ("a whole number", "digits alone"),
+    float: ("a decimal number", "it with a point, like 0.5"),
+    str: ("a string", "it in quotes"),
+}
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """What a field may hold: the values of a Literal, else types.
+
+    >>> _alternatives(Literal[4, 8] | None), _alternatives(bool)
+    ((4, 8), (<class 'bool'>,))
+    """
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    parts = [part for part in get_args(hint) if part is not NoneType]
+    return tuple(value for part in parts for value in _alternatives(part)) or (hint,)
+
+
+VALUES = {key: _alternatives(hint) for key, hint in get_type_hints(Scheme).items()} | {
+    "dtype": ("float32", "float16", "bfloat16"),
+    "bits": (4, 8),
+    "group": (16, 32, 64, 128, 256),
+}
+TOP_KEYS = ("name", "cache", "rule")
+RULE_KEYS = ("weights", *VALUES)
+# What does not go together: the key to mend, when, and what is said. Each stands for a scheme of whole numbers.
+CLASHES: tuple[tuple[str, Callable[[Scheme], bool], str], ...] = (
+    (
+        "activations",
+        lambda s: s.bits == 4 and s.activations != "float",
+        'activations = "{s.activations}" multiplies int8 by int8, and bits is 4; write bits = 8, or activations = "float"',
+    ),
+    (
+        "group",
+        lambda s: s.group is not None and s.activations != "float",
+        'group = {s.group} beside activations = "{s.activations}", which has one scale for each row; take group out',
+    ),
+    (
+        "bits",
+        lambda s: s.bits == 4 and s.group is None,
+        "bits = 4 has too few steps for a whole row; write group = 32 beside it, or another power of two from 16 to 256",
+    ),
+    (
+        "scaling",
+        lambda s: s.scaling == "smoothquant" and s.activations == "float",
+        'scaling = "smoothquant" is for activations that are rounded; write activations = "dynamic" or "static", or scaling = "awq"',
+    ),
+    (
+        "observer",
+        lambda s: s.observer != Scheme.observer and s.activations != "static",
+        'observer = "{s.observer}" chooses the range of static activations, and these are "{s.activations}"; '
+        'write activations = "static", or take observer out',
+    ),
+)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table of the file: what it says, and the line of each key; that of the table itself is under ""."""
+
+    path: Path
+    values: dict[str, Any]
+    lines: Mapping[str, int]
+
+    def line(self, key: str) -> int:
+        return self.lines.get(key, self.lines[""])
+
+    def error(self, key: str, message: str) -> UsageError:
+        return UsageError(f"{self.path}, line {self.line(key)}: {message}")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file (docs/reference/recipes.md).
+
+    Raises:
+        UsageError: the file is not a recipe; the message says in which line, what was read, and what to write.
+        DiskError: it cannot be read.
+    """
+    top, tables = _parse(path, _read(path))
+    for key in top.values:
+        if key not in TOP_KEYS:
+            raise top.error(key, _unknown(key, TOP_KEYS, RULE_KEYS, "belongs to a rule; write [[rule]] above it"))
+    rules: list[Rule] = []
+    seen: dict[str, int] = {}
+    for table in tables:
+        for rule in _rules(table):
+            if rule.pattern in seen:
+                raise table.error(
+                    "weights",
+                    f"{_shown(rule.pattern)} has a rule already, in line {seen[rule.pattern]}, which decides; take one of the two out",
+                )
+            seen[rule.pattern] = table.line("weights")
+            rules.append(rule)
+    if not rules:
+        raise top.error("rule", 'the recipe has no rules; add [[rule]], and under it weights = "*" and dtype = "float16"')
+    if rules[-1].pattern != "*":
+        raise tables[-1].error(
+            "weights",
+            f'the last rule is for {_shown(rules[-1].pattern)}; end with one for everything else: [[rule]], under it weights = "*"',
+        )
+    return _named(top, tuple(rules))
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The text of a recipe's file; keys that have their default are left out."""
+    cache = {} if recipe.cache is None else {"cache": recipe.cache}
+    text = HEADER + _assignments({"name": recipe.name, **cache})
+    for rule in recipe.rules:
+        text += "\n[[rule]]\n" + _assignments({"weights": rule.pattern, **_given(rule.scheme)})
+    return text
+
+
+def invalid(scheme: Scheme) -> str | None:
+    """Why no weight can be stored by this scheme, and what to change; None if it can.
+
+    >>> invalid(Scheme(bits=4))
+    'bits = 4 has too few steps for a whole row; write group = 32 beside it, or another power of two from 16 to 256'
+    """
+    mistake = _mistake(scheme, _given(scheme))
+    return mistake[1] if mistake else None
+
+
+def _mistake(scheme: Scheme, given: Collection[str]) -> tuple[str, str] | None:
+    """The first key that is wrong, and why. `given` are the keys that someone wrote, be it with their default."""
+    for key in given:
+        if wrong := _wrong(key, getattr(scheme, key), VALUES[key]):
+            return key, wrong
+    if scheme.bits is None:
+        # An option of whole numbers on floats would be dropped in silence.
+        wrong = "{0} is for whole numbers, and the rule has no bits; write bits = 8 or 4 beside it, or take {0} out"
+        return next(((key, wrong.format(key)) for key in given if key != "dtype"), None)
+    if "dtype" in given:
+        return (
+            "dtype",
+            f'dtype = "{scheme.dtype}" beside bits = {scheme.bits}: a weight has one or the other; take one of the two out',
+        )
+    return next(((key, message.format(s=scheme)) for key, clash, message in CLASHES if clash(scheme)), None)
+
+
+def _wrong(key: str, value: object, allowed: tuple[Any, ...]) -> str | None:
+    """Why a key cannot have a value, or None if it can; `allowed` are values, or types."""
+    # Exact types: to Python, true is the whole number 1, and 4.0 is equal to 4.
+    types = {a if isinstance(a, type) else type(a) for a in allowed}
+    choices = _either([TYPES[a][1] if isinstance(a, type) else _shown(a) for a in allowed])
+    if type(value) not in types:
+        return f"{key} = {_shown(value)} is not {' or '.join(TYPES[t][0] for t in types)}; write {choices}"
+    if value in allowed or type(value) in allowed:
+        return None
+    return f"{key} = {_shown(value)} does not exist; {_choose(value, allowed)}{choices}"
+
+
+def _unknown(key: str, known: tuple[str, ...], elsewhere: tuple[str, ...], move: str) -> str:
+    if key in elsewhere:
+        return f"{key} {move}"
+    return f"the key {_shown(key)} does not exist; {_choose(key, known)}{_either(known)}"
+
+
+def _choose(value: object, known: tuple[Any, ...]) -> str:
+    near = get_close_matches(str(value), [k for k in known if isinstance(k, str)], n=1)
+    return f"did you mean {_shown(near[0])}? Choose " if near else "choose "
+
+
+def _either(words: Sequence[str]) -> str:
+    """
+    >>> _either(["4", "8", "16"]), _either(["4"])
+    ('4, 8 or 16', '4')
+    """
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _rules(table: _Table) -> list[Rule]:
+    """The rules of one [[rule]]: as many as it has patterns."""
+    for key in table.values:
+        if key not in RULE_KEYS:
+            raise table.error(key, _unknown(key, RULE_KEYS, TOP_KEYS, "is the whole recipe's; move it above the first [[rule]]"))
+    weights = table.values.get("weights", [])
+    patterns = weights if isinstance(weights, list) else [weights]
+    if not patterns:
+        raise table.error("weights", 'the rule does not say for which weights it is; write weights = "a pattern", or "*" for all')
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            raise table.error(
+                "weights", f'{_shown(pattern)} among weights is not a pattern; write one in quotes, like "*_proj.weight"'
+            )
+    given = {key: value for key, value in table.values.items() if key != "weights"}
+    scheme = Scheme(**given)
+    if mistake := _mistake(scheme, given):
+        raise table.error(*mistake)
+    return [Rule(pattern, scheme) for pattern in patterns]
+
+
+def _named(top: _Table, rules: tuple[Rule, ...]) -> Recipe:
+    """The recipe of these rules, with the name and the cache that stand above them."""
+    if "name" not in top.values:
+        raise top.error("name", 'the recipe has no name; write name = "mine" above the rules')
+    for key, allowed in (("name", (str,)), ("cache", CACHES)):
+        if key in top.values and (wrong := _wrong(key, top.values[key], allowed)):
+            raise top.error(key, wrong)
+    name = top.values["name"]
+    if not NAME.fullmatch(name):
+        raise top.error(
+            "name", f"name = {_shown(name)}: write 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first"
+        )
+    return Recipe(name, rules, top.values.get("cache"))
+
+
+def _read(path: Path) -> str:
+    try:
+        # Opening a FIFO would wait for ever.
+        if not path.is_file():
+            state = "is not a regular file" if path.exists() else "does not exist"
+            raise UsageError(f"{path}: {state}; give a TOML file, or one of the recipes {', '.join(RECIPES)}")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be read: {error.strerror or error}; check the permissions and the disk") from error
+    if len(data) > MAX_BYTES:
+        raise UsageError(f"{path}: has more than {MAX_BYTES:,} bytes, and a recipe a few hundred; give the recipe's file")
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{path}, line {line}: the byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        ) from error
+
+
+def _parse(path: Path, text: str) -> tuple[_Table, list[_Table]]:
+    """The table at the top, and those of the rules."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        # Its messages end with "(at line 3, column 6)" or "(at end of document)".
+        reason, _, place = str(error).rpartition(" (at ")
+        found = re.match(r"line (\d+)", place)
+        line = int(found[1]) if found else text.rstrip().count("\n") + 1
+        seen = text.split("\n")[line - 1].strip()
+        raise UsageError(
+            f"{path}, line {line}: {_shown(seen)} is not TOML: {reason}; strings are in quotes, lists in brackets"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: cannot be read as TOML: {error}; no recipe has such numbers or such nesting") from error
+    lines, *headers = _lines(text)
+    top = _Table(path, values, lines)
+    rules = values.get("rule", [])
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+        raise top.error(
+            "rule", f"rule = {_shown(rules)} cannot be read as rules; begin each rule with [[rule]], in two pairs of brackets"
+        )
+    # rule = [{...}, {...}] is TOML too, and has no headers.
+    headers = headers or [{"": top.line("rule")} for _ in rules]
+    return top, [_Table(path, rule, places) for rule, places in zip(rules, headers, strict=True)]
+
+
+def _lines(text: str) -> list[dict[str, int]]:
+    """The lines of keys, which tomllib does not tell: at the top, then of each [[rule]]; "" is where a table begins.
+
+    >>> _lines('name = "a"\\n[[rule]]\\nweights = "*"')
+    [{'': 1, 'name': 1}, {'': 2, 'weights': 3}]
+    """
+    tables = [{"": 1}]
+    inside = tables[0]
+    for line, statement in _statements(text):
+        ((key, value),) = tomllib.loads(statement).items()
+        if not statement.lstrip().startswith("["):
+            inside[key] = line
+        elif (key, value) == ("rule", [{}]):
+            inside = {"": line}
+            tables.append(inside)
+        else:
+            # Any other header, [x] or a rule's [rule.x], is a mistake by itself, whatever stands under it.
+            inside = {}
+            if key == "rule" and isinstance(value, dict) and value and len(tables) > 1:
+                tables[-1][next(iter(value))] = line
+            else:
+                tables[0][key] = line
+    return tables
+
+
+# A string may hold brackets, number signs and, in three quotes, lines; one in three may end with five.
+TOKEN = re.compile(
+    r'"""(?:[^\\]|\\.)*?"{3,5}'
+    r"|'''.*?'{3,5}"
+    r'|"(?:[^"\\]|\\.)*"'
+    r"|'[^']*'"
+    r"|#[^\n]*"
+    r"|[\[\]{}\n]"
+    r"|[^\"'#\[\]{}\n]+",
+    re.DOTALL,
+)
+
+
+def _statements(text: str) -> Iterator[tuple[int, str]]:
+    """Each header and each key with its value, without comments, and the line it begins in; `text` is valid TOML."""
+    line, depth, statement, start = 1, 0, "", 1
+    for token in [*TOKEN.findall(text), "\n"]:
+        if token == "\n" and not depth:
+            if statement.strip():
+                yield start, statement
+            statement, start = "", line + 1
+        elif not token.startswith("#"):
+            depth += (token in ("[", "{")) - (token in ("]", "}"))
+            statement += token
+        line += token.count("\n")
+
+
+def _given(scheme: Scheme) -> dict[str, Any]:
+    """The fields that differ from their default."""
+    return {f.name: getattr(scheme, f.name) for f in fields(scheme) if getattr(scheme, f.name) != f.default}
+
+
+def _assignments(values: dict[str, Any]) -> str:
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in values.items())
+
+
+def _toml(value: object) -> str:
+    """A string, number or boolean in TOML, which is JSON but for surrogates and DEL."""
+    return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
+
+
+def _shown(value: object) -> str:
+    """A value as a message shows it: as TOML, and not endless."""
+    if isinstance(value, dict | list):
+        return "a table" if isinstance(value, dict) else "a list"
+    text = _toml(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

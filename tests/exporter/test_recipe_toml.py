@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe's file is read as written or refused by line, and what is written reads back as the same recipe."""
+
+import os
+import re
+import tomllib
+from contextlib import suppress
+from dataclasses import fields, replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pgxport.errors import UsageError
+from pgxport.exporter import recipe_toml
+from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
+from pgxport.exporter.recipe_toml import invalid, read_recipe, to_toml
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "recipes.md"
+REST = '[[rule]]\nweights = "*"\ndtype = "float16"\n'
+# Every combination of values that Scheme's fields may have alone; the valid ones, by an account of our own.
+ALONE = {
+    "bits": (None, 4, 8),
+    "group": (None, 16, 256),
+    "dtype": ("float32", "float16", "bfloat16"),
+    "symmetric": (True, False),
+} | {
+    "compensate": (False, True),
+    "method": ("nearest", "clip", "gptq"),
+    "scaling": ("none", "awq", "smoothquant"),
+    "activations": ("float", "dynamic", "static"),
+    "observer": ("minmax", "percentile", "entropy", "mse"),
+}
+SCHEMES = [Scheme(**dict(zip(ALONE, values, strict=True))) for values in product(*ALONE.values())]
+
+
+def makes_sense(s: Scheme) -> bool:
+    if s.bits is None:
+        return s == Scheme(s.dtype)
+    if s.activations == "float":
+        rounding = s.bits == 8 or s.group is not None
+        return rounding and s.dtype == "float32" and s.scaling != "smoothquant" and s.observer == "minmax"
+    return s.bits == 8 and s.group is None and s.dtype == "float32" and (s.observer == "minmax" or s.activations == "static")
+
+
+VALID = [scheme for scheme in SCHEMES if makes_sense(scheme)]
+
+
+def written(folder: Path, text: str | bytes) -> Path:
+    path = folder / "mine.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def rule(*lines: str) -> str:
+    """A recipe whose first rule, from line 4 on, has these lines."""
+    return "\n".join(['name = "mine"', "[[rule]]", 'weights = "*_proj.weight"', *lines, "", REST])
+
+
+def test_a_file_becomes_its_rules_in_order(tmp_path):
+    text = """
+name = "mine"
+cache = "int8"            # optional
+
+[[rule]]
+weights = ["*norm*", "*.bias"]
+
+[[rule]]
+weights = "language_model.*_proj.weight"
+bits = 4
+group = 32
+symmetric = false
+method = "gptq"
+
+[[rule]]
+weights = "vision_tower.*.weight"
+bits = 8
+activations = "static"
+observer = "entropy"
+compensate = true
+
+[[rule]]
+weights = "*"
+dtype = "float16"
+"""
+    assert read_recipe(written(tmp_path, text)) == Recipe(
+        "mine",
+        (
+            Rule("*norm*", Scheme()),
+            Rule("*.bias", Scheme()),
+            Rule("language_model.*_proj.weight", Scheme(bits=4, group=32, symmetric=False, method="gptq")),
+            Rule("vision_tower.*.weight", Scheme(bits=8, activations="static", observer="entropy", compensate=True)),
+            Rule("*", Scheme("float16")),
+        ),
+        "int8",
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '\ufeffname = "mine"\n' + REST,  # as Windows' editors save
+        ('name = "mine"\n' + REST).replace("\n", "\r\n"),
+        'rule = [{weights = "*", dtype = "float16"}]\nname = "mine"',
+        'name = "mine"\n[["rule"]]\n"weights" = \'\'\'*\'\'\'\n\'dtype\' = """\nfloat\\\n   16"""',
+        '"n\\u0061me" = "mine"\n  [[ rule ]] # first\n\tweights = [\n\t"*" # all ]\n\t,\n]\ndtype="float16"',
+    ],
+)
+def test_any_way_to_write_the_same_toml_is_the_same_recipe(tmp_path, text):
+    assert read_recipe(written(tmp_path, text)) == Recipe("mine", (Rule("*", Scheme("float16")),))
+
+
+MISTAKES = [
+    # TOML
+    ('name = "mine"\n[[rule]]\nweights = "*"\ndtype = float16', 4, ["dtype = float16", "not TOML", "quotes"]),
+    ('name = "mine\n' + REST, 1, ["not TOML"]),
+    (rule("bits = 8", "bits = 8"), 5, ["bits = 8", "Cannot overwrite a value"]),
+    ('name = "mine"\n\n[[rule]]\nweights = [\n"*"\n\n', 5, ["not TOML"]),
+    (b'name = "mine"\n# caf\xe9\n' + REST.encode(), 2, ["0xe9", "save the file as UTF-8"]),
+    (b'\xef\xbb\xbfname = "mine"\n# caf\xe9\n' + REST.encode(), 2, ["0xe9"]),
+    (rule("bits = 8").encode("utf-16"), 1, ["0xff", "UTF-8"]),
+    # keys
+    ('nmae = "mine"\n' + REST, 1, ['"nmae"', 'did you mean "name"?', "name, cache or rule"]),
+    ('name = "mine"\n\nversion = 1\n' + REST, 3, ['"version" does not exist; choose name, cache or rule']),
+    ('name = "mine"\nbits = 4\n' + REST, 2, ["bits belongs to a rule", "[[rule]]"]),
+    (rule("bits = 8") + 'cache = "int8"', 9, ["cache is the whole recipe's", "above the first [[rule]]"]),
+    (rule("bits = 8", "grop = 32"), 5, ['"grop"', 'did you mean "group"?', "observer"]),
+    (rule("bits = 8", "[rule.options]", "fast = true"), 5, ['"options" does not exist']),
+    (rule("bits = 8") + "[rule.weights]\nbits = 8\n" + REST, 9, ["Cannot overwrite"]),
+    ('name = "mine"\n[[rule]]\nbits = 8\n[rule.weights]\nbits = 8\n' + REST, 4, ["a table among weights"]),
+    (rule("bits = 8") + "[rules]\nbits = 8", 9, ['"rules"', 'did you mean "rule"?']),
+    ('name = "mine"\n[rule]\nweights = "*"', 2, ["rule = a table cannot", "[[rule]]"]),
+    ('name = "mine"\n[rule.x]\n', 2, ["rule = a table cannot"]),
+    ('name = "mine"\nrule = 3', 2, ["rule = 3 cannot", "[[rule]]"]),
+    ('name = "mine"\nrule = ["*"]', 2, ["rule = a list cannot", "[[rule]]"]),
+    # weights
+    ('name = "mine"\n\n[[rule]]\nbits = 8\n' + REST, 3, ["for which weights", 'write weights = "a pattern"']),
+    ('name = "mine"\n[[rule]]\nweights = []\n' + REST, 3, ["for which weights"]),
+    ('name = "mine"\n[[rule]]\nweight = "a"\n' + REST, 3, ['"weight"', 'did you mean "weights"?']),
+    ('name = "mine"\n[[rule]]\nweights = 3\n' + REST, 3, ["3 among weights", "in quotes"]),
+    ('name = "mine"\n[[rule]]\nweights = ["a",\ntrue]\n' + REST, 3, ["true among weights"]),
+    ('name = "mine"\n[[rule]]\nweights = ""\n' + REST, 3, ['"" among weights']),
+    # values
+    (rule('bits = "4"'), 4, ['bits = "4" is not a whole number; write 4 or 8']),
+    (rule("bits = true"), 4, ["bits = true is not a whole number"]),
+    (rule("bits = 4.0"), 4, ["bits = 4.0 is not a whole number"]),
+    (rule("bits = [4]"), 4, ["bits = a list is not a whole number"]),
+    (rule("bits = 2024-01-01"), 4, ['bits = "2024-01-01" is not a whole number']),
+    (rule("bits = 3"), 4, ["bits = 3 does not exist; choose 4 or 8"]),
+    (rule("bits = 4", "group = 48"), 5, ["group = 48 does not exist; choose 16, 32, 64, 128 or 256"]),
+    (rule("bits = 4", "group = 8"), 5, ["group = 8 does not exist"]),
+    (rule("bits = 4", "group = 512"), 5, ["group = 512 does not exist"]),
+    (rule("bits = 8", "symmetric = 1"), 5, ["symmetric = 1 is not a boolean; write true or false"]),
+    (rule("bits = 8", 'compensate = "yes"'), 5, ['compensate = "yes" is not a boolean']),
+    (rule("bits = 8", 'method = "gtpq"'), 5, ['"gtpq"', 'did you mean "gptq"?', '"nearest", "clip" or "gptq"']),
+    (rule("bits = 8", "method = 1"), 5, ["method = 1 is not a string", '"nearest"']),
+    (rule('dtype = "flaot16"'), 4, ['did you mean "float16"?', '"float32", "float16" or "bfloat16"']),
+    (rule('dtype = "fp8"'), 4, ['dtype = "fp8" does not exist; choose "float32"']),
+    # values that do not go together
+    (rule('dtype = "float16"', "bits = 8"), 4, ['dtype = "float16" beside bits = 8', "take one of the two out"]),
+    (rule("bits = 8", 'dtype = "float32"'), 5, ['dtype = "float32" beside bits = 8']),
+    (rule('method = "gptq"'), 4, ["method is for whole numbers", "write bits = 8 or 4"]),
+    (rule('dtype = "float16"', 'scaling = "awq"'), 5, ["scaling is for whole numbers"]),
+    (rule("symmetric = true"), 4, ["symmetric is for whole numbers"]),
+    (rule("bits = 4", 'method = "gptq"'), 4, ["bits = 4 has too few steps for a whole row; write group = 32"]),
+    (rule("bits = 4", "group = 32", 'activations = "dynamic"'), 6, ['"dynamic" multiplies int8', "bits is 4; write bits = 8"]),
+    (rule("bits = 8", "group = 32", 'activations = "static"'), 5, ["group = 32", 'activations = "static"', "take group out"]),
+    (rule("bits = 8", 'scaling = "smoothquant"'), 5, ["smoothquant", 'activations = "dynamic" or "static"']),
+    (rule("bits = 8", 'observer = "mse"', 'activations = "dynamic"'), 5, ['observer = "mse"', 'these are "dynamic"']),
+    # the whole
+    (REST, 1, ["no name", 'name = "mine"']),
+    ('name = ""\n' + REST, 1, ['name = ""', "1 to 64 letters"]),
+    ('\nname = "../mine"\n' + REST, 2, ['name = "../mine"', "letters"]),
+    ('name = "mine\\n"\n' + REST, 1, ["letters"]),
+    (f'name = "{"a" * 65}"\n' + REST, 1, ["1 to 64 letters"]),
+    ("name = 4\n" + REST, 1, ["name = 4 is not a string; write it in quotes"]),
+    ('name = "mine"\ncache = "int9"\n' + REST, 2, ['"int9"', 'did you mean "int8"?', '"float32", "float16" or "int8"']),
+    ('name = "mine"\ncache = "bfloat16"\n' + REST, 2, ['cache = "bfloat16" does not exist']),
+    ('name = "mine"\ncache = 8\n' + REST, 2, ["cache = 8 is not a string"]),
+    ('name = "mine"\n', 1, ["no rules", "add [[rule]]"]),
+    ("", 1, ["no rules"]),
+    ('name = "mine"\n\nrule = []', 3, ["no rules"]),
+    ('name = "mine"\n[[rule]]\nweights = "*.bias"\n', 3, ['"*.bias"', 'weights = "*"']),
+    ('name = "mine"\n' + REST + '[[rule]]\nweights = "*.bias"\n', 6, ['"*.bias"', 'weights = "*"']),
+    (rule("bits = 8") + REST, 10, ['"*" has a rule already, in line 7']),
+    ('name = "mine"\n[[rule]]\nweights = ["a", "b", "a"]\n' + REST, 3, ['"a" has a rule already, in line 3']),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"), MISTAKES, ids=[f"{n}: {words[0]}" for n, (_, _, words) in enumerate(MISTAKES)]
+)
+def test_a_mistake_is_named_with_its_line_and_the_fix(tmp_path, text, line, words):
+    path = written(tmp_path, text)
+    with pytest.raises(UsageError) as caught:
+        read_recipe(path)
+    assert str(caught.value).startswith(f"{path}, line {line}: ")
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("#" * 1_000_001, "more than 1,000,000 bytes"),
+        ("name = " + "[" * 100_000, "cannot be read as TOML"),
+        ("name = " + "9" * 5_000, "cannot be read as TOML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_at_all_is_refused(tmp_path, text, words):
+    with pytest.raises(UsageError, match=words):
+        read_recipe(written(tmp_path, text))
+
+
+def test_a_path_without_a_file_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"none\.toml: does not exist; give a TOML file, or one of the recipes fp32, fp16"):
+        read_recipe(tmp_path / "none.toml")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(UsageError, match="is not a regular file"):
+            read_recipe(path)
+
+
+def test_a_message_does_not_grow_with_the_file(tmp_path):
+    for text in (
+        f'name = "{"a" * 9999}"\n{REST}',
+        f"{'a' * 9999} = 1\n",
+        "name = " + "a" * 9999,
+        rule(f'method = "{"a" * 9999}"'),
+    ):
+        with pytest.raises(UsageError) as caught:
+            read_recipe(written(tmp_path, text))
+        assert len(str(caught.value)) < 600
+
+
+KEYS = ["a{}", '"a{} # ["', "'a{} \"'", "a{}.b", '"[[rule]] {}"']
+ODD = [
+    "3",
+    "true # ] '",
+    '"] # \\" ["',
+    '"\\\\"',
+    "'\\'",
+    '\'"""\'',
+    "\"'''\"",
+    '""',
+    '""""""',
+    "''''''",
+    '"""\n[[rule]]\nbits = 8 \\""" "\n"""""',
+    '"""[ a""""',
+    "'''\n[[rule]] # \\\n''''",
+    '"\u2028\x85"',
+    "{ a = \"}\", b = [{ c = ']' }] }",
+    "[ # ]\"\n  \"[[rule]]\", # bits\n\n  [[\"#\"], {a = '''\n]'''}],\n]",
+]
+BETWEEN = ["", "\n", '# a [[rule]] "\n', "\t# '''\n\n  "]
+HEADERS = [None, None, None, "[[rule]]", ' [[ "rule" ]] # [[']
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(*map(st.sampled_from, (BETWEEN, HEADERS, KEYS, ODD)))))
+def test_lines_are_found_in_any_layout(statements):
+    text, lines = "", [{"": 1}]
+    for number, (between, header, key, value) in enumerate(statements):
+        text += between
+        if header:
+            lines.append({"": text.count("\n") + 1})
+            text += header + "\n"
+        name = key.format(number)
+        ((plain, _),) = tomllib.loads(f"{name} = 1").items()
+        lines[-1][plain] = text.count("\n") + 1
+        text += f"{name} = {value}\n"
+    assert len(tomllib.loads(text).get("rule", [])) == len(lines) - 1
+    assert recipe_toml._lines(text) == lines
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="[]{}'\"#=\\, \n\r\tab1.\u2028\x00rule", max_size=60))
+def test_whatever_a_file_holds_it_is_a_recipe_or_a_usage_error(tmp_path_factory, text):
+    folder = tmp_path_factory.getbasetemp()
+    for file in (text, f'name = "a"\n[[rule]]\nweights = {text}\n{REST}', f'name = "a"\n{REST}{text}'):
+        with suppress(UsageError):
+            read_recipe(written(folder, file))
+
+
+def test_a_scheme_is_valid_exactly_where_its_parts_go_together():
+    assert [s for s in SCHEMES if (invalid(s) is None) != makes_sense(s)] == []
+
+
+def test_a_scheme_made_in_python_is_judged_as_one_from_a_file():
+    assert invalid(replace(Scheme(), dtype="int8")) == 'dtype = "int8" does not exist; choose "float32", "float16" or "bfloat16"'
+    assert "bits = true" in str(invalid(Scheme(bits=True)))
+    assert "group = 100" in str(invalid(Scheme(bits=4, group=100)))
+
+
+def test_every_field_of_a_scheme_is_a_key_of_a_rule():
+    assert set(recipe_toml.RULE_KEYS) == {"weights", *(field.name for field in fields(Scheme))}
+    for values in recipe_toml.VALUES.values():
+        assert all(value in recipe_toml.TYPES for value in values if isinstance(value, type))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_named_recipe_is_read_back_as_it_was_written(tmp_path, name):
+    assert read_recipe(written(tmp_path, to_toml(RECIPES[name]))) == RECIPES[name]
+
+
+PATTERNS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda pattern: pattern != "*")
+MADE = st.builds(
+    lambda name, patterns, schemes, cache: Recipe(
+        name, tuple(Rule(p, s) for p, s in zip([*patterns, "*"], schemes, strict=False)), cache
+    ),
+    st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True).filter(lambda name: name not in RECIPES),
+    st.lists(PATTERNS, unique=True, max_size=5),
+    st.lists(st.sampled_from(VALID), min_size=6, max_size=6),
+    st.sampled_from([None, "float32", "float16", "int8"]),
+)
+
+
+@settings(deadline=None)
+@given(MADE)
+@example(Recipe("a", (Rule('\x00\x1f\x7f\x85\u2028\\"\U0001f600', Scheme()), Rule("*", Scheme()))))
+def test_any_recipe_is_read_back_as_it_was_written(tmp_path_factory, recipe):
+    text = to_toml(recipe)
+    assert read_recipe(written(tmp_path_factory.getbasetemp(), text)) == recipe
+    assert to_toml(recipe) == text
+
+
+def test_only_what_differs_from_the_default_is_written():
+    recipe = Recipe("a", (Rule("*norm*", Scheme()), Rule("*", Scheme(bits=8, symmetric=False))), "int8")
+    header, _, text = to_toml(recipe).partition("name")
+    assert all(line.startswith("# ") for line in header.splitlines())
+    assert f"name{text}" == (
+        'name = "a"\ncache = "int8"\n\n[[rule]]\nweights = "*norm*"\n\n[[rule]]\nweights = "*"\nbits = 8\nsymmetric = false\n'
+    )
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the wheel is tested without the repository")
+def test_the_page_shows_recipes_that_can_be_read(tmp_path):
+    shown = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert shown
+    for text in shown:
+        recipe = read_recipe(written(tmp_path, text))
+        assert read_recipe(written(tmp_path, to_toml(recipe))) == recipe
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the wheel is tested without the repository")
+def test_the_page_has_every_key_with_its_default_and_its_values():
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE.read_text(), re.MULTILINE))
+    assert set(rows) == {"name", "cache", *recipe_toml.RULE_KEYS}
+    for field in fields(Scheme):
+        values, default, _ = (cell.strip() for cell in rows[field.name].split("|"))
+        assert default == ("" if field.default is None else f"`{recipe_toml._toml(field.default)}`")
+        for value in recipe_toml.VALUES[field.name]:
+            assert f"`{'true' if value is bool else recipe_toml._toml(value)}`" in values
