@@ -74,10 +74,9 @@ def _similarity(caption: Ngrams, truth: Ngrams, rarity: dict[tuple[str, ...], fl
         of_truth[len(ngram) - 1] += count**2 * rarity.get(ngram, unseen) ** 2
     norm = np.sqrt(of_caption * of_truth)
     cosine = np.divide(product, norm, out=np.zeros(LONGEST), where=norm > 0)
-    # pycocoevalcap counts the pairs of words for the length: no word and one word are equally long.
-    longer = _pairs(caption) - _pairs(truth)
+    longer = _length(caption) - _length(truth)
     return float(cosine.mean()) * math.exp(-(longer**2) / (2 * SIGMA**2))
 
 
-def _pairs(ngrams: Ngrams) -> int:
-    return sum(count for ngram, count in ngrams.items() if len(ngram) == 2)
+def _length(ngrams: Ngrams) -> int:
+    return sum(count for ngram, count in ngrams.items() if len(ngram) == 1)

@@ -28,7 +28,7 @@ def tables(data: Path, split: str | None) -> list[Rows]:
     """Every table of records below a path."""
     if data.is_file():
         if not is_arrow(data):
-            return _split(_joined([data], files_below(data.parent, (".json",))), split)
+            return _split(_joined([data], _inside(data.parent, (".json",))), split)
         if split is not None:
             raise UsageError(f"{data}: is one split by itself; leave --split {split} out, or give the folder")
         return [ArrowRows(str(data), (data,))]
@@ -36,13 +36,24 @@ def tables(data: Path, split: str | None) -> list[Rows]:
         return arrow
     if beside := _sidecars(data):
         return _split([beside], split)
-    return _split(_joined(files_below(data, (".json", ".jsonl")), []), split)
+    return _split(_joined(_inside(data, (".json", ".jsonl")), []), split)
+
+
+def _inside(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The data files of a folder; one that is a link out of it is an error, as the folder may be a stranger's."""
+    files = files_below(folder, suffixes)
+    for file in files:
+        if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"{file}: is a link out of {folder}; copy the file (from the hub: hf download --local-dir), or name it"
+            )
+    return files
 
 
 def _arrow_tables(data: Path, split: str | None) -> list[Rows]:
     """Parquet and Arrow files, the shards of a split together: val-00000-of-00004.parquet, or validation/data-….arrow."""
     shards: dict[str, list[Path]] = defaultdict(list)
-    for file in files_below(data, (".parquet", ".arrow")):
+    for file in _inside(data, (".parquet", ".arrow")):
         # `datasets` keeps what it computed beside what it saved.
         if file.name.startswith("cache-"):
             continue

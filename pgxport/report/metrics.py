@@ -53,6 +53,17 @@ def score(sample: Sample, answer: Answer) -> Share | None:
     return None if metric.score is None else metric.score(sample, answer)
 
 
+def metrics_for(sample: Sample) -> tuple[str, ...]:
+    """The sample's own metric, then the others of its task that its truth allows."""
+    there = {
+        "answers": bool(sample.answers),
+        "regions": bool(sample.regions),
+        "masks": any(region.segmentation for region in sample.regions),
+    }
+    others = (name for name in TASKS[sample.task] if name != sample.metric and there[METRICS[name].needs])
+    return (sample.metric, *others)
+
+
 def tally(name: str, samples: Sequence[Sample], answers: Sequence[Answer]) -> Tally:
     """A metric on all samples of a run.
 
@@ -184,5 +195,5 @@ TASKS = {
     "caption": ("cider", "bleu", "rouge_l"),
     "detect": ("box_accuracy", "box_iou", "box_map"),
     "segment": ("mask_iou", "mask_ciou", "box_iou"),
-    "refer": ("refer_accuracy", "box_iou"),
+    "refer": ("refer_accuracy", "box_iou", "mask_iou", "mask_ciou"),
 }

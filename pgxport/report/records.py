@@ -7,6 +7,7 @@ Knows no data set: a record is a dictionary and the place where it stands.
 import json
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,11 +124,13 @@ class ArrowRows:
         arrow = require("pyarrow", "a parquet or Arrow data set")
         wanted, start = sorted(indices), 0
         for file, batch in self._batches(columns=True):
-            here = [i - start for i in wanted if start <= i < start + len(batch)]
-            for row, fields in zip(here, batch.take(arrow.array(here)).to_pylist() if here else [], strict=True):
-                yield Record(f"{file}: row {start + row}", fields)
+            first, last = bisect_left(wanted, start), bisect_left(wanted, start + len(batch))
+            if first < last:
+                here = arrow.array([row - start for row in wanted[first:last]])
+                for row, fields in zip(wanted[first:last], batch.take(here).to_pylist(), strict=True):
+                    yield Record(f"{file}: row {row}", fields)
             start += len(batch)
-            if not wanted or start > wanted[-1]:
+            if last == len(wanted):
                 return
 
     def _batches(self, *, columns: bool) -> Iterator[tuple[Path, Any]]:

@@ -169,7 +169,7 @@ def _category(pictures: list[dict[str, np.ndarray] | None], thresholds: int) -> 
         scores += list(picture["dtScores"])
         sample += [n] * matched.shape[1]
         hit.append(matched & counts)
-        miss.append(~matched & counts)
+        miss.append(~matched)
     order = np.argsort(-np.array(scores), kind="mergesort")
     return Category(np.array(sample, np.int64)[order], np.hstack(hit)[:, order], np.hstack(miss)[:, order], truths)
 

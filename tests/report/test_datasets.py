@@ -585,6 +585,14 @@ def test_a_wrong_record_is_an_error_with_its_line_and_the_fix(fields, message, t
         read(file)
 
 
+def test_a_data_file_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
+    own(tmp_path / "there")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "samples.jsonl").symlink_to(tmp_path / "there" / "samples.jsonl")
+    with pytest.raises(InputError, match=r"samples\.jsonl: is a link out of .*here; copy the file"):
+        read(tmp_path / "here")
+
+
 def test_a_line_that_is_not_json_is_named(tmp_path):
     file = lines(tmp_path / "a.jsonl", {"image": "a.png", "prompt": "ocr", "answer": "x"})
     file.write_text(file.read_text() + "{oops\n")

@@ -10,7 +10,7 @@ import pytest
 from pgxport.errors import UsageError
 from pgxport.report.bootstrap import Verdict
 from pgxport.report.datasets import scene_samples
-from pgxport.report.metrics import METRICS, TASKS, compare, estimate, groups, score, tally
+from pgxport.report.metrics import METRICS, TASKS, compare, estimate, groups, metrics_for, score, tally
 from pgxport.report.samples import Drawn, Region, Sample, Segmentation
 from pgxport.runners.outputs import Answer, parse, run_lengths
 
@@ -91,6 +91,14 @@ def test_one_answer_is_scored_by_its_samples_own_metric():
     (caption, *_), (answer, *_) = captioned()
     assert score(caption, answer) is None  # CIDEr needs the corpus
     assert score(Sample("0", Drawn(0), "ocr", "ocr", "exact_match", ("AB",)), Answer("AB")) == (1.0, 1.0)
+
+
+def test_a_sample_is_judged_by_its_own_metric_first_and_by_what_its_truth_allows():
+    assert metrics_for(masked(0, np.ones((16, 16), bool))) == ("mask_iou", "mask_ciou", "box_iou")
+    box = Sample("0", Drawn(0), "detect cat", "refer", "refer_accuracy", regions=(Region("cat", (0, 0, 1, 1)),))
+    assert metrics_for(box) == ("refer_accuracy", "box_iou")
+    scene = Sample("0", Drawn(0), "caption en", "caption", "exact_match", ("a cat",))
+    assert metrics_for(scene) == ("exact_match", "cider", "bleu", "rouge_l")
 
 
 def test_questions_about_one_picture_are_one_group():
