@@ -24,6 +24,7 @@ from pgxport import __version__
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.exporter.recipe import RECIPES
+from pgxport.exporter.recipe_toml import read_recipe
 from pgxport.exporter.targets import CPU
 from pgxport.report.datasets import scene_samples
 from pgxport.report.fidelity import token_agreement
@@ -34,6 +35,8 @@ from pgxport.runners.loop import Decoder
 from pgxport.runners.outputs import Answer, parse
 from pgxport.runners.runner import Runner
 
+ROOT = Path(__file__).parent
+RECIPES_AND_CACHES = [*(r for r in RECIPES if r not in ("fp32", "bf16")), str(ROOT / "recipes" / "int8-kv8.toml")]
 MORE = {"detect": ("box_iou",)}  # beside the metric that decides
 
 
@@ -42,12 +45,13 @@ def bundle(recipe: str, res: int, work: Path, samples: int) -> Path:
     given = {"recipe": recipe} if recipe.endswith(".toml") else {"precision": recipe}
     text = Path(recipe).read_text() if recipe.endswith(".toml") else repr(CPU.recipe(recipe))
     output = work / f"{Path(recipe).stem}-{res}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    if output.exists():
+    if (output / "manifest.json").exists():
         return output
     calibration = work / f"calibration-{res}-{samples}.safetensors"
     if not calibration.exists():
         calibrate(CalibrateOptions(output=calibration, size="tiny", res=res, samples=samples))
-    needed = {} if recipe in ("fp32", "fp16") else {"calibration": calibration}
+    recipe_of = read_recipe(Path(recipe)) if recipe.endswith(".toml") else CPU.recipe(recipe)
+    needed = {"calibration": calibration} if recipe_of.calibrated else {}
     return export(ExportOptions(output=output, size="tiny", res=res, **given, **needed)).path
 
 
@@ -64,25 +68,28 @@ def ask(path: Path, reference: Path | None, questions: int, threads: int) -> lis
     with Runner.from_pretrained(path, threads=threads) as runner, done.open("a") as file:
         for i in range(len(rows), len(samples)):
             picture, prompt = samples[i].open(), samples[i].prompt
-            ids = list(runner.answer(picture, prompt).token_ids)
+            prefix = runner._prefix(picture, prompt)
+            ids = list(runner._generate(prefix, runner._limit(prefix, None)))
             row = {"id": samples[i].id, "ids": ids}
             if before is not None:
-                row["agreed"], row["positions"] = forced(runner, picture, prompt, before[i]["ids"])
+                given = before[i]["ids"]
+                # Where the whole answer is the same, so is every next token along it.
+                agreed = len(given) + 1 if ids == given else forced(runner, prefix.embeds, given)
+                row |= {"agreed": agreed, "positions": len(given) + 1}
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
     return rows
 
 
-def forced(runner: Runner, picture: Any, prompt: str, answer: list[int]) -> tuple[int, int]:
-    """Next tokens that agree with a given answer and its end, and how many there are."""
-    prefix = runner._prefix(picture, prompt)
-    decoder = Decoder(runner._sessions["decoder_step"], runner.manifest, prefix.embeds.shape[1] + len(answer) + 1)
-    agreed, fed = 0, prefix.embeds
+def forced(runner: Runner, prefix: np.ndarray, answer: list[int]) -> int:
+    """Next tokens that agree with a given answer and its end."""
+    decoder = Decoder(runner._sessions["decoder_step"], runner.manifest, prefix.shape[1] + len(answer) + 1)
+    agreed, fed = 0, prefix
     for token in [*answer, runner.manifest.token_ids.eos]:
         agreed += int(decoder.feed(fed).argmax()) == token
         fed = runner._embed([token])
-    return agreed, len(answer) + 1
+    return agreed
 
 
 def table(samples: tuple[Sample, ...], answers: list[Answer], reference: list[Answer]) -> dict[str, Any]:
@@ -102,10 +109,10 @@ def table(samples: tuple[Sample, ...], answers: list[Answer], reference: list[An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=[r for r in RECIPES if r not in ("fp32", "bf16")])
+    parser.add_argument("--recipes", nargs="+", default=RECIPES_AND_CACHES)
     parser.add_argument("--res", type=int, nargs="+", default=[112, 224])
     parser.add_argument("--questions", type=int, default=500, help="of each task")
-    parser.add_argument("--calibration-samples", type=int, default=64)
+    parser.add_argument("--calibration-samples", type=int, default=256)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/accuracy"))
     parser.add_argument("--json", type=Path)

@@ -184,6 +184,7 @@ def calibrate(as_json: bool, **options: Any) -> None:
 @click.option("--image", "images", multiple=True, required=True, type=click.Path(), help="An image; again for several in order.")
 @click.option("--prompt", required=True, help='"caption en", "ocr", "answer en …", "detect a ; b", "segment a".')
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Stop after so many tokens  [default: the bundle's]")
+@click.option("--low-memory", is_flag=True, help="Hold the vision encoder or the decoder, never both; slower to the first token.")
 @click.option("--save", type=click.Path(dir_okay=False), help="Draw boxes and masks on the image and save it here.")
 @engine_option
 @threads_option
@@ -193,6 +194,7 @@ def run(
     images: tuple[str, ...],
     prompt: str,
     max_new_tokens: int | None,
+    low_memory: bool,
     save: str | None,
     engine: str,
     threads: int | None,
@@ -210,7 +212,7 @@ def run(
 
     if save:
         picture_format(save)  # refused before the work rather than after
-    with Runner.from_pretrained(bundle, engine=engine, threads=threads) as runner:
+    with Runner.from_pretrained(bundle, engine=engine, threads=threads, low_memory=low_memory) as runner:
         picture = load_image(images[0])
         answer = runner.answer([picture, *images[1:]], prompt, max_new_tokens=max_new_tokens)
     if save:
@@ -234,6 +236,76 @@ def run(
     click.echo(
         f"{len(answer.token_ids)} tokens; ms: {times}" + (f"; drawn on {save}" if save else "; --save out.png draws it"), err=True
     )
+
+
+@cli.command()
+@click.argument("source", required=False)
+@click.option("--size", help="A published size, 3b, 10b or 28b, or tiny for the embedded checkpoint, in place of SOURCE.")
+@click.option("--res", type=int, help="Pixels a side: 224, 448 or 896; tiny: 112 or 224.")
+@click.option("--family", type=click.Choice(["paligemma", "paligemma2"]), default="paligemma2", show_default=True)
+@click.option("--variant", default="pt", show_default=True, help="pt, mix or ft-TASK, as the hub names them.")
+@click.option("--adapter", type=click.Path(), help="A LoRA adapter, as it will be given to the export.")
+@click.option(
+    "--masks", type=click.Path(dir_okay=False), help="vae-oid.npz, where `segment` is among the tasks (tiny has its own)."
+)
+@click.option("--data", type=click.Path(), help="Samples to judge by: a data set's file or folder  [default: drawn scenes]")
+@click.option(
+    "--samples", type=click.IntRange(1), default=50, show_default=True, help="Records, evenly spaced; scenes of each task."
+)
+@click.option(
+    "--calibration", type=click.Path(dir_okay=False), help="What `pgx calibrate` wrote; AWQ and GPTQ are tried with it."
+)
+@click.option("--max-loss", default="1%", show_default=True, metavar="POINTS", help="Points of the task metric that may be lost.")
+@click.option("--max-latency", type=click.FloatRange(0, min_open=True), metavar="MS", help="Milliseconds of one answer.")
+@click.option("--max-size", type=click.FloatRange(0, min_open=True), metavar="MB", help="Megabytes of the bundle.")
+@click.option("--target", default="cpu", show_default=True, help="The engine to tune for; it has to run here.")
+@click.option("--candidates", help="Schemes to try, as in w8-g128,w4-g32; a wrong one lists what there is  [default: all]")
+@click.option("-o", "--output", type=click.Path(), default="recipe.toml", show_default=True, help="The recipe to write.")
+@click.option("--work", type=click.Path(file_okay=False), help="Where results are kept for the next time  [default: OUTPUT.work]")
+@click.option("--overwrite", is_flag=True, help="Replace a recipe that is there.")
+@threads_option
+@json_option
+def tune(as_json: bool, max_loss: str, candidates: str | None, **options: Any) -> None:
+    """Search the recipe with the smallest bundle that loses no more than it may.
+
+    Each group of layers is measured in each scheme, mixes are proposed and measured whole; stopped, it goes on where it was.
+
+    \b
+    pgx tune --size tiny --res 112 --samples 4 --candidates w8-dynamic --max-loss 20% -o recipe.toml
+    pgx tune my-finetune/ --data vqa.jsonl --calibration calibration.safetensors --max-loss 1% --max-size 1800
+    """
+    import time
+
+    from pgxport.errors import GateError
+
+    with needs("export"):
+        from pgxport.tune.result import render
+        from pgxport.tune.tune import TuneOptions, tune
+
+    try:
+        points = float(max_loss.strip().removesuffix("%"))
+    except ValueError:
+        raise click.UsageError(f"--max-loss {max_loss!r} is not a number of points; write 1% or 0.5") from None
+    names = tuple(name.strip() for name in candidates.split(",")) if candidates else ()
+    progress = stage_line if sys.stderr.isatty() else None
+    start = time.perf_counter()
+    found = tune(TuneOptions(max_loss=points, candidates=names, **options), progress=progress)
+    if progress:
+        progress("")
+    seconds = round(time.perf_counter() - start, 2)
+    if as_json:
+        click.echo(jsonlib.dumps(found.to_json() | {"seconds": seconds, "peak_rss_bytes": peak_rss()}, indent=1))
+    else:
+        click.echo(render(found))
+    if refusal := found.refusal():
+        raise GateError(refusal)
+    if as_json:
+        return
+    given = {"checkpoint": options["source"], "size": options["size"], "res": options["res"], "adapter": options["adapter"]}
+    given |= {"recipe": options["output"], "calibration": options["calibration"]}
+    words = " ".join(f"--{option} {value}" for option, value in given.items() if value)
+    click.echo(f"wrote {options['output']} in {seconds} s, peak memory {size(peak_rss())}")
+    click.echo(f"try: pgx export {words} -o tuned")
 
 
 @cli.command()
@@ -272,6 +344,107 @@ def bench(as_json: bool, decoder_only: bool, past: str | None, bundles: tuple[st
     click.echo(jsonlib.dumps(done.to_json(), indent=1) if as_json else terminal_safe(render(done)))
     if all(m.reason for m in done.measurements):
         fail(done.measurements[0].exit_code, f"nothing could be measured: {done.measurements[0].reason}")
+
+
+@cli.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path())
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="A data set's file or folder, as it is distributed  [default: drawn scenes]"
+)
+@click.option("--format", help="What the data is, where its content does not say; a wrong one lists what there is.")
+@click.option("--images", type=click.Path(path_type=Path), help="The pictures' folder, where it is not the data's.")
+@click.option("--split", help="Of a data set that holds several: validation, test …")
+@click.option("--prompt", help="In place of the format's, as in 'answer en {question}'.")
+@click.option("--limit", type=click.IntRange(1), help="Records, evenly spaced; of the scenes: of each task  [default: all; 100]")
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="A checkpoint's folder, to run in transformers as the reference."
+)
+@click.option(
+    "--gate", type=click.FloatRange(0, 1), help="End with 8 if a bundle keeps less of the reference's quality  [advice: 0.99]"
+)
+@click.option("--follow", type=click.IntRange(0), default=100, show_default=True, help="Samples to compare logits on.")
+@click.option("--pictures", type=click.IntRange(0), default=12, show_default=True, help="Disagreements to show.")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Stop an answer after so many tokens  [default: the bundle's]")
+@click.option("--merge", is_flag=True, help="Join reports of several devices: give their report.json in place of bundles.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="report", show_default=True, help="The folder to write.")
+@engine_option
+@threads_option
+@json_option
+def report(as_json: bool, merge: bool, gate: float | None, output: Path, bundles: tuple[str, ...], **options: Any) -> None:
+    """Measure accuracy against latency of bundles, and write a page to decide by.
+
+    Stopped, it goes on where it was: what OUTPUT/measured holds is not measured again.
+
+    \b
+    pgx report b --limit 2 -o report
+    pgx report b-fp16 b-int4 --data vqa/ --limit 500 --gate 0.99 -o report
+    pgx report --merge jetson/report.json desktop/report.json -o both
+    """
+    from pgxport.errors import GateError
+    from pgxport.report.datasets import DataOptions
+    from pgxport.report.report import GATE, ReportOptions
+    from pgxport.report.report import merge as merge_reports
+    from pgxport.report.report import report as measure
+    from pgxport.report.verdict import gate_failures
+    from pgxport.runners.outputs import terminal_safe
+
+    data = DataOptions(**{name: options.pop(name) for name in ("data", "format", "images", "split", "prompt", "limit")})
+    progress = stage_line if sys.stderr.isatty() else None
+    if merge:
+        made = merge_reports(list(map(Path, bundles)), output)
+    else:
+        given = ReportOptions(bundles, output, data, gate=GATE if gate is None else gate, **options)
+        made = measure(given, progress=progress)
+    if progress:
+        progress("")
+    if as_json:
+        click.echo(made.model_dump_json(indent=1))
+    else:
+        for device in made.devices:
+            click.echo(terminal_safe(f"{device.name}:"))
+            for finding in device.verdict:
+                click.echo(terminal_safe(f"  {finding.text}"))
+        click.echo(f"wrote {output}/report.html, report.md, report.json, results.csv, chart.svg and chart.png")
+        click.echo(f"try: open {output}/report.html    pgx report --merge {output}/report.json OTHER/report.json -o both")
+    failed = [row for device in made.devices for row in device.rows if row.status == "failed"]
+    if gate is not None and (lines := [line for device in made.devices for line in gate_failures(device)]):
+        click.echo(terminal_safe("\n".join(lines[:20])), err=True)
+        raise GateError(f"below the gate of {gate:.4g}; {output}/report.html shows the answers")
+    if len(failed) == sum(len(device.rows) for device in made.devices):
+        fail(failed[0].exit_code or 1, f"nothing could be measured: {failed[0].reason}")
+
+
+@cli.command()
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), help="Ask both bundles these samples, and compare the answers.")
+@click.option("--format", help="What the data is, where its content does not say.")
+@click.option("--limit", type=click.IntRange(1), help="Records, evenly spaced; without --data of the drawn scenes, of each task.")
+@click.option("--gate", type=click.FloatRange(0, 1), help="End with 8 if the second keeps less of the first's quality.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Keep the report of both here  [default: nowhere]")
+@engine_option
+@threads_option
+@json_option
+def diff(as_json: bool, first: Path, second: Path, **options: Any) -> None:
+    """Compare two bundles, or two reports: what changed, and what it cost.
+
+    \b
+    pgx diff b-fp32 b-int4
+    pgx diff b-fp32 b-int4 --limit 20 --gate 0.99
+    pgx diff last-week/report.json report.json --gate 0.99
+    """
+    from pgxport.errors import GateError
+    from pgxport.report.diff import DiffOptions, diff
+    from pgxport.runners.outputs import terminal_safe
+
+    progress = stage_line if sys.stderr.isatty() else None
+    found = diff(DiffOptions(first, second, **options), progress=progress)
+    if progress:
+        progress("")
+    click.echo(jsonlib.dumps(found.to_json(), indent=1) if as_json else terminal_safe(found.render()))
+    if found.failures:
+        click.echo(terminal_safe("\n".join(found.failures[:20])), err=True)
+        raise GateError(f"{second} keeps too little of {first}'s quality")
 
 
 @cli.command()

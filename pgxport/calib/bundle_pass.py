@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from pgxport.bundle import Bundle
 from pgxport.calib.observe import Statistics
-from pgxport.calib.samples import Encoded
+from pgxport.calib.samples import Encoded, token_weights
 from pgxport.errors import NumericError, UsageError
 from pgxport.exporter.stream import Progress
 from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
@@ -55,7 +55,7 @@ def observe_bundle(bundle: Bundle, samples: Sequence[Encoded], *, moments: bool,
         """[1, T, H]"""
         return table.rows(ids)[None] * scale
 
-    for number, sample in enumerate(samples, 1):
+    for number, (sample, weights) in enumerate(zip(samples, token_weights(samples, m.image_tokens), strict=True), 1):
         pixels = pixel_values(sample.sample.picture(), m.resolution)[None]
         hidden_states = sessions["vision_encoder"].run({"pixel_values": pixels})["image_hidden"]
         features = sessions["projector"].run({"image_hidden": hidden_states})["image_features"]
@@ -63,8 +63,8 @@ def observe_bundle(bundle: Bundle, samples: Sequence[Encoded], *, moments: bool,
         decoder.feed(np.concatenate([features, embed(sample.prompt)], 1))
         for token in sample.answer:
             decoder.feed(embed([token]))
-        for session in sessions.values():
-            session.give(statistics)
+        for name, session in sessions.items():
+            session.give(statistics, weights if name == "decoder_step" else None)
         for layer in range(m.cache.layers):
             for part in ("key", "value"):
                 statistics.add_cache(layer, part, decoder.cache.arrays[f"past_key_values.{layer}.{part}"])
@@ -94,7 +94,7 @@ class _ObservedSession:
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._taken: dict[str, list[np.ndarray]] = {name: [] for name in self.observed}
 
-    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None) -> Arrays:
+    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None, *, trim: bool = True) -> Arrays:
         with refusals(f"run {self._file}"):
             if cache is None:
                 results = dict(zip(self._outputs, self._session.run(None, dict(feeds)), strict=True))
@@ -116,10 +116,13 @@ class _ObservedSession:
     def close(self) -> None:
         del self._session
 
-    def give(self, statistics: Statistics) -> None:
-        """Count in what was observed since the last time: x [1, T, K] of the prefix and of each step."""
+    def give(self, statistics: Statistics, weights: np.ndarray | None) -> None:
+        """Count in what was observed since the last time, x [1, T, K] of the prefix and of each step, by tokens' weights [T]."""
         for name, taken in self._taken.items():
-            statistics.add_input(self.observed[name], np.concatenate(taken, 1))
+            x = np.concatenate(taken, 1)
+            # The output matrix is only seen at the tokens that an answer is read from.
+            every = weights is not None and x.shape[1] == len(weights)
+            statistics.add_input(self.observed[name], x, weights if every else None)
             taken.clear()
 
 

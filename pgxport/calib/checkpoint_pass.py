@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pgxport.calib.observe import Statistics
-from pgxport.calib.samples import Encoded
+from pgxport.calib.samples import Encoded, token_weights
 from pgxport.exporter.audit import Census
 from pgxport.exporter.calibration import Array, disk, read_metadata, write_tensors
 from pgxport.exporter.eager import Eager
@@ -61,15 +61,16 @@ def observe_checkpoint(
     steps = _steps(source, spec)
     files = [work / f"step-{i:03}.safetensors" for i in range(len(steps))]
     sizes = [sum(4 * prod(step.shape(sample)) for sample in samples) for step in steps]
+    weights = token_weights(samples, spec.image_tokens)
     done = next((i for i, file in enumerate(files) if not file.exists()), len(files))
     for i in range(done, len(steps)):
         arriving, leaving = work / f"stream-{i:03}", work / f"stream-{i + 1:03}"
         statistics, census = Statistics(moments=moments), Census(spec)
         before, count = sum(sizes[:i]), 0
         with disk(f"cannot write {leaving}"), open(leaving, "wb") as out:
-            for sample, x in zip(samples, _arrivals(arriving, steps[i], samples, spec), strict=True):
+            for sample, x, w in zip(samples, _arrivals(arriving, steps[i], samples, spec), weights, strict=True):
                 prefix = spec.image_tokens + len(sample.prompt)
-                g = Eager(source, {}, prefix=prefix, observe=_Observer(statistics, census, steps[i].layer))
+                g = Eager(source, {}, prefix=prefix, observe=_Observer(statistics, census, steps[i].layer, w))
                 y = steps[i].run(g, sample, x)
                 if y is not None:
                     out.write(np.ascontiguousarray(y, np.float32).data)
@@ -96,8 +97,9 @@ def step_findings(file: Path, census: Census) -> dict[str, str]:
 class _Observer:
     """Sorts what an Eager shows into statistics and census."""
 
-    def __init__(self, statistics: Statistics, census: Census, layer: int | None):
+    def __init__(self, statistics: Statistics, census: Census, layer: int | None, weights: np.ndarray):
         self._statistics, self._census, self._layer = statistics, census, layer
+        self._weights = weights if layer is not None else None
         self._input: tuple[str, np.ndarray] | None = None
 
     def __call__(self, kind: str, where: str, values: np.ndarray) -> None:
@@ -105,7 +107,7 @@ class _Observer:
             if self._input and self._input[1] is values:  # as q, k and v have one
                 self._statistics.inputs[where] = self._input[0]
             else:
-                self._statistics.add_input([where], values)
+                self._statistics.add_input([where], values, self._weights)
                 self._input = where, values
         elif kind in ("cache key", "cache value"):
             assert self._layer is not None, f"Bug: {where} is cached outside of the decoder"

@@ -66,7 +66,7 @@ class Site:
     """What is known so far about one linear's input."""
 
     def __init__(self, path: str, width: int, *, moments: bool):
-        self.path, self.width, self.count = path, width, 0
+        self.path, self.width, self.total = path, width, 0.0  # of the tokens' weights
         self.spread = Spread()
         self._absmax = np.zeros(width, np.float32)
         self._sums = np.zeros((3, width))  # of x, |x| and x²
@@ -74,8 +74,8 @@ class Site:
         ends = [min(width, start + MOMENT_ROWS) for start in range(0, width, MOMENT_ROWS)] if moments else []
         self._moment = [np.zeros((end - start, end), np.float32) for start, end in itertools.pairwise([0, *ends])]
 
-    def add(self, x: np.ndarray) -> None:
-        """Count x [..., K] in.
+    def add(self, x: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """Count x [..., K] in; in means and moments each token counts as its weight [...] says.
 
         Raises:
             NumericError: not all of it is finite.
@@ -88,20 +88,23 @@ class Site:
             raise NumericError(
                 f"the input of {self.path} is not finite in channel {channel}; the checkpoint's weights are unsound"
             )
-        self._sums += x.sum(0, dtype=np.float64), size.sum(0, dtype=np.float64), np.square(x).sum(0, dtype=np.float64)
+        w = np.ones(len(x), np.float32) if weights is None else weights.reshape(-1).astype(np.float32)
+        weighted = x if weights is None else x * w[:, None]
+        for total, values in zip(self._sums, (x, size, np.square(x)), strict=True):
+            total += w.astype(np.float64) @ values
         self.spread.add(x)
-        self.count += len(x)
+        self.total += float(w.sum(dtype=np.float64))
         for block in self._moment:
             rows, end = block.shape
-            block += x[:, end - rows : end].T @ x[:, :end]
+            block += weighted[:, end - rows : end].T @ x[:, :end]
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Everything that the calibration file holds about it. The second moment is given away: ask once."""
         ranges = np.array([OBSERVER[name](self.spread) for name in OBSERVERS])
-        tensors = site_tensors(self.path, np.stack([self._absmax, *(self._sums / self.count)]), ranges, None)
+        tensors = site_tensors(self.path, np.stack([self._absmax, *(self._sums / self.total)]), ranges, None)
         if self._moment:
             packed = pack((row for block in self._moment for row in block), self.width)
-            tensors[f"moment/{self.path}"] = np.divide(packed, np.float32(self.count), out=packed)
+            tensors[f"moment/{self.path}"] = np.divide(packed, np.float32(self.total), out=packed)
             self._moment.clear()
         return tensors
 
@@ -115,13 +118,13 @@ class Statistics:
         self._sites: dict[str, Site] = {}
         self._caches: dict[str, np.ndarray] = {}
 
-    def add_input(self, paths: Sequence[str], x: np.ndarray) -> None:
-        """Count x [..., K] in, the input of one linear or of several."""
+    def add_input(self, paths: Sequence[str], x: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """Count x [..., K] in, the input of one linear or of several; each token as its weight [...] says."""
         site = self._sites.get(paths[0])
         if site is None:
             site = self._sites[paths[0]] = Site(paths[0], x.shape[-1], moments=self._moments)
         self.inputs |= dict.fromkeys(paths, paths[0])
-        site.add(x)
+        site.add(x, weights)
 
     def add_cache(self, layer: int, part: str, x: np.ndarray) -> None:
         """Count keys after rotation, or values, in: x [B, K, S, D]"""

@@ -11,7 +11,7 @@ import numpy as np
 from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.quantize import Gptq, Grid, Quantized, nearest, pack, pack_zeros, sqnr, unpack, unpack_zeros
 from pgxport.exporter.recipe import Scheme
-from pgxport.exporter.stream import Promise, row_blocks, to_float32
+from pgxport.exporter.stream import Promise, narrow, row_blocks, to_float32
 from pgxport.models.checkpoint import TensorSource
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Coded:
 
     def _made(self, parts: list[np.ndarray], dtype: Any) -> Iterator[np.ndarray]:
         assert parts, f"Bug: the codes of {self.path} were not written before what belongs to them"
-        yield np.concatenate(parts).astype(dtype)
+        yield narrow(np.concatenate(parts), np.dtype(dtype), f"scales of {self.path}: one")
         parts.clear()
 
 

@@ -18,7 +18,7 @@ from pgxport.exporter.locate import Located, locate
 from pgxport.exporter.parity import FIRST_SCENE, Run, StoredWeights, parity
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.recipe_toml import read_recipe, to_toml
-from pgxport.exporter.scaling import Rescaled, RescaledStatistics, Statistics, rescaled
+from pgxport.exporter.scaling import Rescaled, RescaledStatistics, Statistics, check_sites, rescaled
 from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
 from pgxport.exporter.targets import TARGETS, Target
 from pgxport.models.checkpoint import Checkpoint, TensorSource
@@ -181,6 +181,15 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Job:
             f"recipe {recipe.name!r} rounds by what calibration measured, and --calibration was not given; "
             f"`pgx calibrate` writes the file"
         )
+    if calibration and not calibration.about.moments and any(rule.scheme.method == "gptq" for rule in recipe.rules):
+        raise UsageError(
+            f"recipe {recipe.name!r} rounds by gptq, which needs second moments, and {calibration.path} was made without; "
+            f"calibrate with --moments, or choose the method clip"
+        )
+    if options.gate is not None and not options.parity:
+        raise UsageError(
+            f"--gate {options.gate:g} judges by what --parity measures, which is 0 scenes; leave --parity away, or --gate"
+        )
     if options.local_window not in ("hf", "none"):
         raise UsageError(f"local window {options.local_window!r} does not exist; choose 'hf' or 'none'")
     found = locate(
@@ -193,6 +202,7 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Job:
     _check_spec(spec, found, options)
     check_weights(checkpoint, spec)
     recipe.check(weight_shapes(spec))
+    check_sites(spec, recipe.scheme)
     context = context_length(spec, options.context)
     masks = options.masks or found.masks
     tokenizer = checkpoint.file("tokenizer.json")

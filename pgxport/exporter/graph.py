@@ -90,17 +90,18 @@ class GraphBuilder:
     def cast(self, value: ir.Value, have: np.dtype, want: np.dtype) -> ir.Value:
         return value if have == want else self.op("Cast", value, to=int(ir.DataType.from_numpy(want)))
 
-    def constant(self, value: Any, dtype: Any = None) -> ir.Value:
+    def constant(self, value: Any, dtype: Any = None, name: str = "") -> ir.Value:
         """A number or short list that is part of the architecture, not of the checkpoint.
 
-        Python's fractions are activations, and its whole numbers int64; numpy's stay what they are.
+        Python's fractions are activations, and its whole numbers int64; numpy's stay what they are. Equal ones are stored once,
+        but for those with a name: what is measured should not decide how large a graph is.
         """
         if dtype is None and not isinstance(value, np.generic | np.ndarray):
             dtype = self.dtype if np.asarray(value).dtype.kind == "f" else np.int64
         array = np.asarray(value, dtype)
-        key = (array.dtype.str, array.shape, array.tobytes())
+        key = (name, array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
-            name = f"constant_{len(self._constants)}"
+            name = name or f"constant_{len(self._constants)}"
             self._constants[key] = self._initializer(_value(name, array.dtype, array.shape), ir.tensor(array, name=name))
         return self._constants[key]
 

@@ -7,7 +7,6 @@ from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
 from pgxport.bundle import Stored, TokenTable
-from pgxport.errors import UsageError
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.stream import DataLayout
@@ -80,10 +79,7 @@ def token_table(graphs: dict[str, GraphBuilder], table: DataLayout, spec: ModelS
     matrix = graphs["decoder_step"].matrices.get(TOKEN_TABLE)
     described: dict[str, Any] = {"dtype": table.promises[0].dtype.name}
     if matrix is not None:
-        if matrix.zeros:
-            raise UsageError(
-                f"{TOKEN_TABLE} is looked up by rows too, for which its grid has to be symmetric; say symmetric = true in its rule"
-            )
+        assert matrix.zeros is None, "Bug: a token table was lowered with zero points"
         place = {"scales_offset": table.places[matrix.scales.name][0], "scales_dtype": matrix.scales.dtype.name}
         described = {"dtype": f"int{matrix.scheme.bits}", "group": matrix.scheme.group, **place}
     return TokenTable(file=TABLE_FILE, shape=(spec.text.vocab, spec.text.width), scale=spec.text.embed_scale, **described)

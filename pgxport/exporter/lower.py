@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pgxport.errors import CheckpointError
+from pgxport.errors import CheckpointError, UsageError
 from pgxport.models.layers import times
 from pgxport.models.spec import TextSpec
 
@@ -37,6 +37,10 @@ def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Val
 def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
     """x [B, 1, H] times the token table [V, H], whose rows are looked up too, so that they stay rows -> [B, 1, V]"""
     scheme = g.recipe.scheme(path)
+    if scheme.bits is not None and not scheme.symmetric:
+        raise UsageError(
+            f"{path} is looked up by rows too, for which its grid has to be symmetric; say symmetric = true in its rule"
+        )
     if scheme.bits is None or scheme.activations == "float":
         return linear(g, x, path)
     table = g.coded(path, "rows")
@@ -82,9 +86,9 @@ def rounded_activations(g: GraphBuilder, x: ir.Value, w: Coded) -> Rounded:
     if key not in g.rounded:
         if w.scheme.activations == "static":
             low, high = g.activation_range(w)
-            scale, zero = uint8_grid(low, high)
-            q = g.op("QuantizeLinear", x, scale, zero)
-            g.rounded[key] = Rounded(q, g.constant(scale), g.constant(zero))
+            parts = zip(("scale", "zero"), uint8_grid(low, high), strict=True)
+            scale, zero = (g.constant(number, name=f"{w.path}.input.{part}") for part, number in parts)
+            g.rounded[key] = Rounded(g.op("QuantizeLinear", x, scale, zero), scale, zero)
         else:
             # A scale for each token: one large token of a thousand would leave the others a few codes.
             largest = g.op("Max", g.op("ReduceMax", g.op("Abs", x), [-1], keepdims=1), 1e-30)  # a token may be all zeros

@@ -18,7 +18,7 @@ from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.lower import uint8_grid
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.scaling import Statistics
-from pgxport.exporter.stream import DataLayout, Progress, narrow, to_float32
+from pgxport.exporter.stream import DataLayout, Progress, to_float32
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.spec import ModelSpec
 
@@ -36,7 +36,9 @@ class StoredWeights:
         self._source = source
         self.matrices = {path: matrix for g in graphs.values() for path, matrix in g.matrices.items()}
         self._dtypes = {p.name: p.dtype for _, layout in layouts.values() for p in layout.promises}
-        wanted = {p.name for matrix in self.matrices.values() for p in matrix.promises}
+        # What rounding took from the mean output is in a bias's bytes alone.
+        self._biases = {f"{path.removesuffix('weight')}bias": m for path, m in self.matrices.items() if m.scheme.compensate}
+        wanted = {p.name for matrix in self.matrices.values() for p in matrix.promises} | self._biases.keys()
         self._parts: dict[str, np.ndarray] = {}
         for file, layout in layouts.values():
             for p in layout.promises:
@@ -52,7 +54,12 @@ class StoredWeights:
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         if name in self.matrices:
             return self.matrices[name].dequantized(self._parts, start, stop)
-        return to_float32(narrow(to_float32(self._source.rows(name, start, stop)), self._dtypes[name], name))
+        if name in self._parts:
+            return to_float32(self._parts[name][start:stop]) / np.float32(self._biases[name].gain)
+        exact = to_float32(self._source.rows(name, start, stop))
+        with np.errstate(over="ignore"):
+            rounded = to_float32(exact.astype(self._dtypes[name]))
+        return np.where(np.isfinite(rounded), rounded, exact)  # what is beyond float16 was divided with the stream it is added to
 
 
 @dataclass(frozen=True)

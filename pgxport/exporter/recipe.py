@@ -113,15 +113,55 @@ REST = Rule("*", Scheme("float16"))
 # Patterns of the matrices, in the order of their use; norms come first, for the third would match them.
 TABLE, DECODER = "*.embed_tokens.weight", "language_model.*_proj.weight"
 VISION, PROJECTOR = "vision_tower.*.layers.*.weight", "multi_modal_projector.linear.weight"
+VISION_FC2 = "vision_tower.*.fc2.weight"
 FP32 = Recipe("fp32", (Rule("*", Scheme()),))
 FP16 = Recipe("fp16", (NORMS, REST))
 BF16 = Recipe("bf16", (NORMS, Rule("*", Scheme("bfloat16"))))
+# Activations in int8 too, with a scale for each token; and with scales from calibration, which want outliers moved to the weights.
+TOKEN = Scheme(bits=8, activations="dynamic")
+STATIC = Scheme(bits=8, activations="static")
+SMOOTH = Scheme(bits=8, activations="static", scaling="smoothquant")
 INT8 = Recipe("int8", (NORMS, *(Rule(p, Scheme(bits=8, group=128)) for p in (TABLE, DECODER, VISION, PROJECTOR)), REST))
-_INT4 = (NORMS, Rule(TABLE, Scheme(bits=8, group=128)), Rule(DECODER, Scheme(bits=4, group=32, method="clip")))
-INT4 = Recipe("int4", (*_INT4, REST))
-# Where integer products are fast, the vision encoder has them.
-INT4_FAST_VISION = Recipe("int4", (*_INT4, *(Rule(p, Scheme(bits=8, activations="dynamic")) for p in (VISION, PROJECTOR)), REST))
-W8A8 = Recipe(
-    "w8a8", (NORMS, *(Rule(p, Scheme(bits=8, activations="dynamic")) for p in (TABLE, DECODER, VISION, PROJECTOR)), REST)
+W8A8 = Recipe("w8a8", (NORMS, *(Rule(p, TOKEN) for p in (TABLE, DECODER, VISION, PROJECTOR)), REST))
+W8A8_STATIC = Recipe(
+    "w8a8-static",
+    # What GELU gives cannot be rescaled by what comes before it.
+    (
+        NORMS,
+        Rule(TABLE, TOKEN),
+        Rule(DECODER, SMOOTH),
+        Rule(VISION_FC2, STATIC),
+        Rule(VISION, SMOOTH),
+        Rule(PROJECTOR, STATIC),
+        REST,
+    ),
 )
-RECIPES = {recipe.name: recipe for recipe in (FP32, FP16, BF16, INT8, INT4, W8A8)}
+TABLE_8 = Rule(TABLE, Scheme(bits=8, group=128))  # the output matrix too, where 4 bits change every logit
+INT4 = Recipe("int4", (NORMS, TABLE_8, Rule(DECODER, Scheme(bits=4, group=32, symmetric=False)), REST))
+# Where integer products are fast, the vision encoder has them.
+FAST_VISION = (Rule(VISION, TOKEN), Rule(PROJECTOR, TOKEN), REST)
+INT4_CPU = Recipe("int4", (*INT4.rules[:-1], *FAST_VISION))
+INT4_GPTQ = Recipe(
+    "int4-gptq",
+    (
+        NORMS,
+        Rule(TABLE, Scheme(bits=8, group=128, method="gptq")),
+        Rule(DECODER, Scheme(bits=4, group=32, symmetric=False, method="gptq")),
+        *FAST_VISION,
+    ),
+)
+# Groups of 128 decode fastest; with the table in 4 bits too it is the smallest, and the only one that finds fewer boxes.
+INT4_FAST = Recipe("int4-fast", (NORMS, TABLE_8, Rule(DECODER, Scheme(bits=4, group=128, symmetric=False)), *FAST_VISION))
+INT4_SMALL = Recipe(
+    "int4-small",
+    (
+        NORMS,
+        Rule(TABLE, Scheme(bits=4, group=32)),
+        Rule(DECODER, Scheme(bits=4, group=128, symmetric=False)),
+        Rule(VISION, Scheme(bits=4, group=32, symmetric=False)),
+        Rule(PROJECTOR, Scheme(bits=8, group=128)),
+        REST,
+    ),
+)
+_NAMED = (FP32, FP16, BF16, INT8, INT4, W8A8, W8A8_STATIC, INT4_GPTQ, INT4_FAST, INT4_SMALL)
+RECIPES = {recipe.name: recipe for recipe in _NAMED}

@@ -266,9 +266,8 @@ def rescaled(source: TensorSource, spec: ModelSpec, scheme_of: Callable[[str], S
     rows: dict[str, np.ndarray] = {}
     columns: dict[str, np.ndarray] = {}
     less_one: set[str] = set()
-    places = sites(spec)
-    _check(places, spec, scheme_of)
-    for site in places:
+    check_sites(spec, scheme_of)
+    for site in sites(spec):
         if scheme_of(site.linears[0]).scaling == "none":
             continue
         scale = _scale(source, site, scheme_of, statistics)
@@ -280,7 +279,13 @@ def rescaled(source: TensorSource, spec: ModelSpec, scheme_of: Callable[[str], S
     return Rescaled(source, rows, columns, less_one) if columns else source
 
 
-def _check(places: list[Site], spec: ModelSpec, scheme_of: Callable[[str], Scheme]) -> None:
+def check_sites(spec: ModelSpec, scheme_of: Callable[[str], Scheme]) -> None:
+    """Every linear that asks to be rescaled can be.
+
+    Raises:
+        UsageError: linears that share an input ask for different scalings, or one asks that has nothing before it to divide.
+    """
+    places = sites(spec)
     for site in places:
         first = site.linears[0]
         for other in site.linears[1:]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from pgxport.errors import UsageError, choose
-from pgxport.exporter.recipe import INT4_FAST_VISION, RECIPES, Recipe
+from pgxport.exporter.recipe import INT4_CPU, RECIPES, Recipe
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,16 @@ class Target:
                     f"recipe {recipe.name!r}: target {self.name!r} does not multiply {scheme.activations} activations by "
                     f"{scheme.bits}-bit weights, as the rule for {rule.pattern!r} wants; it multiplies by bits: {can}"
                 )
+            elif scheme.activations == "float" and scheme.group is None:
+                raise UsageError(
+                    f"recipe {recipe.name!r}: target {self.name!r} multiplies float activations by weights in groups, and the rule "
+                    f'for {rule.pattern!r} has none; write group = 128 beside its bits, or activations = "dynamic"'
+                )
+            elif scheme.activations != "float" and not scheme.symmetric:
+                raise UsageError(
+                    f"recipe {recipe.name!r}: target {self.name!r} multiplies {scheme.activations} activations by symmetric weights, "
+                    f"and the rule for {rule.pattern!r} says symmetric = false; take that out"
+                )
         if recipe.cache and recipe.cache not in self.caches:
             can = ", ".join(sorted(self.caches))
             raise UsageError(f"recipe {recipe.name!r}: target {self.name!r} has no {recipe.cache} KV cache; it has {can}")
@@ -74,7 +84,7 @@ _ORT = (("", 23), ("com.microsoft", 1))
 CPU = Target(
     "cpu", _ORT, 11, MappingProxyType({"float32": "float32", "float16": "float32"}),
     frozenset({(4, "float"), (8, "float"), (8, "dynamic"), (8, "static")}), frozenset({"float32", "float16", "int8"}),
-    (INT4_FAST_VISION,),
+    (INT4_CPU,),
 )  # fmt: skip
 CUDA = Target(
     "cuda", _ORT, 11, MappingProxyType({"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}),

@@ -4,6 +4,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,18 +38,20 @@ class Runner:
         answer.draw(Image.open("cat.jpg")).save("out.png")
     """
 
-    def __init__(self, bundle: Bundle, *, engine: str = "cpu", threads: int | None = None):
+    def __init__(self, bundle: Bundle, *, engine: str = "cpu", threads: int | None = None, low_memory: bool = False):
         self.bundle, self.manifest = bundle, bundle.manifest
         if self.manifest.target != engine:
             raise EngineError(
                 f"{bundle.path} was written for target {self.manifest.target!r}, and engine {engine!r} was asked for; "
                 f"export it with --target {engine}, or run it with --engine {self.manifest.target}"
             )
+        self._low_memory, self._closed = low_memory, False
+        self._open = partial(open_session, engine, threads=threads)
         self._sessions: dict[str, Session] = {}
         start = time.perf_counter()
         try:
-            for name in self.manifest.graphs:
-                self._sessions[name] = open_session(engine, bundle.graph(name), threads=threads)
+            for name in () if low_memory else self.manifest.graphs:
+                self._session(name)
         except BaseException:
             self.close()
             raise
@@ -57,14 +60,19 @@ class Runner:
         self._tokenizer = PromptTokenizer(bundle.path / "tokenizer.json", self.manifest.token_ids)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, engine: str = "cpu", threads: int | None = None) -> Self:
+    def from_pretrained(
+        cls, path: str | Path, *, engine: str = "cpu", threads: int | None = None, low_memory: bool = False
+    ) -> Self:
         """Open, verify and load a bundle.
+
+        Args:
+            low_memory: Hold either the vision encoder or the decoder, never both; every answer loads them again.
 
         Raises:
             IntegrityError: the bundle is not what its manifest promises.
             EngineError: the engine is not available; no other is tried.
         """
-        return cls(Bundle.open(path), engine=engine, threads=threads)
+        return cls(Bundle.open(path), engine=engine, threads=threads, low_memory=low_memory)
 
     def answer(self, image: Picture | Sequence[Picture], prompt: str, *, max_new_tokens: int | None = None) -> Answer:
         """Answer a prompt about an image, or about several in order.
@@ -87,7 +95,7 @@ class Runner:
         start = time.perf_counter()
         text = self._tokenizer.decode(ids)
         boxes, masks, warnings = parse(
-            text, *prefix.images[0].size, self._decode_mask if "mask_decoder" in self._sessions else None
+            text, *prefix.images[0].size, self._decode_mask if "mask_decoder" in self.manifest.graphs else None
         )
         timings["post"] = time.perf_counter() - start
         return Answer(text, tuple(ids), boxes, masks, warnings, truncated=len(ids) == limit, timings=timings)
@@ -99,9 +107,8 @@ class Runner:
 
     def close(self) -> None:
         """Free the engine's memory."""
-        for session in self._sessions.values():
-            session.close()
-        self._sessions.clear()
+        self._closed = True
+        self._release(*self._sessions)
 
     def __enter__(self) -> Self:
         return self
@@ -109,8 +116,18 @@ class Runner:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def _session(self, name: str) -> Session:
+        if name not in self._sessions:
+            self._sessions[name] = self._open(self.bundle.graph(name))
+        return self._sessions[name]
+
+    def _release(self, *names: str) -> None:
+        for name in names:
+            if name in self._sessions:
+                self._sessions.pop(name).close()
+
     def _prefix(self, image: Picture | Sequence[Picture], prompt: str) -> _Prefix:
-        if not self._sessions:
+        if self._closed:
             raise UsageError("this runner was closed; make another with Runner.from_pretrained")
         m, timings = self.manifest, {}
 
@@ -126,9 +143,13 @@ class Runner:
         ids = self._tokenizer.prompt_ids(prompt, m.image_tokens, len(images), limit=m.context_length)
         pixels = np.stack([pixel_values(i, m.resolution) for i in images])
         now = lap("preprocess", now)
-        hidden = self._sessions["vision_encoder"].run({"pixel_values": pixels})["image_hidden"]
+        if self._low_memory:
+            self._release("decoder_step")
+        hidden = self._session("vision_encoder").run({"pixel_values": pixels})["image_hidden"]
         now = lap("vision", now)
-        features = self._sessions["projector"].run({"image_hidden": hidden})["image_features"]
+        features = self._session("projector").run({"image_hidden": hidden})["image_features"]
+        if self._low_memory:
+            self._release("vision_encoder", "projector")
         text = self._embed(ids[len(images) * m.image_tokens :])
         embeds = np.concatenate([features.reshape(1, -1, features.shape[-1]), text], axis=1)
         lap("projector", now)
@@ -143,7 +164,7 @@ class Runner:
 
     def _generate(self, prefix: _Prefix, limit: int) -> Iterator[int]:
         # A cache for each answer: what an abandoned or failed one left behind is never seen by the next.
-        decoder = Decoder(self._sessions["decoder_step"], self.manifest, prefix.embeds.shape[1] + limit)
+        decoder = Decoder(self._session("decoder_step"), self.manifest, prefix.embeds.shape[1] + limit)
         return generate(decoder, prefix.embeds, lambda token: self._embed([token]), eos=self.manifest.token_ids.eos, limit=limit)
 
     def _embed(self, ids: Sequence[int]) -> np.ndarray:
@@ -155,4 +176,4 @@ class Runner:
         return self._table.rows(ids)[None] * np.float32(self.manifest.token_table.scale)
 
     def _decode_mask(self, codes: np.ndarray) -> np.ndarray:
-        return self._sessions["mask_decoder"].run({"codes": codes})["mask"]
+        return self._session("mask_decoder").run({"codes": codes})["mask"]
