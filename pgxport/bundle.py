@@ -89,7 +89,7 @@ class TokenTable(_Model):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         coded = self.dtype in ("int8", "int4")
-        if coded != (self.scales_offset is not None) or coded != (self.scales_dtype in ("float32", "float16")):
+        if coded != (self.scales_offset is not None) or coded != (self.scales_dtype is not None):
             raise ValueError(f"a token table of {self.dtype} with scales of {self.scales_dtype} at {self.scales_offset}")
         if (self.group is not None and not coded) or (self.group is None and self.dtype == "int4"):
             raise ValueError(f"a token table of {self.dtype} in groups of {self.group}")
@@ -247,9 +247,7 @@ class Embedding:
         self._bytes = np.memmap(file, np.uint8, "r", shape=(table.nbytes,))
         self._rows = self._bytes[: table.shape[0] * table.row_bytes].reshape(table.shape[0], table.row_bytes)
         if table.scales_offset is not None:
-            assert table.scales_dtype is not None
-            scales = self._bytes[table.scales_offset :].view(table.scales_dtype)
-            self._scales = scales.reshape(table.shape[0], table.groups)
+            self._scales = self._bytes[table.scales_offset :].reshape(table.shape[0], -1)
 
     def __len__(self) -> int:
         return self._table.shape[0]
@@ -257,18 +255,24 @@ class Embedding:
     def rows(self, ids: Sequence[int]) -> np.ndarray:
         """float32 [T, H], not yet scaled."""
         rows, t = self._rows[list(ids)], self._table
-        if t.dtype == "bfloat16":  # the upper half of a float32
-            return (rows.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
         if t.scales_offset is None:
-            return rows.view(t.dtype).astype(np.float32)
+            return _float32(rows, t.dtype)
         if t.group is None:
             codes = rows.view(np.int8).astype(np.float32)
         elif t.dtype == "int8":
             codes = rows.astype(np.float32) - np.float32(128)
         else:
             codes = np.stack([rows & 15, rows >> 4], -1).reshape(len(rows), -1).astype(np.float32) - np.float32(8)
-        scales = np.repeat(self._scales[list(ids)].astype(np.float32), t.group or t.shape[1], 1)
+        assert t.scales_dtype is not None
+        scales = np.repeat(_float32(self._scales[list(ids)], t.scales_dtype), t.group or t.shape[1], 1)
         return (codes * scales)[:, : t.shape[1]]
+
+
+def _float32(rows: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes [T, n] as numbers."""
+    if dtype == "bfloat16":  # the upper half of a float32
+        return (rows.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return rows.view(dtype).astype(np.float32)
 
 
 class BundleWriter:

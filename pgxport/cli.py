@@ -43,6 +43,7 @@ def cli() -> None:
 @click.option(
     "--recipe", type=click.Path(dir_okay=False), help="A TOML file that says it weight by weight (docs/reference/recipes.md)."
 )
+@click.option("--format", help="Of --data, where its records do not tell; a wrong one lists what there is.")
 @click.option("--calibration", type=click.Path(dir_okay=False), help="What `pgx calibrate` wrote, for recipes that need it.")
 @click.option("--target", default="cpu", show_default=True, help="The engine to write for; a wrong one lists what there is.")
 @click.option("--context", type=click.IntRange(1), help="Longest prefix and answer together, in tokens  [default: image + 512]")
@@ -302,7 +303,8 @@ def tune(as_json: bool, max_loss: str, candidates: str | None, **options: Any) -
     if as_json:
         return
     given = {"checkpoint": options["source"], "size": options["size"], "res": options["res"], "adapter": options["adapter"]}
-    given |= {"recipe": options["output"], "calibration": options["calibration"]}
+    given |= {key: options[key] for key in ("family", "variant") if options["size"] not in (None, "tiny")}
+    given |= {"masks": options["masks"], "recipe": options["output"], "calibration": options["calibration"]}
     words = " ".join(f"--{option} {value}" for option, value in given.items() if value)
     click.echo(f"wrote {options['output']} in {seconds} s, peak memory {size(peak_rss())}")
     click.echo(f"try: pgx export {words} -o tuned")

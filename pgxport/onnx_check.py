@@ -18,12 +18,14 @@ READ = {
     "model": {7: "graph"},
     "graph": {1: "node", 5: "tensor"},
     "node": {5: "attribute"},
-    "attribute": {5: "tensor", 10: "tensor"},
+    "attribute": {5: "tensor", 6: "branch", 10: "tensor"},
+    "branch": {1: "node", 5: "tensor"},
 }
 REFUSED = {
     "model": {20: "training_info", 25: "functions"},
     "graph": {15: "sparse_initializer"},
-    "attribute": {6: "a subgraph", 11: "subgraphs", 22: "a sparse tensor", 23: "sparse tensors"},
+    "branch": {15: "sparse_initializer"},
+    "attribute": {11: "subgraphs", 22: "a sparse tensor", 23: "sparse tensors"},
 }
 
 Shape = tuple[int | str, ...]

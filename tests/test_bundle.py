@@ -544,6 +544,10 @@ def outside_tensor(onnx: Any) -> Any:
     return tensor
 
 
+def branch(onnx: Any, node: Any, *weights: Any) -> Any:
+    return onnx.GraphProto(name="branch", node=[node], initializer=weights)
+
+
 GRAPH_ATTACKS: dict[str, Callable[[Any, Any], object]] = {
     "climbs": place("location", "../outside.data"),
     "absolute": place("location", "/etc/hostname"),
@@ -566,7 +570,9 @@ GRAPH_ATTACKS: dict[str, Callable[[Any, Any], object]] = {
     "external without a place": lambda model, onnx: first_external(model).ClearField("external_data"),
     "a custom domain": node("Run", "evil.example"),
     "a compiled engine": node("EPContext", "com.microsoft"),
-    "a subgraph": node("If", "", then_branch=lambda onnx: onnx.GraphProto()),
+    "a custom domain in a branch": node("If", "", then_branch=lambda onnx: branch(onnx, onnx.NodeProto(op_type="Run", domain="evil.example"))),
+    "an outside tensor in a branch": node("If", "", then_branch=lambda onnx: branch(onnx, onnx.NodeProto(), outside_tensor(onnx))),
+    "a branch in a branch": node("If", "", then_branch=lambda onnx: branch(onnx, onnx.helper.make_node("If", [], [], then_branch=branch(onnx, onnx.NodeProto(op_type="Run", domain="evil.example"))))),
     "subgraphs": node("Scan", "", bodies=lambda onnx: [onnx.GraphProto()]),
     "an outside constant": node("Constant", "", value=outside_tensor),
     "outside constants": node("Constant", "", value=lambda onnx: [outside_tensor(onnx)]),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/tiny.md")
+PAGES = ("README.md", "docs/tiny.md", "docs/quantization.md")
 
 
 def tiny() -> str:
@@ -60,7 +60,58 @@ def _interval(row: dict[str, float]) -> str:
     return f"{row['mean'] * 100:.1f} % ({row['low'] * 100:.1f}–{row['high'] * 100:.1f})"
 
 
-TABLES = {"tiny": tiny, "true_shapes": true_shapes}
+def recipes() -> str:
+    """What each recipe costs the embedded checkpoints, in points of every task's metric."""
+    record = json.loads((RESULTS / "recipes-tiny.json").read_text())
+    results, lines = record["results"], []
+    for res in results["fp32"]:
+        exact = results["fp32"][res]["metrics"]
+        names = [name.replace("exact match", "exact").replace("boxes found at IoU 0.5", "found") for name in exact]
+        lines += [f"| tiny-{res} | MB | {' | '.join(names)} | next token | answers |", "|---" * (len(names) + 4) + "|"]
+        for name, of in results.items():
+            of = of[res]
+            cells = [
+                f"{100 * m['value']:.1f} %"
+                if name == "fp32"
+                else f"{_points(m['difference'])} ({_points(m['difference_low'])} … {_points(m['difference_high'])})"
+                for m in of["metrics"].values()
+            ]
+            same = f"{of.get('top1_agreement', 1):.1%} | {of['identical_answers']:.1%}"
+            lines.append(f"| {name} | {of['bytes'] / 1e6:.2f} | {' | '.join(cells)} | {same} |")
+        lines.append("")
+    count = next(iter(exact.values()))["questions"]
+    lines.append(
+        f"{count} test questions of each task, greedy, ONNX Runtime on the CPU. Float32's metrics, and the others' paired differences to it in points "
+        "with their 95 % bootstrap intervals; then the next tokens along float32's answers that are the same, and the whole answers. "
+        f"`{record['command'].split(' --recipes')[0]} --json benchmarks/results/recipes-tiny.json` measures it again."
+    )
+    return "\n".join(lines)
+
+
+def recipes_short() -> str:
+    """The least that a reader wants of `recipes`: the task that lost most, and next tokens, at both resolutions."""
+    results = json.loads((RESULTS / "recipes-tiny.json").read_text())["results"]
+    sizes = list(results["fp32"])
+    head = " | ".join(f"worst task at {r} px | next token | answers" for r in sizes)
+    lines = [f"| recipe | {head} |", "|---" * (3 * len(sizes) + 1) + "|"]
+    for name, by_size in results.items():
+        if name == "fp32":
+            continue
+        cells = []
+        for of in (by_size[r] for r in sizes):
+            task, worst = min(of["metrics"].items(), key=lambda item: item[1]["difference"])
+            span = f"{_points(worst['difference_low'])} … {_points(worst['difference_high'])}"
+            lost = "none lost" if worst["difference"] >= 0 else f"{task.split()[0]} {_points(worst['difference'])} ({span})"
+            cells.append(f"{lost} | {of['top1_agreement']:.1%} | {of['identical_answers']:.1%}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+TABLES = {"tiny": tiny, "true_shapes": true_shapes, "recipes": recipes, "recipes_short": recipes_short}
 
 
 def rewritten(text: str) -> str:

@@ -27,6 +27,7 @@ from pgxport.models.spec import TextSpec
 if TYPE_CHECKING:
     from pgxport.exporter.scaling import Statistics
 
+SHORT_PREFILL = 2048  # tokens; at 448 px a prefix has 1,040, at 896 px over 4,096, whose scores would take 1.6 GB
 Place = tuple[str, int, int]  # file, offset, length
 
 
@@ -50,6 +51,9 @@ class GraphBuilder:
         self.matrices: dict[str, Coded] = {}  # those in whole numbers
         self.rounded: dict[tuple[Any, ...], lower.Rounded] = {}
         self.graph = ir.Graph((), (), nodes=(), name=name, opset_imports=dict(target.opsets))
+        self._body = self.graph  # where nodes are appended: the graph, or a branch of it
+        self._nodes = 0
+        self._short_prefill: ir.Value | None = None
         # One dtype for all activations of a graph, by the weights it is to multiply most of.
         self.dtype = np.dtype(target.compute(recipe.rules[-1].scheme.dtype))
         self.cache_dtype = np.dtype(recipe.cache or self.dtype)
@@ -129,6 +133,15 @@ class GraphBuilder:
             self._weights[path] = self.cast(value, stored, self.dtype)
         return self._weights[path]
 
+    def short_prefill(self) -> ir.Value:
+        """Whether a decoder is fed a prefix, and one whose scores of all heads fit into memory without regret."""
+        if self._short_prefill is None:
+            body, self._body = self._body, self.graph
+            tokens = self.op("Squeeze", self.op("Shape", self._inputs["inputs_embeds"], start=1, end=2))
+            self._short_prefill = self.op("And", self.op("Greater", tokens, 1), self.op("Less", tokens, SHORT_PREFILL))
+            self._body = body
+        return self._short_prefill
+
     def coded(self, path: str, layout: Layout, gain: float = 1.0) -> Coded:
         """A matrix of the checkpoint in whole numbers; its parts become initializers by `initializer`."""
         if path not in self.matrices:
@@ -205,12 +218,22 @@ class GraphBuilder:
     def op(self, kind: str, *inputs: Any, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
         """Append a node; Python numbers and lists among its inputs become constants."""
         values = [x if x is None or isinstance(x, ir.Value) else self.constant(x) for x in inputs]
-        name = self.path(f"{kind}_{self.graph.num_nodes()}")
+        name = self.path(f"{kind}_{self._nodes}")
+        self._nodes += 1
         node = ir.node(kind, values, attributes, domain=domain, num_outputs=outputs, name=name)
         for i, out in enumerate(node.outputs):
             out.name = f"{name}.{i}"
-        self.graph.append(node)
+        self._body.append(node)
         return node.outputs[0] if outputs == 1 else node.outputs
+
+    def branch(self, condition: ir.Value, then: Callable[[], Sequence[Any]], otherwise: Callable[[], Sequence[Any]]) -> Any:
+        """The values that one of two functions writes nodes for; which, is known when the graph runs."""
+        branches: dict[str, Any] = {}
+        for name, write in (("then_branch", then), ("else_branch", otherwise)):
+            body, self._body = self._body, ir.Graph((), (), nodes=(), name=f"{self.path(name)}_{self._nodes}")
+            self._body.outputs.extend(write())
+            branches[name], self._body = self._body, body
+        return self.op("If", condition, outputs=len(branches["then_branch"].outputs), **branches)
 
     def linear(self, x: ir.Value, name: str, *, bias: bool = False, gain: float = 1.0) -> ir.Value:
         with self.scope(name):

@@ -18,6 +18,7 @@ class Target:
         products: The products by whole numbers that it has kernels for: bits of the weight, what activations are.
         caches: The types a KV cache may have.
         recipes: Named recipes that are better here in another form.
+        spelled_prefill: Attention over a prefix is faster operator by operator than in the fused kernel.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Target:
     products: frozenset[tuple[int, str]] = frozenset()
     caches: frozenset[str] = frozenset()
     recipes: tuple[Recipe, ...] = ()
+    spelled_prefill: bool = False
 
     def recipe(self, name: str) -> Recipe:
         """The named recipe, as it is best on this engine.
@@ -84,7 +86,7 @@ _ORT = (("", 23), ("com.microsoft", 1))
 CPU = Target(
     "cpu", _ORT, 11, MappingProxyType({"float32": "float32", "float16": "float32"}),
     frozenset({(4, "float"), (8, "float"), (8, "dynamic"), (8, "static")}), frozenset({"float32", "float16", "int8"}),
-    (INT4_CPU,),
+    (INT4_CPU,), spelled_prefill=True,
 )  # fmt: skip
 CUDA = Target(
     "cuda", _ORT, 11, MappingProxyType({"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}),

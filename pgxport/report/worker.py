@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from pgxport.errors import PgxError
 
@@ -32,6 +32,14 @@ class Subject(Protocol):
 
     def repeat(self, *, warm_up: bool) -> dict[str, float]:
         """Do the work once: seconds by stage. A warm-up may be shorter, and is not counted."""
+
+
+@runtime_checkable
+class Askable(Subject, Protocol):
+    """A subject that can be asked something of its own as well."""
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Plain data, for plain data."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,9 @@ def serve(open_subject: Callable[[dict[str, Any]], Subject]) -> None:
                 case "repeat":
                     assert subject is not None, "Bug: nothing was opened"
                     reply = {"seconds": subject.repeat(warm_up=request["warm_up"])}
+                case "ask":
+                    assert isinstance(subject, Askable), "Bug: what was opened cannot be asked"
+                    reply = {"found": subject.ask(request)}
         except PgxError as error:
             reply = {"error": str(error), "exit_code": error.exit_code}
         except MemoryError as error:
@@ -138,6 +149,13 @@ class Worker:
         reply = self._ask({"do": "repeat", "warm_up": False})
         for stage, seconds in reply.get("seconds", {}).items():
             self.seconds.setdefault(stage, []).append(seconds)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """What it finds, or None where something failed, now or before."""
+        if self.failure:
+            return None
+        found: dict[str, Any] | None = self._ask({"do": "ask", **request}).get("found")
+        return found
 
     def measurement(self) -> Measurement:
         reason, code = (str(self.failure), self.failure.exit_code) if self.failure else (None, 0)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many joules were drawn: RAPL counters, NVML's counter, or the INA3221 of a Jetson; nothing where none can be read.
+
+All are of the whole device or board, other programs included. Readers take the root of the tree they read, for tests.
+"""
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+SAMPLE_SECONDS = 0.05  # of a sensor that tells watts: twenty looks a second, some 50 µs each
+SYS = Path("/sys")
+
+
+class Meter(Protocol):
+    """Joules since some moment; only differences mean anything."""
+
+    source: str
+
+    def joules(self) -> float: ...
+    def close(self) -> None: ...
+
+
+class Rapl:
+    """The package counters of Intel and AMD processors, in µJ, which begin again at a limit of their own."""
+
+    def __init__(self, zones: Sequence[Path]):
+        self.source = f"RAPL, {len(zones)} package" + ("s" if len(zones) > 1 else "")
+        self._zones = {zone: int((zone / "max_energy_range_uj").read_text()) for zone in zones}
+        self._last = {zone: _number(zone / "energy_uj") for zone in zones}
+        self._total = 0
+
+    def joules(self) -> float:
+        for zone, limit in self._zones.items():
+            now = _number(zone / "energy_uj")
+            moved = now - self._last[zone]
+            self._total += moved if moved >= 0 else moved + limit
+            self._last[zone] = now
+        return self._total / 1e6
+
+    def close(self) -> None:
+        pass
+
+
+class Ina3221:
+    """A Jetson's rails: mV × mA of the one for the whole board where it is named, else of all, added up over time."""
+
+    WHOLE = ("VDD_IN", "POM_5V_IN", "5V_IN", "VIN_SYS_5V0")
+
+    def __init__(self, rails: dict[str, tuple[Path, Path]], clock: Callable[[], float] = time.monotonic):
+        whole = [name for name in self.WHOLE if name in rails]
+        self._rails = [rails[name] for name in (whole[:1] or list(rails))]
+        self.source = f"INA3221, {whole[0] if whole else ' + '.join(rails)}"
+        self._clock, self._total, self._stop, self._lock = clock, 0.0, threading.Event(), threading.Lock()
+        self._at, self._watts = clock(), self.watts()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def watts(self) -> float:
+        return sum(_number(volts) * _number(amperes) for volts, amperes in self._rails) / 1e6
+
+    def joules(self) -> float:
+        with self._lock:
+            now, watts = self._clock(), self.watts()
+            self._total += (now - self._at) * (watts + self._watts) / 2
+            self._at, self._watts = now, watts
+            return self._total
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(SAMPLE_SECONDS):
+            with suppress(OSError, ValueError):
+                self.joules()
+
+
+class Nvml:
+    """The energy counters of NVIDIA's desktop and server GPUs (Volta and later), in mJ, through the driver's own library."""
+
+    def __init__(self, library: Any):
+        self._library, self._devices = library, list[ctypes.c_void_p]()
+        if library.nvmlInit_v2():
+            raise OSError("NVML does not start")
+        count = ctypes.c_uint()
+        library.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        for i in range(count.value):
+            device = ctypes.c_void_p()
+            if not library.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(device)) and self._read(device) is not None:
+                self._devices.append(device)
+        if not self._devices:
+            raise OSError("no GPU tells its energy")
+        self.source = f"NVML, {len(self._devices)} GPU" + ("s" if len(self._devices) > 1 else "")
+
+    def joules(self) -> float:
+        return sum(self._read(device) or 0 for device in self._devices) / 1e3
+
+    def close(self) -> None:
+        self._library.nvmlShutdown()
+
+    def _read(self, device: ctypes.c_void_p) -> int | None:
+        joules = ctypes.c_ulonglong()
+        failed = self._library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(joules))
+        return None if failed else joules.value
+
+
+def find_meters(sys: Path = SYS, *, engine: str = "cpu") -> list[Meter]:
+    """All that can be read here; the GPU's only where the engine runs on it."""
+    meters: list[Meter] = []
+    with suppress(OSError, ValueError):
+        if zones := rapl_zones(sys):
+            meters.append(Rapl(zones))
+    with suppress(OSError, ValueError):
+        if rails := ina3221_rails(sys):
+            meters.append(Ina3221(rails))
+    if engine != "cpu":
+        with suppress(OSError, AttributeError):
+            meters.append(Nvml(ctypes.CDLL("libnvidia-ml.so.1")))
+    return meters
+
+
+def rapl_zones(sys: Path = SYS) -> list[Path]:
+    """The packages whose counters we may read; since Linux 5.10 that is root's alone by default."""
+    zones = sorted((sys / "class" / "powercap").glob("intel-rapl:[0-9]*"))
+    packages = [z for z in zones if z.name.count(":") == 1 and _text(z / "name").startswith("package")]
+    return [z for z in packages if _readable(z / "energy_uj") and _readable(z / "max_energy_range_uj")]
+
+
+def ina3221_rails(sys: Path = SYS) -> dict[str, tuple[Path, Path]]:
+    """Rail -> its files of mV and mA, as hwmon (JetPack 5 and later) or iio (JetPack 4) names them."""
+    rails = {}
+    for folder in sorted((sys / "bus" / "i2c" / "drivers" / "ina3221").glob("*/hwmon/hwmon*")):
+        for label in sorted(folder.glob("in[0-9]*_label")):
+            number = label.name[2:].partition("_")[0]
+            volts, amperes = folder / f"in{number}_input", folder / f"curr{number}_input"
+            if _readable(volts) and _readable(amperes):
+                rails[_text(label)] = (volts, amperes)
+    for folder in sorted((sys / "bus" / "i2c" / "drivers" / "ina3221x").glob("*/iio:device*")):
+        for label in sorted(folder.glob("rail_name_*")):
+            number = label.name.rpartition("_")[2]
+            volts, amperes = folder / f"in_voltage{number}_input", folder / f"in_current{number}_input"
+            if _readable(volts) and _readable(amperes):
+                rails[_text(label)] = (volts, amperes)
+    return rails
+
+
+def _readable(file: Path) -> bool:
+    with suppress(OSError, ValueError):
+        return _number(file) >= 0
+    return False
+
+
+def _number(file: Path) -> int:
+    return int(file.read_text())
+
+
+def _text(file: Path) -> str:
+    with suppress(OSError):
+        return file.read_text().strip()
+    return ""

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The samples on which bundles disagree, the worst first, and their pictures with boxes and masks, small."""
+
+import hashlib
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from pgxport.errors import PgxError
+from pgxport.report import schema
+from pgxport.report.fidelity import is_malformed
+from pgxport.report.metrics import METRICS, score
+from pgxport.report.samples import LOCATING, Region, Sample
+from pgxport.runners.draw import draw
+from pgxport.runners.outputs import Answer, Box, Mask
+
+SIDE = 320  # pixels
+QUALITY = 70  # of WebP: 5 to 15 kB a picture
+BUDGET = 3_000_000  # bytes of all of them, a third more as base64; the page ends at 5 MB
+
+
+@dataclass
+class Album:
+    """Pictures by name, which is their digest."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def add(self, picture: Image.Image) -> str:
+        """Keep a picture, small, and return its name."""
+        small = picture.convert("RGB")
+        small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        small.save(file, "WEBP", quality=QUALITY, method=4)
+        name = hashlib.sha256(file.getvalue()).hexdigest()[:16] + ".webp"
+        self.files[name] = file.getvalue()
+        return name
+
+    @property
+    def full(self) -> bool:
+        return sum(map(len, self.files.values())) > BUDGET
+
+
+def disagreements(
+    samples: Sequence[Sample], answers: Mapping[str, Sequence[Answer]], reference: str, count: int, album: Album
+) -> tuple[schema.Disagreement, ...]:
+    """Up to `count` samples on which rows differ from the reference, one task after the other, the largest losses first."""
+    found = []
+    for i in _worst(samples, answers, reference, count):
+        if album.full:
+            break
+        found.append(_shown(samples[i], {label: given[i] for label, given in answers.items()}, reference, album))
+    return tuple(found)
+
+
+def _worst(samples: Sequence[Sample], answers: Mapping[str, Sequence[Answer]], reference: str, count: int) -> list[int]:
+    by_task: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for i, sample in enumerate(samples):
+        theirs = answers[reference][i]
+        others = [given[i] for label, given in answers.items() if label != reference]
+        if any(other.text != theirs.text for other in others):
+            right = _value(sample, theirs)
+            losses = [right - _value(sample, other) for other in others]
+            by_task[sample.task].append((-max(losses), i))
+    queues = [sorted(entries) for entries in by_task.values()]
+    found: list[tuple[float, int]] = []
+    while len(found) < count and any(queues):
+        for queue in queues:
+            if queue and len(found) < count:
+                found.append(queue.pop(0))
+    # What was lost comes before what is merely different.
+    return [i for _, i in sorted(found, key=lambda entry: entry[0])]
+
+
+def _value(sample: Sample, answer: Answer) -> float:
+    """The sample's score, more being better; what cannot be told for one sample alone counts as nothing lost."""
+    part = score(sample, answer)
+    if part is None or not part.whole:
+        return 0.0
+    value = part.part / part.whole
+    return value if METRICS[sample.metric].higher_is_better else -value
+
+
+def _shown(sample: Sample, answers: Mapping[str, Answer], reference: str, album: Album) -> schema.Disagreement:
+    try:
+        picture = sample.open()
+    except PgxError:
+        picture = None
+    truth = _truth(sample)
+    located = sample.task in LOCATING
+    true_picture = None
+    if picture is not None:
+        boxes, masks = _regions(sample.regions) if located else ((), ())
+        true_picture = album.add(draw(picture, boxes, masks))
+    said = []
+    for label, answer in answers.items():
+        part = score(sample, answer)
+        drawn = album.add(answer.draw(picture)) if located and picture is not None and (answer.boxes or answer.masks) else None
+        said.append(schema.Said(
+            label=label, text=answer.text, score=part.part / part.whole if part and part.whole else None,
+            same=answer.text == answers[reference].text, fault=_fault(sample, answer), picture=drawn,
+        ))  # fmt: skip
+    metric = METRICS[sample.metric].title
+    return schema.Disagreement(
+        sample=sample.id,
+        task=sample.task,
+        prompt=sample.prompt,
+        truth=truth,
+        metric=metric,
+        picture=true_picture,
+        answers=tuple(said),
+    )
+
+
+def _truth(sample: Sample) -> str:
+    if sample.answers:
+        return " · ".join(dict.fromkeys(sample.answers))
+    return ", ".join(region.label or "one object" for region in sample.regions)
+
+
+def _fault(sample: Sample, answer: Answer) -> str | None:
+    if not answer.text.strip():
+        return "empty"
+    if is_malformed(sample, answer):
+        return "; ".join(map(str, answer.warnings)) or "locates nothing"
+    return "cut off" if answer.truncated else None
+
+
+def _regions(regions: Sequence[Region]) -> tuple[list[Box], list[Mask]]:
+    boxes, masks = [], []
+    for n, region in enumerate(regions):
+        box = Box(region.label, *region.box, bins=(n, 0, 0, 0))  # a number each, so that equal boxes stay two
+        boxes.append(box)
+        if region.segmentation:
+            masks.append(Mask(region.label, box, (), region.segmentation.mask()))
+    return boxes, masks

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pgx report: accuracy against latency of bundles, measured in one shared pass, from samples to files."""
+
+import datetime
+import hashlib
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pgxport import __version__
+from pgxport.bundle import Bundle
+from pgxport.errors import PgxError, UsageError
+from pgxport.report import chart, files, pictures, results, schema, verdict
+from pgxport.report.asking import bundle_facts
+from pgxport.report.bench import labels, machine
+from pgxport.report.clocks import look
+from pgxport.report.datasets import DataOptions, DataSet, load
+from pgxport.report.energy import find_meters
+from pgxport.report.reference import checkpoint_facts, require_reference
+from pgxport.report.shared_pass import Run, Subject, Work, shared_pass
+from pgxport.report.store import Conditions, Folder, answer_of, keys
+from pgxport.report.worker import Progress
+
+GATE = 0.99
+EXACT = ("float32", "float16", "bfloat16")  # as the first choice of a reference, in this order
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What to measure. Names and meanings are the command's flags.
+
+    Attributes:
+        reference: A checkpoint's folder, to be run in transformers.
+        gate: The share of the reference's quality that a bundle has to keep.
+        follow: Samples along whose reference answers the next tokens are compared.
+        pictures: Disagreements to show.
+        first_is_reference: Whatever it is; else the checkpoint, the most exact bundle of floats, the first.
+    """
+
+    bundles: tuple[str, ...]
+    output: Path
+    data: DataOptions = DataOptions()  # noqa: RUF009
+    reference: Path | None = None
+    gate: float = GATE
+    follow: int = 100
+    pictures: int = 12
+    max_new_tokens: int | None = None
+    engine: str = "cpu"
+    threads: int | None = None
+    first_is_reference: bool = False
+
+
+def report(options: ReportOptions, *, progress: Progress | None = None) -> schema.Report:
+    """Measure what is not measured yet, and write the whole report.
+
+    Raises:
+        UsageError: the output is something else, an extra is missing, or the data cannot be told.
+        InputError: the data is not sound.
+    """
+    chart.require_charts()  # said before hours of measuring rather than after
+    if options.reference:
+        require_reference()
+    data = load(options.data)
+    sample_keys = keys(data.samples)
+    folder = Folder(options.output)
+    try:
+        here = machine()
+        subjects = _subjects(options, here)
+        reference = 0 if options.first_is_reference else _reference(subjects)
+        unique = dict(zip(sample_keys, data.samples, strict=True))
+        work = Work(unique, frozenset(_evenly(list(unique), options.follow)), reference, options.max_new_tokens)
+        runs = shared_pass(subjects, work, folder, engine=options.engine, progress=progress)
+    finally:
+        folder.close()
+    if progress:
+        progress("working out intervals")
+    device, album = _device(options, data, sample_keys, runs, reference, here)
+    made = schema.Report(pgxport=__version__, created=_now(), devices=(device,))
+    files.write(made, album.files, options.output)
+    return made
+
+
+def _subjects(options: ReportOptions, here: dict[str, Any]) -> list[Subject]:
+    found = [_bundle(label, path, options, here) for label, path in zip(_labels(options.bundles), options.bundles, strict=True)]
+    if options.reference:
+        # Without a bundle that has a mask decoder, masks keep their codes.
+        masks = next((str(m) for path in options.bundles if (m := _mask_decoder(Path(path)))), None)
+        facts = checkpoint_facts(options.reference)
+        request = {"checkpoint": str(options.reference), "mask_decoder": masks, "threads": options.threads}
+        found.append(Subject(f"{facts['name']} (transformers)", request, facts, _conditions(facts["digest"], options, here)))
+    copies: dict[str, int] = {}
+    for i, subject in enumerate(found):
+        if subject.conditions:
+            copies[subject.conditions.digest] = number = copies.get(subject.conditions.digest, 0) + 1
+            found[i] = replace(subject, conditions=subject.conditions.model_copy(update={"copy_number": number}))
+    return found
+
+
+def _bundle(label: str, path: str, options: ReportOptions, here: dict[str, Any]) -> Subject:
+    request = {"bundle": path, "engine": options.engine, "threads": options.threads}
+    try:
+        facts = bundle_facts(Bundle.open(path, verify=False))  # its own process verifies it
+    except PgxError as error:
+        return Subject(label, request, {}, None, str(error), error.exit_code)
+    return Subject(label, request, facts, _conditions(facts["digest"], options, here))
+
+
+def _conditions(digest: str, options: ReportOptions, here: dict[str, Any]) -> Conditions:
+    return Conditions(
+        digest=digest, copy_number=1, engine=options.engine, threads=options.threads, max_new_tokens=options.max_new_tokens,
+        processor=here["processor"], versions={p: v for p, v in here["versions"].items() if p != "python"},
+    )  # fmt: skip
+
+
+def _labels(paths: Sequence[str]) -> list[str]:
+    """The folders' names where those are enough to tell them apart, else the paths."""
+    names = [Path(path).resolve().name for path in paths]
+    unique = len(set(names)) == len({str(Path(p).resolve()) for p in paths})
+    # A name that is no UTF-8 cannot stand in a report as it is.
+    return labels(name.encode("utf-8", "replace").decode() for name in (names if unique else paths))
+
+
+def _reference(subjects: Sequence[Subject]) -> int:
+    """The checkpoint, else the most exact bundle of floats, else the first."""
+    for i, subject in enumerate(subjects):
+        if "checkpoint" in subject.request:
+            return i
+    for dtype in EXACT:
+        for i, subject in enumerate(subjects):
+            if subject.facts and set(subject.facts["stored"]) <= set(EXACT) and subject.facts["matrices"] == dtype:
+                return i
+    return 0
+
+
+def _mask_decoder(path: Path) -> Path | None:
+    try:
+        bundle = Bundle.open(path)
+    except PgxError:
+        return None
+    return bundle.graph("mask_decoder") if "mask_decoder" in bundle.manifest.graphs else None
+
+
+def _device(
+    options: ReportOptions, data: DataSet, sample_keys: list[str], runs: list[Run], reference: int, here: dict[str, Any]
+) -> tuple[schema.Device, pictures.Album]:
+    rows = results.rows(data.samples, sample_keys, runs, reference)
+    whole = {run.label: run for run, row in zip(runs, rows, strict=True) if row.status == "ok"}
+    album, shown = pictures.Album(), tuple[schema.Disagreement, ...]()
+    name = runs[reference].label
+    if name in whole and options.pictures:
+        answers = {label: [answer_of(run.asked[key]) for key in sample_keys] for label, run in whole.items()}
+        shown = pictures.disagreements(data.samples, answers, name, options.pictures, album)
+    device = schema.Device(
+        name=here["processor"], command=_command(options), environment=_environment(options, here), data=_data(data),
+        reference=name, gate=options.gate, rows=rows, pairs=results.pairs(data.samples, sample_keys, runs), verdict=(),
+        disagreements=shown,
+    )  # fmt: skip
+    return device.model_copy(update={"verdict": verdict.findings(device)}), album
+
+
+def _environment(options: ReportOptions, here: dict[str, Any]) -> schema.Environment:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else None
+    clocks, meters = look(), find_meters(engine=options.engine)
+    for meter in meters:
+        meter.close()
+    return schema.Environment(
+        processor=here["processor"], cores=here["cores"], memory_bytes=memory, system=here["system"], engine=options.engine,
+        threads=options.threads, load_average=here["load_average"], governor=clocks.governor, max_mhz=clocks.max_mhz,
+        energy=tuple(meter.source for meter in meters), versions=here["versions"],
+    )  # fmt: skip
+
+
+def _data(data: DataSet) -> schema.Data:
+    tasks: dict[str, int] = {}
+    digest = hashlib.sha256()
+    for sample, key in zip(data.samples, keys(data.samples), strict=True):
+        tasks[sample.task] = tasks.get(sample.task, 0) + 1
+        digest.update(repr((key, sample.task, sample.metric, sample.answers, sample.regions)).encode())
+    return schema.Data(
+        format=data.format, source=data.source, digest=digest.hexdigest(), samples=len(data.samples), tasks=tasks,
+        records=data.records, skipped=data.skipped,
+    )  # fmt: skip
+
+
+def _command(options: ReportOptions) -> str:
+    d = options.data
+    flags = {
+        "--data": d.data, "--format": d.format, "--images": d.images, "--split": d.split, "--prompt": d.prompt, "--limit": d.limit,
+        "--reference": options.reference, "--gate": options.gate if options.gate != GATE else None,
+        "--max-new-tokens": options.max_new_tokens, "--engine": options.engine if options.engine != "cpu" else None,
+        "--threads": options.threads,
+    }  # fmt: skip
+    given = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
+    words = shlex.join(["pgx", "report", *options.bundles, *given, "-o", str(options.output)])
+    return words.encode("utf-8", "replace").decode()
+
+
+def _evenly(items: list[str], count: int) -> list[str]:
+    return items if count >= len(items) else [items[i * len(items) // count] for i in range(count)]
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def merge(paths: Sequence[Path], output: Path) -> schema.Report:
+    """Join reports of several devices into one.
+
+    Raises:
+        UsageError: fewer than two are given.
+    """
+    chart.require_charts()
+    if len(paths) < 2:
+        raise UsageError("--merge joins two or more report.json; give them after it")
+    read = [files.read(path) for path in paths]
+    album: dict[str, bytes] = {}
+    for path, one in zip(paths, read, strict=True):
+        album |= files.read_pictures(one, path.parent)
+    made = schema.Report(pgxport=__version__, created=_now(), devices=tuple(device for one in read for device in one.devices))
+    files.check_output(output)
+    files.write(made, album, output)
+    return made

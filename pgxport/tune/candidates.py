@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a search may choose: groups of linears, schemes for each, and the recipe that one scheme for every group makes.
+
+Knows no measurements.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pgxport.errors import choose
+from pgxport.exporter.recipe import NORMS, PROJECTOR, REST, TABLE, Recipe, Rule, Scheme
+from pgxport.models.spec import ModelSpec
+
+FLOAT = "float16"
+# The schemes of the named recipes are among them, so that each of those is a point of the space that is searched.
+CANDIDATES = {
+    FLOAT: REST.scheme,
+    "w8-dynamic": Scheme(bits=8, activations="dynamic"),
+    "w8-static": Scheme(bits=8, activations="static", scaling="smoothquant"),
+    "w8-g128": Scheme(bits=8, group=128),
+    "w8-g128-gptq": Scheme(bits=8, group=128, method="gptq"),
+    "w4-g128": Scheme(bits=4, group=128, symmetric=False),
+    "w4-g32": Scheme(bits=4, group=32, symmetric=False),
+    "w4-g128-awq": Scheme(bits=4, group=128, symmetric=False, method="clip", scaling="awq"),
+    "w4-g32-awq": Scheme(bits=4, group=32, symmetric=False, method="clip", scaling="awq"),
+    "w4-g128-gptq": Scheme(bits=4, group=128, symmetric=False, method="gptq"),
+    "w4-g32-gptq": Scheme(bits=4, group=32, symmetric=False, method="gptq"),
+}
+MOST_ALONE = 4  # layers of a stack that are still groups of their own
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that get one scheme.
+
+    Attributes:
+        patterns: Of their weights, {} standing for a layer.
+        layers: None, where it is no layer's.
+        fixed: Those of the patterns whose input nothing before can be divided for: they are never rescaled (scaling.py).
+    """
+
+    name: str
+    patterns: tuple[str, ...]
+    layers: tuple[int, ...] = ()
+    fixed: tuple[str, ...] = ()
+
+    def scheme(self, pattern: str, candidate: str) -> Scheme:
+        scheme = CANDIDATES[candidate]
+        if pattern in self.fixed:
+            scheme = replace(scheme, scaling="none")
+        # Rows of the table are looked up too, for which a grid has to be symmetric (graphs.py).
+        return replace(scheme, symmetric=True) if pattern == TABLE else scheme
+
+
+def groups(spec: ModelSpec) -> list[Group]:
+    """The groups of a model: what stands at one place of a layer, for each layer of a shallow stack and each third of a deep one.
+
+    Linears that share an input stay together: AWQ scales that input once, and integer products round it once. Of the decoder,
+    where nearly all bytes are, every place is told apart; of the vision encoder, attention and MLP. Thirds, because it is the
+    first and the last layers that differ from the others (executorch keeps those quarters at 8 bits for the same reason), and
+    a probe of every layer of 3B would be 160 groups.
+    """
+    vision, text = "vision_tower.vision_model.encoder.layers.{}.", "language_model.model.layers.{}."
+    found = [Group("token table", (TABLE,), fixed=(TABLE,)), Group("projector", (PROJECTOR,), fixed=(PROJECTOR,))]
+    for layers in runs(spec.vision.depth):
+        attention = (f"{vision}self_attn.[qkv]_proj.weight", f"{vision}self_attn.out_proj.weight")
+        fc1, fc2 = f"{vision}mlp.fc1.weight", f"{vision}mlp.fc2.weight"
+        found.append(Group(f"vision {_span(layers)} attention", attention, layers))
+        found.append(Group(f"vision {_span(layers)} mlp", (fc1, fc2), layers, fixed=(fc2,)))
+    for layers in runs(spec.text.depth):
+        for place, pattern in (
+            ("q,k,v", "self_attn.[qkv]_proj"), ("o", "self_attn.o_proj"), ("gate,up", "mlp.[gu]*_proj"), ("down", "mlp.down_proj")
+        ):  # fmt: skip
+            found.append(Group(f"decoder {_span(layers)} {place}", (f"{text}{pattern}.weight",), layers))
+    return found
+
+
+def runs(depth: int) -> list[tuple[int, ...]]:
+    """Layers, one by one where they are few, else in thirds.
+
+    >>> runs(2), runs(7)
+    ([(0,), (1,)], [(0, 1), (2, 3), (4, 5, 6)])
+    """
+    parts = depth if depth <= MOST_ALONE else 3
+    return [tuple(range(depth * i // parts, depth * (i + 1) // parts)) for i in range(parts)]
+
+
+def chosen(names: Sequence[str], *, calibrated: bool) -> list[str]:
+    """The candidates of these names; without names all that can be written, the float one always among them.
+
+    Raises:
+        UsageError: there is none of a name.
+    """
+    for name in names:
+        choose("candidates", name, CANDIDATES)
+    able = [name for name, scheme in CANDIDATES.items() if calibrated or not scheme.calibrated]
+    return [name for name in CANDIDATES if name == FLOAT or name in (names or able)]
+
+
+def options(group: Group, candidates: Sequence[str]) -> list[str]:
+    """Those candidates that differ for this group: where nothing can be rescaled, AWQ is what it is without."""
+    different = {tuple(group.scheme(pattern, name) for pattern in group.patterns): name for name in reversed(candidates)}
+    return [name for name in candidates if name in different.values()]
+
+
+def recipe(name: str, found: Sequence[Group], choice: Mapping[str, str]) -> Recipe:
+    """The recipe of a choice, group name -> candidate; groups that are not in it stay floats.
+
+    A pattern's most frequent scheme stands last, for all layers, after those of the layers that differ.
+    """
+    by_pattern: dict[str, dict[int | None, Scheme]] = {}
+    for group in found:
+        for pattern in group.patterns:
+            scheme = group.scheme(pattern, choice.get(group.name, FLOAT))
+            by_pattern.setdefault(pattern, {}).update(dict.fromkeys(group.layers or (None,), scheme))
+    rules = [NORMS]
+    for pattern, schemes in by_pattern.items():
+        ((most, _),) = Counter(schemes.values()).most_common(1)
+        rules += [Rule(pattern.format(layer), scheme) for layer, scheme in schemes.items() if scheme != most]
+        if most != REST.scheme:
+            rules.append(Rule(pattern.format("*"), most))
+    return Recipe(name, (*rules, REST))
+
+
+def _span(layers: tuple[int, ...]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}"

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Joules and clocks, read from trees as machines have them."""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pgxport.report.clocks import look
+from pgxport.report.energy import Ina3221, Nvml, Rapl, find_meters, ina3221_rails, rapl_zones
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content + "\n")
+    return root
+
+
+# As on a Xeon with two sockets, each with a DRAM zone below it, and the platform's own counter.
+XEON = {
+    "class/powercap/intel-rapl:0/name": "package-0",
+    "class/powercap/intel-rapl:0/energy_uj": "1000000",
+    "class/powercap/intel-rapl:0/max_energy_range_uj": "262143328850",
+    "class/powercap/intel-rapl:0:0/name": "dram",
+    "class/powercap/intel-rapl:0:0/energy_uj": "77",
+    "class/powercap/intel-rapl:0:0/max_energy_range_uj": "65712999613",
+    "class/powercap/intel-rapl:1/name": "package-1",
+    "class/powercap/intel-rapl:1/energy_uj": "5000000",
+    "class/powercap/intel-rapl:1/max_energy_range_uj": "262143328850",
+    "class/powercap/intel-rapl:2/name": "psys",
+    "class/powercap/intel-rapl:2/energy_uj": "9",
+    "class/powercap/intel-rapl:2/max_energy_range_uj": "262143328850",
+}
+# As on a Jetson Orin Nano with JetPack 6: rail 4 is a sum that has no current of its own.
+ORIN = {
+    f"bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/{name}": value
+    for name, value in {
+        "in1_label": "VDD_IN", "in1_input": "5000", "curr1_input": "1200", "in2_label": "VDD_CPU_GPU_CV", "in2_input": "5000",
+        "curr2_input": "400", "in3_label": "VDD_SOC", "in3_input": "5000", "curr3_input": "300", "in4_label": "sum of shunt voltages",
+    }.items()
+}  # fmt: skip
+# As on a Jetson Nano with JetPack 4, where the driver is an iio device.
+NANO = {
+    f"bus/i2c/drivers/ina3221x/6-0040/iio:device0/{name}": value
+    for name, value in {
+        "rail_name_0": "POM_5V_IN", "in_voltage0_input": "5120", "in_current0_input": "500", "rail_name_1": "POM_5V_GPU",
+        "in_voltage1_input": "5120", "in_current1_input": "40",
+    }.items()
+}  # fmt: skip
+
+
+def test_rapl_adds_up_the_packages_alone(tmp_path: Path):
+    zones = rapl_zones(tree(tmp_path, XEON))
+    assert [zone.name for zone in zones] == ["intel-rapl:0", "intel-rapl:1"]
+    meter = Rapl(zones)
+    tree(tmp_path, {"class/powercap/intel-rapl:0/energy_uj": "3500000", "class/powercap/intel-rapl:1/energy_uj": "5500000"})
+    assert meter.joules() == pytest.approx(3.0)
+    assert meter.source == "RAPL, 2 packages"
+
+
+def test_a_rapl_counter_that_begins_again_loses_nothing(tmp_path: Path):
+    one = {name: value for name, value in XEON.items() if "rapl:0/" in name} | {
+        "class/powercap/intel-rapl:0/energy_uj": "262143000000"
+    }
+    meter = Rapl(rapl_zones(tree(tmp_path, one)))
+    tree(tmp_path, {"class/powercap/intel-rapl:0/energy_uj": "671150"})
+    assert meter.joules() == pytest.approx(1.0)
+
+
+def test_a_counter_only_root_may_read_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tree(tmp_path, XEON)
+    read = Path.read_text
+
+    def refused(path: Path, *args: Any, **kwargs: Any) -> str:
+        if path.name == "energy_uj":
+            raise PermissionError(13, "Permission denied")
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert find_meters(tmp_path) == []
+
+
+@pytest.mark.parametrize(("files", "rail", "watts"), [(ORIN, "VDD_IN", 6.0), (NANO, "POM_5V_IN", 2.56)])
+def test_a_jetsons_whole_board_is_one_rail(tmp_path: Path, files: dict[str, str], rail: str, watts: float):
+    now = [100.0]
+    meter = Ina3221(ina3221_rails(tree(tmp_path, files)), clock=lambda: now[0])
+    try:
+        assert meter.source == f"INA3221, {rail}"
+        assert meter.watts() == pytest.approx(watts)
+        before = meter.joules()
+        now[0] = 102.0
+        assert meter.joules() - before == pytest.approx(2 * watts)
+    finally:
+        meter.close()
+
+
+def test_rails_without_a_whole_are_added_up(tmp_path: Path):
+    meter = Ina3221(ina3221_rails(tree(tmp_path, {name: v.replace("VDD_IN", "VDD_GPU_SOC") for name, v in ORIN.items()})))
+    meter.close()
+    assert meter.watts() == pytest.approx(5 * (1.2 + 0.4 + 0.3))
+
+
+def test_find_meters_tells_what_is_there(tmp_path: Path):
+    meters = find_meters(tree(tmp_path, {**XEON, **ORIN}))
+    assert [meter.source for meter in meters] == ["RAPL, 2 packages", "INA3221, VDD_IN"]
+    for meter in meters:
+        meter.close()
+    assert find_meters(tmp_path / "nothing") == []
+
+
+class Driver:
+    """libnvidia-ml with two GPUs, of which the second is too old to count."""
+
+    def __init__(self) -> None:
+        self.millijoules = 1_000
+
+    def nvmlInit_v2(self) -> int:
+        return 0
+
+    def nvmlShutdown(self) -> int:
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count: Any) -> int:
+        count._obj.value = 2
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index: int, device: Any) -> int:
+        device._obj.value = 100 + index
+        return 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, device: ctypes.c_void_p, value: Any) -> int:
+        value._obj.value = self.millijoules
+        return 0 if device.value == 100 else 3  # NVML_ERROR_NOT_SUPPORTED
+
+
+def test_nvml_counts_the_gpus_that_can():
+    driver = Driver()
+    meter = Nvml(driver)
+    driver.millijoules = 4_500
+    assert meter.source == "NVML, 1 GPU"
+    assert meter.joules() == pytest.approx(4.5)
+
+
+def test_clocks_are_read_as_linux_tells_them(tmp_path: Path):
+    cores = {
+        f"devices/system/cpu/cpu{i}/{name}": value
+        for i, mhz in enumerate((1_800_000, 2_200_000))
+        for name, value in {
+            "cpufreq/scaling_cur_freq": str(mhz), "cpufreq/cpuinfo_max_freq": "3500000", "cpufreq/scaling_governor": "schedutil",
+            "thermal_throttle/core_throttle_count": "4",
+        }.items()
+    }  # fmt: skip
+    found = look(
+        tree(tmp_path, {**cores, "class/thermal/thermal_zone0/temp": "41500", "class/thermal/thermal_zone1/temp": "63000"})
+    )
+    assert (found.governor, found.mhz, found.max_mhz, found.celsius, found.throttled) == ("schedutil", 2000.0, 3500.0, 63.0, 8)

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a report: what a stranger's data can do to them (nothing), and that their numbers are report.json's."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from made_up_report import device, disagreement, failed, report, row
+from PIL import Image
+
+pytest.importorskip("altair")
+pytest.importorskip("vl_convert")
+
+from pgxport.errors import InputError, UsageError
+from pgxport.report import files, tables
+from pgxport.report.pictures import Album
+from pgxport.report.schema import PICTURE, Report, schema
+from pgxport.report.words import word_diff
+
+ROOT = Path(__file__).parents[2]
+MARK = "document.documentElement.dataset.pwned=1"
+PAYLOADS = (
+    f"<script>{MARK}</script>",
+    f"</script><script>{MARK}</script>",
+    f"<img src=x onerror={MARK}>",
+    f'"><img src=x onerror="{MARK}">',
+    f"'><svg onload={MARK}>",
+    f"<svg><script>{MARK}</script></svg>",
+    f"</text></svg><script>{MARK}</script>",
+    f"<iframe srcdoc='<script>parent.{MARK}</script>'>",
+    f"<a href=javascript:{MARK}>x</a>",
+    f'" autofocus onfocus={MARK} x="',
+    f"</style><script>{MARK}</script>",
+    f"</title><script>{MARK}</script>",
+    f"<details open ontoggle={MARK}>",
+    f"<math><mi xlink:href=javascript:{MARK}>x",
+    f"<body onload={MARK}>",
+    f"-->]]><script>{MARK}</script>",
+    f"&lt;script&gt;{MARK}&lt;/script&gt;",
+    f"<scr\x00ipt>{MARK}</scr\x00ipt>",
+    f"\u202e<script>{MARK}</script>\x1b[31m",
+    f"{{{{constructor.constructor('{MARK}')()}}}} ${{{MARK}}} datum['{MARK}']",
+    f"[x](javascript:{MARK}) ![x](x) `<b>` | a |",
+)
+
+ELEMENTS = {
+    "html", "head", "meta", "title", "style", "body", "a", "header", "h1", "h2", "h3", "h4", "p", "nav", "ul", "li", "main", "section",
+    "b", "figure", "figcaption", "svg", "g", "path", "rect", "text", "line", "defs", "clippath", "circle", "div", "table", "caption",
+    "thead", "tbody", "tr", "th", "td", "article", "img", "span", "del", "ins", "br",
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a browser would find: elements with their attributes, and the text of each table's cells."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self._cell: list[str] | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self._cell = []
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th") and self._cell is not None:
+            self.tables[-1][-1].append("".join(self._cell))
+            self._cell = None
+
+    def handle_data(self, data: str) -> None:
+        if self._cell is not None:
+            self._cell.append(data)
+
+
+@pytest.fixture(scope="module")
+def attacked() -> tuple[Report, dict[str, bytes]]:
+    """A report in which every text that can come from data is an attack."""
+    album = Album()
+    picture = album.add(Image.new("RGB", (40, 30), "red"))
+    rows = [row("fp32")]
+    rows += [row(p, ms=5 + i, name=p, recipe=p, notes=(p,)) for i, p in enumerate(PAYLOADS)]
+    shown = tuple(
+        disagreement({"fp32": PAYLOADS[i - 1], p: p}, sample=p, prompt=p, truth=p, task=p, picture=picture)
+        for i, p in enumerate(PAYLOADS)
+    )
+    made = device(*rows, failed("broken", PAYLOADS[0]), name=PAYLOADS[1], command=PAYLOADS[2], disagreements=shown)
+    return report(made, device(row(PAYLOADS[3]), name=PAYLOADS[4])), album.files
+
+
+@pytest.fixture(scope="module")
+def written(attacked: tuple[Report, dict[str, bytes]]) -> dict[str, bytes]:
+    return files.rendered(*attacked)
+
+
+def test_nothing_of_the_data_becomes_an_element_or_an_attribute(written: dict[str, bytes]):
+    page = Page(written["report.html"].decode())
+    assert {tag for tag, _ in page.elements} <= ELEMENTS
+    for tag, attributes in page.elements:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        for name in ("href", "src", "xlink:href", "action", "srcdoc"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("#", "data:image/webp;base64,")), (tag, name, value)
+
+
+def test_the_page_says_what_the_data_says(written: dict[str, bytes]):
+    page = Page(written["report.html"].decode())
+    names = [cells[0] for cells in page.tables[0][1:]]
+    visible = [re.sub(r"\x1b\[31m|[\x00\u202e]", "", payload) for payload in PAYLOADS]
+    assert names == ["fp32", *visible, "broken"]
+
+
+def test_the_page_asks_no_network_and_needs_no_script(written: dict[str, bytes]):
+    text = written["report.html"].decode()
+    assert "<script" not in text.lower()
+    assert "default-src 'none'" in text
+    outside = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?(?:https?:|//)", text)
+    assert not outside
+
+
+def test_no_script_runs_even_without_the_policy(written: dict[str, bytes], tmp_path: Path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    page = re.sub(r"<meta http-equiv[^>]*>", "", written["report.html"].decode())
+
+    def dom(content: str) -> str:
+        (tmp_path / "page.html").write_text(content)
+        command = [
+            browser,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            "--dump-dom",
+        ]
+        return subprocess.run(
+            [*command, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120, check=True
+        ).stdout
+
+    assert "data-pwned" in dom(page.replace("<body>", f"<body><script>{MARK}</script>"))[:400]  # the trap works
+    assert "data-pwned" not in dom(page)[:400]
+
+
+def test_markdown_holds_no_html_and_no_link_of_the_data(written: dict[str, bytes]):
+    text = written["report.md"].decode()
+    assert "<" not in text
+    assert re.findall(r"(?<!\\)\]\(([^)]*)\)", text) == ["chart.svg"]
+    cells = 0
+    for line in text.splitlines():
+        columns = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        assert columns in (0, cells) or cells == 0, line  # no cell of the data ends its column
+        cells = columns
+
+
+def test_the_charts_texts_are_texts(written: dict[str, bytes]):
+    svg = written["chart.svg"].decode()
+    assert "<script" not in svg
+    assert "onerror=" not in re.sub(r">[^<]*<|aria-label=\"[^\"]*\"", "", svg)
+    assert written["chart.png"][:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_spreadsheet_computes_nothing():
+    made = report(device(row("fp32"), row("=HYPERLINK(1)"), row("@SUM(1)")))
+    cells = [cells[1] for cells in csv.reader(io.StringIO(files.results_csv(made)))]
+    assert cells == ["bundle", "fp32", "'=HYPERLINK(1)", "'@SUM(1)"]
+
+
+def test_the_numbers_of_every_file_are_those_of_the_json():
+    made = report(device(row("fp32", ms=31.4), row("int8", ms=12.3, quality=0.87)))
+    written = files.rendered(made, {})
+    read = Report.model_validate_json(written["report.json"])
+    page = Page(written["report.html"].decode())
+    expected = [*tables.all_tables(read.devices[0]), tables.environment(read.devices[0])]
+    assert [[list(table.head), *map(list, table.rows)] for table in expected] == page.tables
+    (bundles,) = [table for table in page.tables if table[0][0] == "bundle" and "answer, ms" in table[0]]
+    assert bundles[2][bundles[0].index("answer, ms")].startswith("12.3 (")
+    assert "| int8 | below 0.99 | 10 | 87.0" in written["report.md"].decode()
+    rows = list(csv.DictReader(io.StringIO(written["results.csv"].decode())))
+    for r, given in zip(rows, read.devices[0].rows, strict=True):
+        assert float(r["answer_p50_seconds"]) == given.seconds["answer"].p50
+        assert given.quality is not None
+        assert float(r["quality"]) == given.quality.value
+
+
+def test_the_json_has_the_published_schema(written: dict[str, bytes]):
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(json.loads(written["report.json"]), json.loads(schema()))
+    published = ROOT / "docs" / "reference" / "report.schema.json"
+    if published.exists():  # the wheel is tested without docs/
+        assert published.read_text() == schema(), "python -m pgxport.report.schema > docs/reference/report.schema.json"
+
+
+def test_a_picture_is_a_plain_file_beside_the_report_or_left_out(tmp_path: Path):
+    album = Album()
+    name = album.add(Image.new("RGB", (40, 30), "red"))
+    shown = disagreement({"fp32": "a", "int8": "b"}, picture=name)
+    made = report(device(row("fp32"), row("int8"), disagreements=(shown,)))
+    files.write(made, album.files, tmp_path)
+    assert files.read_pictures(files.read(tmp_path), tmp_path) == album.files
+    (tmp_path / "pictures" / name).write_text("<svg onload=alert(1)>")
+    assert files.read_pictures(made, tmp_path) == {}
+    (tmp_path / "pictures" / name).unlink()
+    (tmp_path / "pictures" / name).symlink_to("/etc/passwd")
+    assert files.read_pictures(made, tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "a.webp", "0123456789abcdef.svg", "0123456789abcdef.webp\n"])
+def test_a_report_that_names_another_file_is_refused(tmp_path: Path, name: str):
+    made = json.loads(report(device(row("fp32"), disagreements=(disagreement({"fp32": "a"}),))).model_dump_json())
+    made["devices"][0]["disagreements"][0]["picture"] = name
+    (tmp_path / "report.json").write_text(json.dumps(made))
+    with pytest.raises(InputError, match="picture"):
+        files.read(tmp_path)
+    assert not re.fullmatch(PICTURE, name)
+
+
+def test_what_is_not_a_report_is_an_error(tmp_path: Path):
+    with pytest.raises(UsageError, match="no such report"):
+        files.read(tmp_path)
+    (tmp_path / "report.json").write_text('{"format_version": 2}')
+    with pytest.raises(InputError, match="format 1"):
+        files.read(tmp_path)
+
+
+def test_words_that_differ():
+    assert word_diff("<loc0001><loc0002> cat", "<loc0001><loc0003> cat") == [
+        ("same", "<loc0001>"),
+        ("gone", "<loc0002>"),
+        ("new", "<loc0003>"),
+        ("same", " cat"),
+    ]
+    assert word_diff("", "a") == [("new", "a")]
+    assert word_diff("", "") == []
+    assert word_diff("a " * 500, "b") == [("gone", "a " * 500), ("new", "b")]
+
+
+@pytest.mark.parametrize(("before", "after"), [("a <b>", "a < b >"), ("ä\nö", "ä ö"), ("", "x  y")])
+def test_the_pieces_are_the_two_texts(before: str, after: str):
+    pieces = word_diff(before, after)
+    assert "".join(text for kind, text in pieces if kind != "new") == before
+    assert "".join(text for kind, text in pieces if kind != "gone") == after

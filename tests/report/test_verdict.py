@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report advises, on numbers made up: nothing is ranked that overlaps, and what did not pay is said."""
+
+import pytest
+from made_up_report import device, failed, row
+
+from pgxport.report.schema import Device
+from pgxport.report.verdict import gate_failures, latency, passes
+
+
+def said(d: Device, kind: str) -> str:
+    return "\n".join(f.text for f in d.verdict if f.kind == kind)
+
+
+def test_the_fastest_that_passes_is_advised():
+    d = device(row("fp32", ms=30), row("int8", ms=10, quality=0.899), row("int4", ms=5, quality=0.5))
+    assert "Take int8: 10 ms an answer (median), 10 MB, 99.9 %" in said(d, "best")
+    assert "int4 keeps 55.6 %" in said(d, "gate")
+    assert "below the gate of 0.99" in said(d, "gate")
+
+
+def test_times_that_overlap_are_never_ranked_and_the_smaller_is_advised():
+    d = device(row("fp32", ms=30, megabytes=40), row("a", ms=10, megabytes=9), row("b", ms=10.1, megabytes=8))
+    assert "Take b" in said(d, "best")
+    assert "cannot be told apart (a, b)" in said(d, "best")
+
+
+def test_a_gate_inside_the_interval_is_a_doubt():
+    d = device(row("fp32"), row("int8", quality=0.9))
+    assert "lies inside the interval" in said(d, "noise")
+    below = device(row("fp32"), row("int8", quality=0.885))
+    assert "could be chance" in said(below, "gate")
+    sure = device(row("fp32"), row("int8", quality=0.6))
+    assert "chance" not in said(sure, "gate")
+
+
+def test_what_did_not_pay_is_said():
+    d = device(row("fp32", ms=10, megabytes=10), row("slow", ms=14, megabytes=12), row("small", ms=10, megabytes=4))
+    assert "slow did not pay here: it takes longer than fp32 (×1.40 (1.37–1.43) as long), at 1.20 of its size." in said(
+        d, "no gain"
+    )
+    assert "small paid in size only here: it is not faster than fp32 that these runs can tell" in said(d, "no gain")
+
+
+def test_a_budget_names_what_cannot_be_told_from_the_best():
+    d = device(
+        row("fp32", ms=30, quality=0.95),
+        row("a", ms=10, quality=0.90),
+        row("b", ms=9, quality=0.895),
+        row("c", ms=3, quality=0.5),
+    )
+    budgets = [f.text for f in d.verdict if f.kind == "budget"]
+    assert budgets[0].startswith("Best accuracy under 3 ms: c")
+    assert budgets[1].startswith("Best accuracy under 9 ms: b")
+    assert any(text.startswith("Best accuracy under 30 ms: fp32") for text in budgets)
+    assert not any("under 10 ms: a" in text for text in budgets)  # a is not better than b beyond doubt
+
+
+def test_a_failed_bundle_is_said_and_a_failed_reference_ends_comparison():
+    d = device(row("fp32"), failed("broken", "its process was ended by signal 7"))
+    assert said(d, "failed") == "broken failed: its process was ended by signal 7"
+    lost = device(failed("fp32", "no such file"), row("int8"))
+    assert "The reference fp32 failed, so no accuracy is compared." in said(lost, "failed")
+    assert said(lost, "best") == ""
+
+
+def test_nothing_that_passes_is_no_advice():
+    assert "No bundle keeps" in said(device(row("torch", target="torch"), row("int4", quality=0.2)), "best")
+
+
+def test_the_gate_names_who_fails_it_and_why():
+    d = device(row("fp32"), row("int4", quality=0.45), failed("broken", "a reason"), row("int8"))
+    lines = gate_failures(d)
+    assert lines[0].startswith("int4 keeps 50.0 % (48.0–52.0) of fp32's, over 50 samples; the gate is 0.99")
+    assert lines[-1] == "broken failed: a reason"
+    assert not any("int8" in line for line in lines)
+    assert passes(d.rows[3], d)
+
+
+def test_a_ratio_read_the_other_way_round_is_its_inverse():
+    d = device(row("fp32", ms=20), row("int8", ms=10))
+    there, back = latency(d, "fp32", "int8"), latency(d, "int8", "fp32")
+    assert there is not None
+    assert back is not None
+    assert (there.value, back.value) == pytest.approx((0.5, 2.0))
+    assert there.low is not None
+    assert back.high == pytest.approx(1 / there.low)

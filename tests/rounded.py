@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random checkpoints beside the same model in transformers, and what each makes of an answer that is forced on it.
+
+A bundle's whole numbers are put into the transformers model, and its linears round their inputs as the engine's kernels do, so
+that the two have to agree nearly as floats do.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from gemma_tokenizer import build_tokenizer
+from in_memory import dequantized
+from reference import random_paligemma
+from tokenizers import Tokenizer
+
+from pgxport.bundle import Bundle
+from pgxport.calib.calibrate import CalibrateOptions, calibrate
+from pgxport.exporter.calibration import Calibration
+from pgxport.exporter.forced import Forced, scene
+from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
+from pgxport.models.checkpoint import Checkpoint
+from pgxport.models.gemma import TOKEN_TABLE
+from pgxport.models.names import canonical
+from pgxport.models.spec import read_config
+from pgxport.runners.loop import Decoder
+from pgxport.runners.runner import Runner
+from pgxport.runners.tokenizer import read_token_ids
+
+FAMILIES = ("paligemma", "paligemma2")
+NORMS, TABLE, DECODER, REST = "*norm*", "*.embed_tokens.weight", "language_model.*_proj.weight", "*"
+VISION, PROJECTOR = "vision_tower.*.layers.*.weight", "multi_modal_projector.linear.weight"
+_STATIC = Scheme(bits=8, activations="static", observer="percentile")
+
+
+def recipe_of(name: str, decoder: Scheme, table: Scheme, vision: Scheme, cache: str | None = None) -> Recipe:
+    rules = {NORMS: Scheme(), TABLE: table, DECODER: decoder, VISION: vision, PROJECTOR: vision, REST: Scheme("float16")}
+    return Recipe(name, tuple(Rule(*rule) for rule in rules.items()), cache)
+
+
+_INT4 = Scheme(bits=4, group=32)
+# What needs calibration, and what named recipes leave out.
+MIXED = {
+    "int8": RECIPES["int8"], "int4": RECIPES["int4"], "w8a8": RECIPES["w8a8"],
+    "zeros": recipe_of("zeros", replace(_INT4, symmetric=False), Scheme(bits=4, group=16), Scheme(bits=8, group=16, symmetric=False)),
+    "static": recipe_of("static", _STATIC, _STATIC, _STATIC),
+    "cached": recipe_of("cached", _INT4, Scheme(bits=8, group=64), Scheme(bits=8, group=64), "int8"),
+    "half cache": recipe_of("half", _INT4, Scheme(bits=8, group=64), Scheme(bits=8, group=64), "float16"),
+    "everything": Recipe("everything", (
+        Rule(NORMS, Scheme()), Rule(TABLE, Scheme(bits=8, group=32)), Rule("*.fc2.weight", replace(_STATIC, compensate=True)),
+        Rule(PROJECTOR, replace(_STATIC, compensate=True)),
+        Rule(DECODER, Scheme(bits=4, group=32, method="gptq", scaling="awq")),
+        Rule(VISION, replace(_STATIC, scaling="smoothquant", method="gptq", compensate=True)), Rule(REST, Scheme("float16")),
+    ), "int8"),
+}  # fmt: skip
+
+
+def make_checkpoint(folder: Path, family: str, *, seed: int = 7) -> Any:
+    """A random checkpoint of odd shapes; the same model, in transformers."""
+    build_tokenizer(folder)
+    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = random_paligemma(
+        folder, family=family, seed=seed, text={"vocab_size": words.get_vocab_size() + 3},
+        image_token_index=words.token_to_id("<image>"), **{f"{n}_token_id": words.token_to_id(f"<{n}>") for n in ("bos", "eos", "pad")},
+    )  # fmt: skip
+    model.set_attn_implementation("eager")
+    return model
+
+
+def make_calibration(folder: Path, *, samples: int = 3, moments: bool = True) -> Calibration:
+    name = folder.with_name(f"{folder.name}-{samples}-{moments}.safetensors")
+    return calibrate(CalibrateOptions(output=name, source=folder, samples=samples, moments=moments))
+
+
+def sample(folder: Path, index: int = 0) -> Forced:
+    checkpoint = Checkpoint.open(folder)
+    tokenizer = folder / "tokenizer.json"
+    return scene(index, read_config(checkpoint.config), tokenizer, read_token_ids(tokenizer, checkpoint.config))
+
+
+def engine_logits(bundle: Path, given: Forced) -> np.ndarray:
+    """[answer tokens + 1, V] of ONNX Runtime on the CPU, whatever the bundle's target: the prefix at once, then token by token."""
+    opened = Bundle.open(bundle)
+    with Runner(Bundle(bundle, opened.manifest.model_copy(update={"target": "cpu"})), threads=1) as runner:
+        hidden = runner._sessions["vision_encoder"].run({"pixel_values": given.pixels})["image_hidden"]
+        features = runner._sessions["projector"].run({"image_hidden": hidden})["image_features"]
+        embeds = np.concatenate([features, runner._embed(given.prompt)], 1)
+        decoder = Decoder(runner._sessions["decoder_step"], runner.manifest, embeds.shape[1] + len(given.answer))
+        logits = [decoder.feed(embeds).copy()]
+        return np.stack([*logits, *(decoder.feed(runner._embed([token])).copy() for token in given.answer)])
+
+
+@torch.no_grad()
+def transformers_logits(model: Any, given: Forced) -> np.ndarray:
+    """[answer tokens + 1, V], all tokens in one pass."""
+    image = model.config.image_token_id
+    prefix = [image] * model.config.text_config.num_image_tokens + given.prompt
+    whole = torch.tensor([[*prefix, *given.answer]])
+    kinds = torch.tensor([[0] * len(prefix) + [1] * len(given.answer)])
+    out = model(
+        input_ids=whole, pixel_values=torch.from_numpy(given.pixels), token_type_ids=kinds, attention_mask=torch.ones_like(whole)
+    )
+    return out.logits[0, len(prefix) - 1 :].numpy()
+
+
+def stored_arrays(bundle: Path) -> dict[str, np.ndarray]:
+    """Every initializer of a bundle's graphs, as the onnx package reads it."""
+    found = {}
+    for name in ("vision_encoder", "projector", "decoder_step"):
+        for tensor in onnx.load(bundle / f"{name}.onnx").graph.initializer:
+            found[tensor.name] = onnx.numpy_helper.to_array(tensor)
+    return found
+
+
+def stored_matrix(path: str, shape: tuple[int, ...], scheme: Scheme, parts: dict[str, np.ndarray]) -> np.ndarray:
+    """A matrix of whole numbers, in floats again."""
+    layout = "blocks" if scheme.activations == "float" else "rows" if path == TOKEN_TABLE else "columns"
+    return dequantized(scheme, layout, shape, path, parts)
+
+
+@contextmanager
+def rounded_as(
+    model: Any, bundle: Path, recipe: Recipe, *, inputs: bool, calibration: Calibration | None = None
+) -> Iterator[None]:
+    """transformers with the weights that a bundle stores; and, where that is asked for, with inputs rounded as its kernels do."""
+    before, parts, hooks = {name: p.detach().clone() for name, p in model.named_parameters()}, stored_arrays(bundle), []
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            path = canonical(name)
+            stored = stored_matrix(path, tuple(p.shape), recipe.scheme(path), parts) if recipe.scheme(path).bits else parts[path]
+            # Gemma's norms are stored plus one.
+            stored = stored - 1 if path.startswith("language_model") and "norm" in path else stored
+            p.copy_(torch.from_numpy(stored.astype(np.float32)))
+    for name, module in model.named_modules():
+        path = canonical(f"{name}.weight")
+        path = TOKEN_TABLE if path == "language_model.lm_head.weight" else path
+        if inputs and isinstance(module, torch.nn.Linear) and recipe.scheme(path).bits:
+            hooks.append(module.register_forward_pre_hook(_rounding(recipe.scheme(path), path, calibration)))
+    yield
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(before[name])
+
+
+def _rounding(scheme: Scheme, path: str, calibration: Calibration | None) -> Any:
+    def static(module: Any, given: tuple[torch.Tensor]) -> torch.Tensor:
+        low, high = (min(calibration.range(path, scheme.observer)[0], 0.0), max(calibration.range(path, scheme.observer)[1], 0.0))
+        step = (high - low) / 255
+        return torch.fake_quantize_per_tensor_affine(given[0], step, round(-low / step), 0, 255)
+
+    def dynamic(module: Any, given: tuple[torch.Tensor]) -> torch.Tensor:
+        parts = given[0].split(scheme.group or given[0].shape[-1], -1)
+        steps = [part.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127 for part in parts]
+        return torch.cat([torch.round(part / step) * step for part, step in zip(parts, steps, strict=True)], -1)
+
+    return static if scheme.activations == "static" else dynamic
+
+
+def apart(got: np.ndarray, expected: np.ndarray) -> float:
+    """Of the largest logit."""
+    return float(np.abs(got - expected).max() / np.abs(expected).max())

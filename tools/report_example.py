@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write docs/report-tiny/: the report of the embedded model in every named recipe that runs on a CPU, beside transformers.
+
+python tools/report_example.py                       # export, calibrate, measure, write; stopped, it goes on where it was
+python tools/report_example.py --limit 20 -o /tmp/example
+
+Where Chromium is installed, the page's screenshots are made as well, with the network off.
+"""
+
+import argparse
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from pgxport.calib.calibrate import CalibrateOptions, calibrate
+from pgxport.errors import UsageError
+from pgxport.exporter.export import ExportOptions, export
+from pgxport.exporter.locate import TINY
+from pgxport.exporter.recipe import RECIPES
+from pgxport.exporter.targets import TARGETS
+from pgxport.report.datasets import DataOptions
+from pgxport.report.report import ReportOptions, report
+
+ROOT = Path(__file__).parent.parent
+MAX_BYTES = 1_000_000  # of all that is committed
+WRITTEN = ("report.html", "report.md", "report.json", "results.csv", "chart.svg", "chart.png")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def recipes() -> list[str]:
+    """Those the CPU has kernels for."""
+    found = []
+    for name in RECIPES:
+        try:
+            TARGETS["cpu"].check(TARGETS["cpu"].recipe(name))
+        except UsageError:
+            continue
+        found.append(name)
+    return found
+
+
+def bundles(work: Path, res: int) -> list[str]:
+    """Export what is not exported yet. Names are relative, for they stand in the report."""
+    calibration = work / f"calibration-{res}.safetensors"
+    paths = []
+    for name in recipes():
+        output = work / f"tiny-{res}-{name}"
+        if not output.exists():
+            needed = TARGETS["cpu"].recipe(name).calibrated
+            if needed and not calibration.exists():
+                calibrate(CalibrateOptions(output=calibration, size="tiny", res=res, samples=32))
+            export(
+                ExportOptions(output=output, size="tiny", res=res, precision=name, calibration=calibration if needed else None)
+            )
+        paths.append(str(output))
+    return paths
+
+
+def screenshots(page: Path, output: Path) -> None:
+    """What the page looks like, wide and on a phone, light and dark."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        print("no Chromium is installed, so there are no screenshots", file=sys.stderr)
+        return
+    for width, height in ((1280, 1500), (390, 1100)):
+        for mode, flags in {"light": [], "dark": ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"]}.items():
+            file = output / f"screenshot-{width}-{mode}.png"
+            command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *flags]
+            command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--window-size={width},{height}", f"--screenshot={file}"]
+            subprocess.run([*command, page.absolute().as_uri()], check=True, capture_output=True, timeout=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--res", type=int, default=224)
+    parser.add_argument("--limit", type=int, default=60, help="questions of each task")
+    parser.add_argument("--pictures", type=int, default=6)
+    parser.add_argument("--work", type=Path, default=Path("build/report-tiny"))
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "report-tiny")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    has_reference = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    made = args.work / "report"
+    options = ReportOptions(
+        tuple(bundles(args.work, args.res)), made, DataOptions(limit=args.limit), pictures=args.pictures, threads=1,
+        reference=(TINY / f"tiny-{args.res}").relative_to(ROOT) if has_reference else None,
+    )  # fmt: skip
+    report(options, progress=lambda what: print(f"\r\x1b[K{what}", end="", file=sys.stderr))
+    shutil.rmtree(args.output, ignore_errors=True)
+    args.output.mkdir(parents=True)
+    for name in WRITTEN:
+        shutil.copy(made / name, args.output / name)
+    screenshots(args.output / "report.html", args.output)
+    sizes = {file.name: file.stat().st_size for file in args.output.iterdir()}
+    print("\n" + "\n".join(f"{name}: {size} bytes" for name, size in sorted(sizes.items())))
+    if sum(sizes.values()) > MAX_BYTES:
+        sys.exit(f"{args.output} has {sum(sizes.values())} bytes, and {MAX_BYTES} are to be committed; take fewer --pictures")
+
+
+if __name__ == "__main__":
+    main()
