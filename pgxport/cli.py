@@ -43,7 +43,6 @@ def cli() -> None:
 @click.option(
     "--recipe", type=click.Path(dir_okay=False), help="A TOML file that says it weight by weight (docs/reference/recipes.md)."
 )
-@click.option("--format", help="Of --data, where its records do not tell; a wrong one lists what there is.")
 @click.option("--calibration", type=click.Path(dir_okay=False), help="What `pgx calibrate` wrote, for recipes that need it.")
 @click.option("--target", default="cpu", show_default=True, help="The engine to write for; a wrong one lists what there is.")
 @click.option("--context", type=click.IntRange(1), help="Longest prefix and answer together, in tokens  [default: image + 512]")

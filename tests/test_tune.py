@@ -322,7 +322,7 @@ def test_a_named_recipe_is_beaten_at_its_size_or_it_is_said_why_not(tuned):
             for x in found.mixes
             if x.measured.nbytes <= m.nbytes and x.measured.kl <= m.kl and x.measured.recipe.rules != m.recipe.rules
         ]
-        assert bool(beaten) == ("smaller, with KL" in said[m.label]), said[m.label]
+        assert bool(beaten) == ("beats it" in said[m.label]), said[m.label]
 
 
 def test_what_was_measured_is_not_measured_again(tuned, exports, tmp_path):

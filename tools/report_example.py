@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.errors import UsageError
 from pgxport.exporter.export import ExportOptions, export
@@ -64,12 +66,14 @@ def screenshots(page: Path, output: Path) -> None:
     if browser is None:
         print("no Chromium is installed, so there are no screenshots", file=sys.stderr)
         return
+    dark = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"]
     for width, height in ((1280, 1500), (390, 1100)):
-        for mode, flags in {"light": [], "dark": ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"]}.items():
+        for mode, flags in {"light": [], "dark": dark}.items():
             file = output / f"screenshot-{width}-{mode}.png"
             command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *flags]
             command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--window-size={width},{height}", f"--screenshot={file}"]
             subprocess.run([*command, page.absolute().as_uri()], check=True, capture_output=True, timeout=120)
+            Image.open(file).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 def main() -> None:

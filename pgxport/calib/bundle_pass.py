@@ -94,7 +94,7 @@ class _ObservedSession:
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._taken: dict[str, list[np.ndarray]] = {name: [] for name in self.observed}
 
-    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None, *, trim: bool = True) -> Arrays:
+    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None) -> Arrays:
         with refusals(f"run {self._file}"):
             if cache is None:
                 results = dict(zip(self._outputs, self._session.run(None, dict(feeds)), strict=True))

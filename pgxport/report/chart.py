@@ -4,8 +4,11 @@
 altair describes it and vl-convert draws it, both without network. What comes from the data is a label, never an expression.
 """
 
+import io
 import math
 from typing import Any
+
+from PIL import Image
 
 from pgxport.report.extras import require
 from pgxport.report.schema import Device, Report, Row
@@ -13,7 +16,8 @@ from pgxport.runners.outputs import terminal_safe
 
 VERSION = "6.1"  # of Vega-Lite: the oldest that vl-convert 1.8 and 1.9 both bring
 WIDTH, HEIGHT = 620, 340
-COLOURS = ("#0b84a5", "#d9730d", "#6f4e9c", "#1f9e5b", "#c2185b", "#8a6d1b", "#3f6fd1", "#7a7a7a")
+# Each is told from white and from black by 3.5 : 1 or more.
+COLOURS = ("#0e7fa3", "#c2620a", "#8a63c4", "#1a8a50", "#d0447c", "#8a7415", "#4a78d6", "#7a7a7a", "#b0593f", "#2f8a8a")
 GREY = "#808080"  # is legible on white and on black
 LABEL = 28  # characters
 SHIFTS = (-10, 14, -26, 30, -42, 46, -58, 62, -74, 78)  # of a name, in pixels
@@ -35,8 +39,11 @@ def svg(report: Report) -> str:
 
 
 def png(report: Report) -> bytes:
-    """The same in pixels."""
-    return _converter().vegalite_to_png(_spec(report.devices, background="white"), vl_version=VERSION, scale=2)
+    """The same in pixels, in 256 colours: a third of the bytes."""
+    drawn = _converter().vegalite_to_png(_spec(report.devices, background="white"), vl_version=VERSION, scale=2)
+    file = io.BytesIO()
+    Image.open(io.BytesIO(drawn)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def device_svg(device: Device) -> str | None:
@@ -120,7 +127,7 @@ def _layers(alt: Any, device: Device, *, titled: bool) -> Any:
     )
     for point, dy in zip(drawn, _places(drawn, x_domain, y_domain), strict=True):
         name = alt.Chart(alt.Data(values=[point])).mark_text(align="left", dx=10, dy=dy, fontSize=12)
-        marks += name.encode(x=x, y=y, text="label:N")
+        marks += name.encode(x=x, y=y, text="label:N", color=colour)
     title = {"title": _label(device.name)} if titled else {}
     return marks.properties(width=WIDTH, height=HEIGHT, **title)
 

@@ -8,7 +8,8 @@ from pgxport.report import tables
 from pgxport.report.schema import Device, Disagreement, Report
 from pgxport.runners.outputs import terminal_safe
 
-SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$:@-])")
+# What Markdown knows anywhere, what it knows at the beginning of a block, and what makes an address of a text.
+SPECIAL = re.compile(r"([\\`*_\[\]|~$@]|^[#+=-]|(?<=^[0-9])[.)]|:(?=//)|(?<=www)\.)")
 SHOWN = 12
 
 

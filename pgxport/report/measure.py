@@ -171,10 +171,10 @@ class _Timed:
     def __init__(self, session: Session):
         self._session, self.seconds = session, 0.0
 
-    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None, *, trim: bool = True) -> Arrays:
+    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None) -> Arrays:
         start = time.perf_counter()
         try:
-            return self._session.run(feeds, cache, trim=trim)
+            return self._session.run(feeds, cache)
         finally:
             self.seconds += time.perf_counter() - start
 

@@ -100,10 +100,11 @@ def _table(table: tables.Table, n: int, device: Device) -> str:
     head = "".join(f'<th scope="col">{esc(cell)}</th>' for cell in table.head)
     rows = "".join(f"<tr>{_row(row, device)}</tr>\n" for row in table.rows)
     wide = ' class="wide"' if table.id == "environment" else ""
-    title = table.caption.partition(":")[0]
+    title, _, rest = table.caption.partition(": ")
+    caption = f"<caption>{esc(rest)}</caption>" if rest else ""  # what has no more to say is in the heading
     return (
         f'<h3 id="{name}">{esc(title)}</h3>\n<div class="scroll" role="region" aria-labelledby="{name}" tabindex="0">\n'
-        f"<table{wide}><caption>{esc(table.caption)}</caption><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>\n"
+        f"<table{wide}>{caption}<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>\n"
     )
 
 
@@ -119,9 +120,7 @@ def _classes(cell: str) -> str:
     """
     tone = next((tone for end, tone in TONES.items() if cell.endswith(end)), "")
     tone = "bad" if cell.startswith(("FAILED", "below ")) else tone
-    words = (
-        "words" if cell in TONES or cell.startswith(("FAILED", "below ")) or (len(cell) > 24 and not cell[0].isdigit()) else ""
-    )
+    words = "words" if cell[:1].isalpha() else ""  # to the left; numbers stand to the right
     found = f"{words} {tone}".strip()
     return f' class="{found}"' if found else ""
 
@@ -136,7 +135,7 @@ def _diff_key(device: Device) -> str:
 def _disagreement(d: Disagreement, reference: str, pictures: Mapping[str, bytes]) -> str:
     theirs = next((said.text for said in d.answers if said.label == reference), "")
     figures = _picture(d.picture, f"{d.sample}, with what is true", pictures, f"true: {esc(d.truth)}")
-    for said in d.answers:
+    for said in sorted(d.answers, key=lambda said: said.label != reference):  # the reference's first
         if said.label == reference or not said.same:
             about = f"{said.label} answers {said.text!r} to {d.prompt!r}"
             figures += _picture(said.picture, about, pictures, _said(said, theirs, reference, d))

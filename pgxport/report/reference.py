@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from pgxport.bundle import file_sha256
-from pgxport.errors import CheckpointError, UsageError
+from pgxport.errors import CheckpointError, InputError, UsageError
 from pgxport.report.asking import answered, open_picture, write_logits
 from pgxport.runners.image import load_image
 from pgxport.runners.outputs import Answer, parse
@@ -80,15 +80,19 @@ class CheckpointSubject:
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         picture, prompt = open_picture(request["image"]), request["prompt"]
-        if "follow" in request:
-            assert "write" in request, "Bug: transformers is followed, it does not follow"
-            follow = _Follow(self._torch, request["follow"])
-            self._generate(load_image(picture), prompt, len(request["follow"]) + 1, follow)
-            write_logits(Path(request["write"]), follow.seen, len(follow.seen), len(follow.seen[0]))
-            return {}
+        try:
+            if "write" in request:
+                follow = _Follow(self._torch, request["follow"])
+                self._generate(load_image(picture), prompt, len(request["follow"]) + 1, follow)
+                write_logits(Path(request["write"]), follow.seen, len(follow.seen), len(follow.seen[0]))
+                return {}
+            return self._answer(picture, prompt, request["max_new_tokens"] or LIMIT)
+        except InputError as error:  # a picture that cannot be read
+            return {"refused": str(error)}
+
+    def _answer(self, picture: Any, prompt: str, limit: int) -> dict[str, Any]:
         start = time.perf_counter()
         image = load_image(picture)
-        limit = request["max_new_tokens"] or LIMIT
         ids, clock = self._generate(image, prompt, limit)
         now = time.perf_counter()
         ended = bool(ids) and ids[-1] in self._ends

@@ -154,11 +154,17 @@ def _device(
         answers = {label: [answer_of(run.asked[key]) for key in sample_keys] for label, run in whole.items()}
         shown = pictures.disagreements(data.samples, answers, name, options.pictures, album)
     device = schema.Device(
-        name=here["processor"], command=_command(options), environment=_environment(options, here), data=_data(data),
+        name=_board() or here["processor"], command=_command(options), environment=_environment(options, here), data=_data(data),
         reference=name, gate=options.gate, rows=rows, pairs=results.pairs(data.samples, sample_keys, runs), verdict=(),
         disagreements=shown,
     )  # fmt: skip
     return device.model_copy(update={"verdict": verdict.findings(device)}), album
+
+
+def _board() -> str | None:
+    """What a board calls itself: a processor's name says little of a Jetson."""
+    model = Path("/proc/device-tree/model")
+    return model.read_text(errors="replace").strip("\0 \n") or None if model.exists() else None
 
 
 def _environment(options: ReportOptions, here: dict[str, Any]) -> schema.Environment:

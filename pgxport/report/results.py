@@ -85,7 +85,7 @@ def rows(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[Run], re
 def pairs(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[Run]) -> tuple[schema.Pair, ...]:
     """Every two runs that came to their end: how far their qualities and their times can be told apart."""
     whole = [run for run in runs if run.reason is None and all(key in run.asked for key in keys)]
-    parts, drawn = subsets(samples), groups(samples)
+    parts, drawn = [part for part in subsets(samples) if part.decides], groups(samples)
     curves = {run.label: judge(samples, _answers(run, keys), parts).quality for run in whole}
     found = []
     for n, first in enumerate(whole):

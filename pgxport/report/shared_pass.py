@@ -99,7 +99,7 @@ def follow(turn: "Sequence[_Asker]", reference: "_Asker", key: str, sample: Samp
     digest = reference.digest
     lacking = [asker for asker in turn if asker is not reference and asker.lacks(key, digest)]
     request = {"image": picture_of(sample), "prompt": sample.prompt, "follow": theirs.answer["token_ids"]}
-    if lacking and reference.tell(request | {"write": str(file)}) is not None:
+    if lacking and reference.tell(request | {"write": str(file)}) == {}:  # neither refused nor failed
         for asker in lacking:
             found = asker.tell(request | {"read": str(file)})
             if found is not None and asker.store:

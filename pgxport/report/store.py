@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -83,7 +83,7 @@ class Followed(_Model):
     along: dict[str, float] = Field(default_factory=dict)
 
 
-Line = TypeAdapter[Opened | Asked | Followed](Opened | Asked | Followed)
+Line: TypeAdapter[Opened | Asked | Followed] = TypeAdapter(Annotated[Opened | Asked | Followed, Field(discriminator="kind")])
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pgxport.report.schema import Device, Interval, Row, Score, Spread
 from pgxport.report.verdict import latency, passes, percent, ratio
 
 NOT_MEASURED = "not measured"
+WORST = 3  # matrices of a bundle; report.json has ten
 # Stages in the order of their work, as people call them.
 STAGES = {
     "preprocess": "preprocess", "vision": "vision", "projector": "projector", "prefill": "prefill", "first_token": "to the first token",
@@ -126,7 +127,12 @@ def memory(device: Device) -> Table:
 
 def rounding(device: Device) -> Table:
     """The matrices that rounding hurt most, as the export measured."""
-    rows = [(row.label, path, f"{decibels:.1f}") for row in _ok(device) if row.rounding for path, decibels in row.rounding.worst]
+    rows = [
+        (row.label, path, f"{decibels:.1f}")
+        for row in _ok(device)
+        if row.rounding
+        for path, decibels in row.rounding.worst[:WORST]
+    ]
     return Table(
         "rounding",
         "Rounding of weights, the worst matrices (measured by the export)",

@@ -17,7 +17,7 @@ def findings(device: Device) -> tuple[Finding, ...]:
     ok = [row for row in device.rows if row.status == "ok"]
     passing = [row for row in ok if passes(row, device)]
     found = list(_best(device, passing)) if rows[device.reference].status == "ok" else []
-    found += [*_gate(device, ok), *_gains(device, ok), *_budgets(device, [row for row in ok if row.target != "torch"])]
+    found += [*_budgets(device, [row for row in ok if row.target != "torch"]), *_gate(device, ok), *_gains(device, ok)]
     if rows[device.reference].status == "failed":
         found.insert(0, Finding(kind="failed", text=f"The reference {device.reference} failed, so no accuracy is compared."))
     found += [Finding(kind="failed", text=f"{row.label} failed: {row.reason}") for row in device.rows if row.status == "failed"]
@@ -107,35 +107,52 @@ def _best(device: Device, passing: Sequence[Row]) -> Iterator[Finding]:
 
 
 def _gate(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
+    """Who is below the gate, and for whom more samples would have to tell."""
+    below, doubted = [], []
     for row in ok:
         if row.label == device.reference or row.kept is None:
             continue
         kept, gate = row.kept, device.gate
-        said = f"{row.label} keeps {percent(kept)} of {device.reference}'s quality over {row.measured} samples"
         sure = kept.low is not None and kept.high is not None and not kept.low <= gate <= kept.high
         if kept.value < gate:
-            doubt = "" if sure else "; that could be chance, and more samples would tell"
-            yield Finding(kind="gate", text=f"{said}: below the gate of {gate:.4g}{doubt}.")
+            below.append(f"{row.label} {percent(kept)}" + ("" if sure else ", which could be chance"))
         elif not sure:
-            yield Finding(kind="noise", text=f"{said}: it passes the gate of {gate:.4g}, which lies inside the interval.")
+            doubted.append(f"{row.label} {percent(kept)}")
+    of = f"of {device.reference}'s quality, over {ok[0].measured} samples" if ok else ""
+    if below:
+        yield Finding(kind="gate", text=f"Below the gate of {device.gate:.4g} {of}: {'; '.join(below)}.")
+    if doubted:
+        yield Finding(
+            kind="noise",
+            text=f"Above the gate of {device.gate:.4g}, which lies inside the interval, so that more samples may say otherwise: "
+            f"{'; '.join(doubted)} {of}.",
+        )
 
 
 def _gains(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
-    """What a bundle did not gain in time or size over the float one."""
+    """What bundles did not gain in time or size over the float one."""
     bundles = [row for row in ok if row.target != "torch"]
     base = next((row for row in bundles if row.label == device.reference), bundles[0] if bundles else None)
+    nothing, slower, level = list[str](), list[str](), list[str]()
     for row in bundles:
         if base is None or row is base or (times := latency(device, base.label, row.label)) is None:
             continue
-        smaller, size = row.bytes < base.bytes, f"{row.bytes / base.bytes:.2f} of its size"
+        said = f"{row.label} {ratio(times)}, {row.bytes / base.bytes:.2f} of the size"
         if times.high is not None and times.high < 1:
-            if not smaller:
-                yield Finding(kind="no gain", text=f"{row.label} is faster than {base.label}, but no smaller ({size}).")
             continue
-        slower = times.low is not None and times.low > 1
-        says = f"takes longer than {base.label}" if slower else f"is not faster than {base.label} that these runs can tell"
-        kind = "paid in size only" if smaller else "did not pay"
-        yield Finding(kind="no gain", text=f"{row.label} {kind} here: it {says} ({ratio(times)} as long), at {size}.")
+        if row.bytes >= base.bytes:
+            nothing.append(said)
+        else:
+            (slower if times.low is not None and times.low > 1 else level).append(said)
+    if base is None:
+        return
+    for rows, says in (
+        (nothing, f"Did not pay here: neither faster nor smaller than {base.label}"),
+        (slower, f"Paid in size only, and takes longer than {base.label} here"),
+        (level, f"Paid in size only: not faster than {base.label} that these runs can tell"),
+    ):
+        if rows:
+            yield Finding(kind="no gain", text=f"{says}: {'; '.join(rows)}.")
 
 
 def _budgets(device: Device, bundles: Sequence[Row]) -> Iterator[Finding]:

@@ -58,7 +58,7 @@ class Decoder:
         }
         if self._window is not None:
             feeds["local_bias"] = local_bias(tokens, self.length, self._window)
-        logits = self._session.run(feeds, self.cache, trim=past == 0)["logits"][0, -1]
+        logits = self._session.run(feeds, self.cache)["logits"][0, -1]
         if not math.isfinite(float(np.dot(logits, logits))):  # three times quicker than looking at each, and as sure
             where = f"decode step {self._steps}" if self._steps else "the prefill"
             raise NumericError(f"decoder_step gave logits that are not finite at {where}; the bundle or its weights are unsound")

@@ -21,11 +21,8 @@ class KVCache(Protocol):
 class Session(Protocol):
     """One graph, loaded."""
 
-    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None, *, trim: bool = True) -> Arrays:
-        """Run the graph; keys and values go into `cache`, which `new_cache` of the same session made.
-
-        Working memory is given back afterwards, unless `trim` is false: the next run wants as much.
-        """
+    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None) -> Arrays:
+        """Run the graph; keys and values go into `cache`, which `new_cache` of the same session made."""
 
     def new_cache(self, shapes: Mapping[str, tuple[int, ...]]) -> KVCache: ...
 

@@ -89,9 +89,9 @@ class Tuning:
             fitting = [x for x in self.mixes if x.measured.nbytes <= m.nbytes]
             if better:
                 best = min(better, key=lambda x: x.measured.kl).measured
-                smaller = 1 - best.nbytes / m.nbytes
                 said[m.label] = (
-                    f"{best.label} is {smaller:.1%} smaller, with KL {best.kl:.2g} to its {m.kl:.2g}, and loses {best.loss.points:+.2f} points to its {m.loss.points:+.2f}"
+                    f"{best.label} beats it: {best.nbytes / 1e6:.2f} MB to {m.nbytes / 1e6:.2f}, KL {best.kl:.2g} to {m.kl:.2g}; "
+                    f"points lost {best.loss.points:+.2f} to {m.loss.points:+.2f}"
                 )
             elif same:
                 said[m.label] = f"{same[0].measured.label} is the same recipe, the best of its size"

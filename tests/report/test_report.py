@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hostile import PAYLOADS, Page, assert_harmless
+from PIL import Image
 
 from pgxport import cli
 from pgxport.bundle import MANIFEST, file_sha256
@@ -91,7 +93,7 @@ def test_the_sound_bundle_is_the_reference(planted: tuple[Report, Path, list[str
 def test_a_slow_bundle_is_called_slow(planted: tuple[Report, Path, list[str]]):
     assert rows(planted[0])["slow"].status == "ok"
     said = [f.text for f in planted[0].devices[0].verdict if f.kind == "no gain"]
-    assert any(text.startswith("slow did not pay here: it takes longer than sound (×") for text in said), said
+    assert any(text.startswith("Did not pay here: neither faster nor smaller than sound: slow ×") for text in said), said
 
 
 def test_an_inaccurate_bundle_is_below_the_gate(planted: tuple[Report, Path, list[str]]):
@@ -101,7 +103,7 @@ def test_an_inaccurate_bundle_is_below_the_gate(planted: tuple[Report, Path, lis
     assert row.fidelity.top1 < 0.9
     assert row.fidelity.kl > 0.1
     assert row.fidelity.diverged > 0
-    assert any(f.kind == "gate" and f.text.startswith("inaccurate keeps ") for f in planted[0].devices[0].verdict)
+    assert any(f.kind == "gate" and "inaccurate " in f.text for f in planted[0].devices[0].verdict)
     assert not any(f.kind == "best" and "inaccurate" in f.text for f in planted[0].devices[0].verdict)
 
 
@@ -234,7 +236,8 @@ def test_a_line_that_was_cut_off_is_measured_again(two: tuple[Path, Path], whole
     shutil.copytree(whole[1] / "measured", output / "measured")
     file = max((output / "measured").glob("*.jsonl"))
     os.truncate(file, file.stat().st_size - 10)
-    assert told(report(options(output, *two, data=FEWER))) == told(whole[0])
+    for _ in range(2):  # what is left of the line must not spoil the next one
+        assert told(report(options(output, *two, data=FEWER))) == told(whole[0])
 
 
 def test_a_line_that_is_damaged_is_an_error(two: tuple[Path, Path], whole: tuple[Report, Path], tmp_path: Path):
@@ -280,8 +283,6 @@ def test_a_folder_of_something_else_is_not_written_to(tiny_112: Path, tmp_path: 
 
 
 def test_a_sample_that_cannot_be_asked_is_counted_and_the_rest_go_on(tiny_112: Path, tmp_path: Path):
-    from PIL import Image
-
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     (tmp_path / "data.jsonl").write_text(
         "".join(json.dumps({"image": "red.png", "prompt": p, "answer": "red"}) + "\n" for p in ("caption en", "word " * 5000))
@@ -289,6 +290,26 @@ def test_a_sample_that_cannot_be_asked_is_counted_and_the_rest_go_on(tiny_112: P
     made = report(options(tmp_path / "report", tiny_112, data=DataOptions(tmp_path / "data.jsonl")))
     (row,) = made.devices[0].rows
     assert (row.status, row.measured, row.refused) == ("ok", 2, 1)
+
+
+def test_names_prompts_and_answers_of_strangers_are_text(two: tuple[Path, Path], tmp_path: Path):
+    names = [payload for payload in PAYLOADS if "/" not in payload and "\0" not in payload]
+    bundles = [copied(bundle, tmp_path / name) for bundle, name in zip(two, names, strict=False)]
+    data = tmp_path / names[2]
+    data.mkdir()
+    lines = []
+    for i, payload in enumerate(PAYLOADS):
+        file = names[i % len(names)] + ".png"
+        Image.new("RGB", (64, 48), "red").save(data / file)
+        lines.append(json.dumps({"image": file, "prompt": f"answer en {payload}", "answer": payload}))
+    (data / "samples.jsonl").write_text("\n".join(lines))
+    made = report(options(tmp_path / "report", *bundles, data=DataOptions(data), max_new_tokens=4, pictures=30))
+    assert [row.status for row in made.devices[0].rows] == ["ok", "ok"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert_harmless(page)
+    assert Page(page).tables[0][1][0] == bundles[0].name
+    assert len(made.devices[0].disagreements) > 5
+    assert "<" not in (tmp_path / "report" / "report.md").read_text()
 
 
 # The command
@@ -320,6 +341,13 @@ def test_the_gate_ends_with_8_and_its_reason(planted: tuple[Report, Path, list[s
     assert "wrote " in out
     assert run(*words)[0] == 0
     assert run(*words, "--gate", 0)[0] == 0
+
+
+def test_reports_are_joined_by_the_command(whole: tuple[Report, Path], tmp_path: Path, run: Callable[..., tuple[int, str, str]]):
+    code, out, _ = run("report", "--merge", whole[1], whole[1] / "report.json", "-o", tmp_path / "both", "--json")
+    assert code == 0
+    assert len(json.loads(out)["devices"]) == 2
+    assert (tmp_path / "both" / "report.html").exists()
 
 
 def test_all_that_failed_is_a_failure(tmp_path: Path, run: Callable[..., tuple[int, str, str]]):

@@ -35,7 +35,7 @@ class Scripted:
     def new_cache(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
         return SimpleNamespace(arrays={name: np.full(shape, np.nan, np.float32) for name, shape in shapes.items()})
 
-    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None, *, trim: bool = True) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None) -> dict[str, np.ndarray]:
         self.model.runs.append(self.name)
         match self.name:
             case "vision_encoder":
