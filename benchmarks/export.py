@@ -26,10 +26,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-def export(checkpoint: Path, precision: str, target: str, out: Path, limit: int | None) -> dict:
+def export(checkpoint: Path, precision: str, target: str, out: Path, *, limit: int | None, parity: int) -> dict:
     """Run the command once, and watch its memory."""
     command = [sys.executable, "-m", "pgxport", "export", "--checkpoint", str(checkpoint), "--precision", precision]
-    command += ["--target", target, "-o", str(out), "--json"]
+    command += ["--target", target, "-o", str(out), "--parity", str(parity), "--json"]
 
     def confine() -> None:
         if limit:
@@ -70,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--precision", default="fp16")
+    parser.add_argument("--parity", type=int, default=0, help="scenes to compare a rounded bundle on at its end")
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--limit-data", type=int, help="MiB")
@@ -87,14 +88,15 @@ def main() -> None:
                 copies.append(copy(files, scratch / "copy"))
                 shutil.rmtree(scratch / "copy")
             out = args.keep if args.keep and i + 1 == args.repeat else scratch / "bundle"
-            runs.append(export(args.checkpoint, args.precision, args.target, out, args.limit_data))
+            runs.append(export(args.checkpoint, args.precision, args.target, out, limit=args.limit_data, parity=args.parity))
             shutil.rmtree(scratch / "bundle", ignore_errors=True)
             print({k: round(v, 2) for k, v in runs[-1].items()}, f"copy {copies[-1]:.1f} s" if copies else "", flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     seconds = [r["seconds"] for r in runs]
     record = {
-        "what": f"pgx export of {args.checkpoint.name} to {args.precision} for {args.target}",
+        "what": f"pgx export of {args.checkpoint.name} to {args.precision} for {args.target}"
+        + (f", compared on {args.parity} scenes" if args.parity else ""),
         "command": "python benchmarks/export.py " + " ".join(a for a in sys.argv[1:] if not a.startswith("/")),
         "machine": {"cores": os.cpu_count(), "processor": _processor(), "system": platform.platform()},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("pgxport", "numpy", "onnx-ir")}},

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/tiny.md", "docs/quantization.md")
+PAGES = ("README.md", "docs/tiny.md", "docs/quantization.md", "docs/performance.md")
 
 
 def tiny() -> str:
@@ -107,11 +107,42 @@ def recipes_short() -> str:
     return "\n".join(lines)
 
 
+def peers() -> str:
+    """Bundles and others on the same shapes, measured in turn."""
+    r = json.loads((RESULTS / "against-peers-3b-448.json").read_text())
+    stages = {
+        "vision": ("vision", 1, "s"),
+        "prefill": ("prefill", 1, "s"),
+        "ttft": ("first token", 1, "s"),
+        "step": ("decode step", 1e3, "ms"),
+    }
+    lines = [f"| {r['what']} | {' | '.join(f'{title}, {unit}' for title, _, unit in stages.values())} | peak resident, GB |"]
+    lines.append("|---" * (len(stages) + 2) + "|")
+    for row in r["measured"]:
+        label = f"pgx {row['recipe']}, {row['bytes'] / 1e9:.2f} GB" if "recipe" in row else PEERS.get(row["label"], row["label"])
+        cells = []
+        for stage, (_, times, _) in stages.items():
+            seconds = row["stages"].get(stage)
+            digits = 0 if times > 1 else 2
+            cells.append(
+                f"{times * seconds['median']:.{digits}f} ({times * seconds['low']:.{digits}f}–{times * seconds['high']:.{digits}f})"
+                if seconds
+                else "–"
+            )
+        lines.append(f"| {label} | {' | '.join(cells)} | {row['memory']['peak']['resident'] / 1e9:.2f} |")
+    said = "; ".join(x["says"].replace("b3-", "pgx ") for x in r["ratios"] if x["stage"] in ("ttft", "step"))
+    machine = f"{r['machine']['cores']} cores of {r['machine']['processor']} with AMX, {r['threads']} threads"
+    return "\n".join([*lines, "", f"{machine}, {r['repetitions']} repetitions in turn: median (least–most). {said}."])
+
+
+PEERS = {"transformers-static": "transformers, bf16, static cache", "llama": "llama.cpp Q4_0, text only, built without AMX"}
+
+
 def _points(value: float) -> str:
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
-TABLES = {"tiny": tiny, "true_shapes": true_shapes, "recipes": recipes, "recipes_short": recipes_short}
+TABLES = {"tiny": tiny, "true_shapes": true_shapes, "recipes": recipes, "recipes_short": recipes_short, "peers": peers}
 
 
 def rewritten(text: str) -> str:

@@ -133,13 +133,11 @@ class GraphBuilder:
             self._weights[path] = self.cast(value, stored, self.dtype)
         return self._weights[path]
 
-    def short_prefill(self) -> ir.Value:
-        """Whether a decoder is fed a prefix, and one whose scores of all heads fit into memory without regret."""
+    def short_prefill(self, x: ir.Value) -> ir.Value:
+        """Whether x [B, T, …], and with it the decoder, is a prefix whose scores of all heads fit into memory without regret."""
         if self._short_prefill is None:
-            body, self._body = self._body, self.graph
-            tokens = self.op("Squeeze", self.op("Shape", self._inputs["inputs_embeds"], start=1, end=2))
+            tokens = self.op("Squeeze", self.op("Shape", x, start=1, end=2))
             self._short_prefill = self.op("And", self.op("Greater", tokens, 1), self.op("Less", tokens, SHORT_PREFILL))
-            self._body = body
         return self._short_prefill
 
     def coded(self, path: str, layout: Layout, gain: float = 1.0) -> Coded:

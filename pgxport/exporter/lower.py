@@ -153,7 +153,7 @@ def cached_attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, 
         )  # fmt: skip
 
     if g.target.spelled_prefill and kept == g.dtype:
-        out, *present = g.branch(g.short_prefill(), lambda: prefix_attention(g, (q, k, v), past, (cos, sin), text), fused)
+        out, *present = g.branch(g.short_prefill(q), lambda: prefix_attention(g, (q, k, v), past, (cos, sin), text), fused)
     else:
         out, *present = fused()
     for part, value in zip(("key", "value"), present, strict=True):

@@ -21,15 +21,15 @@ OLDEST = (1, 30)  # the first release whose GroupQueryAttention can look both wa
 
 
 class OrtSession:
-    def __init__(self, graph: Path, *, threads: int | None = None):
+    def __init__(self, graph: Path, *, threads: int | None = None, low_memory: bool = False):
         if tuple(int(n) for n in ort.__version__.split(".")[:2]) < OLDEST:
             raise EngineError(
                 f"onnxruntime {ort.__version__} is too old, pgx needs {OLDEST[0]}.{OLDEST[1]}: pip install -U onnxruntime"
             )
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors; they are raised as well
-        # An arena would keep what loading and a prefill took: 0.6 GB of a 3B model, for no time that could be measured.
-        options.enable_cpu_mem_arena = False
+        # An arena keeps what loading and a prefill took, 0.6 GB of a 3B model. Without one every prefill asks for its pages anew.
+        options.enable_cpu_mem_arena = not low_memory
         if threads:
             options.intra_op_num_threads = threads
         self._graph = graph

@@ -46,7 +46,7 @@ class Runner:
                 f"export it with --target {engine}, or run it with --engine {self.manifest.target}"
             )
         self._low_memory, self._closed = low_memory, False
-        self._open = partial(open_session, engine, threads=threads)
+        self._open = partial(open_session, engine, threads=threads, low_memory=low_memory)
         self._sessions: dict[str, Session] = {}
         start = time.perf_counter()
         try:
@@ -66,7 +66,8 @@ class Runner:
         """Open, verify and load a bundle.
 
         Args:
-            low_memory: Hold either the vision encoder or the decoder, never both; every answer loads them again.
+            low_memory: Hold either the vision encoder or the decoder, never both, and give working memory back; every answer loads
+                them again.
 
         Raises:
             IntegrityError: the bundle is not what its manifest promises.

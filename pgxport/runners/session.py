@@ -29,8 +29,11 @@ class Session(Protocol):
     def close(self) -> None: ...
 
 
-def open_session(engine: str, graph: Path, *, threads: int | None = None) -> Session:
+def open_session(engine: str, graph: Path, *, threads: int | None = None, low_memory: bool = False) -> Session:
     """Load a graph into the engine that was asked for, and no other.
+
+    Args:
+        low_memory: Give working memory back after each run, though the next one has to ask for it again.
 
     Raises:
         EngineError: the engine is unknown, not installed, or refuses the graph.
@@ -38,5 +41,5 @@ def open_session(engine: str, graph: Path, *, threads: int | None = None) -> Ses
     if engine == "cpu":
         from pgxport.runners.ort import OrtSession
 
-        return OrtSession(graph, threads=threads)
+        return OrtSession(graph, threads=threads, low_memory=low_memory)
     raise EngineError(f"engine {engine!r} is not one this pgx runs; use --engine cpu")

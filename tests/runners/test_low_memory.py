@@ -18,9 +18,9 @@ def test_vision_and_decoder_are_never_loaded_together(a_bundle: Path, monkeypatc
     held: list[set[str]] = []
     opened = runner_module.open_session
 
-    def watched(engine, graph, *, threads=None):
+    def watched(engine, graph, **options):
         held.append({*runner._sessions, graph.stem})
-        return opened(engine, graph, threads=threads)
+        return opened(engine, graph, **options)
 
     with Runner.from_pretrained(a_bundle) as whole:
         expected = [whole.answer(image, prompt, max_new_tokens=8).token_ids for prompt in ("caption en", "detect ring")]

@@ -75,7 +75,7 @@ class FakeModel:
         logits[token] = 1
         return logits * np.float32(np.nan) if count == self.poison else logits
 
-    def open(self, engine: str, graph: Path, *, threads: int | None = None) -> Scripted:
+    def open(self, engine: str, graph: Path, **options: object) -> Scripted:
         self.sessions.append(Scripted(graph, self))
         return self.sessions[-1]
 
