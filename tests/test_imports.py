@@ -125,7 +125,7 @@ LAWS = (
         ("*",),
         never=("cv2", "plotly", "jtop", "ultralytics", "pycocoevalcap"),
         reason="it is AGPL, needs Java, or doubles what pgx has (docs/decisions/)",
-        remedy="use Pillow for images, altair for charts, sysfs for boards, faster-coco-eval for boxes",
+        remedy="use Pillow for images, altair for charts, sysfs for boards, pycocotools for boxes",
     ),
 )
 

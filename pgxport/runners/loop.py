@@ -59,7 +59,7 @@ class Decoder:
         if self._window is not None:
             feeds["local_bias"] = local_bias(tokens, self.length, self._window)
         logits = self._session.run(feeds, self.cache)["logits"][0, -1]
-        if not math.isfinite(float(np.dot(logits, logits))):  # three times quicker than looking at each, and as sure
+        if not math.isfinite(float(np.dot(logits, logits))):  # no number that is not finite cancels out
             where = f"decode step {self._steps}" if self._steps else "the prefill"
             raise NumericError(f"decoder_step gave logits that are not finite at {where}; the bundle or its weights are unsound")
         return logits
