@@ -278,6 +278,14 @@ def test_attention_through_a_cache_is_that_of_numpy(cache):
         assert not codes[:, len(v) :].any()
 
 
+def test_a_long_prefix_goes_through_the_fused_node_to_the_same_numbers(monkeypatch):
+    monkeypatch.setattr("pgxport.exporter.graph.SHORT_PREFILL", 2)
+    random = np.random.default_rng(1)
+    q, k, v = (random.normal(size=(PREFIX + STEPS, n * TEXT.head_dim)).astype(np.float32) for n in (4, 2, 2))
+    got, _ = attention_by_engine(q, k, v, None, {})
+    assert apart(got, attention_by_hand(q, k, v, lambda part, x: x.astype(np.float64))) < CACHES[None]
+
+
 def test_a_cache_of_int8_without_calibration_is_refused():
     g = GraphBuilder("g", Tensors({}), Recipe("test", (Rule("*", Scheme()),), "int8"), TARGETS["cpu"], context_length=CAPACITY)
     g.output(g.cached_attention(*(g.input(n, ["b", "t", 64]) for n in "qkv"), layer=0, text=TEXT), "y", ["b", "t", 64])
