@@ -21,6 +21,7 @@ CANDIDATES = {
     "w8-g128": Scheme(bits=8, group=128),
     "w8-g128-gptq": Scheme(bits=8, group=128, method="gptq"),
     "w4-g128": Scheme(bits=4, group=128, symmetric=False),
+    "w4-g64": Scheme(bits=4, group=64, symmetric=False),
     "w4-g32": Scheme(bits=4, group=32, symmetric=False),
     "w4-g128-awq": Scheme(bits=4, group=128, symmetric=False, method="clip", scaling="awq"),
     "w4-g32-awq": Scheme(bits=4, group=32, symmetric=False, method="clip", scaling="awq"),
