@@ -14,11 +14,12 @@ define venv
 @test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
 endef
 
-.PHONY: help demo test test-source test-wheel lint format clean distclean
+.PHONY: help demo test test-source test-wheel report-example lint format clean distclean
 
 help:
 	@echo "make demo     export, run and draw with the embedded model; writes demo/ (no torch)"
 	@echo "make test     the whole test suite, then the built wheel without any export tool"
+	@echo "make report-example   measure the embedded model in every recipe again and write docs/report-tiny"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff fix and format"
 	@echo "make clean    delete what the above wrote; make distclean: the environments too"
@@ -45,6 +46,10 @@ test-wheel: .venv/.stamp .venv-wheel/.stamp
 	set -e; away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; cp -R tests pyproject.toml "$$away"; cd "$$away"; \
 	  PGX_TEST_BUNDLES=$(BUNDLES) $(CURDIR)/.venv-wheel/bin/pytest ./tests --pyargs pgxport
 	PGX_TEST_BUNDLES=$(BUNDLES) .venv/bin/pytest tests/test_imports.py
+
+# For example: make report-example EXAMPLE_ARGS="--limit 2 -o /tmp/example". Screenshots are made where Chromium is installed.
+report-example: .venv/.stamp
+	.venv/bin/python tools/report_example.py $(EXAMPLE_ARGS)
 
 lint: .venv/.stamp
 	.venv/bin/ruff check

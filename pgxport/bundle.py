@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ from pgxport.errors import DiskError, IntegrityError, UsageError
 from pgxport.onnx_check import read_signature
 
 MANIFEST = "manifest.json"
+CARD = "README.md"  # the model card, for people and the hub
 MAX_MANIFEST_BYTES = 16 << 20
+STAGED = ".partial"  # behind a bundle's name: its files, as long as they are being written
 
 
 def _plain(name: str) -> str:
@@ -43,7 +46,10 @@ TokenId = Annotated[int, Field(ge=0)]
 
 Float = Literal["float32", "float16", "bfloat16"]
 Stored = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+Counted = Literal["float32", "float16", "bfloat16", "int8", "int4", "float8"]
 Kept = Literal["float32", "float16", "bfloat16", "int8"]  # in a KV cache
+TrtVersion = Literal["10.3", "10.16", "11"]
+CacheKind = Literal["shared", "delta", "update"]
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}  # numpy alone does not know bfloat16
 
 
@@ -118,8 +124,14 @@ class TokenTable(_Model):
 
 
 class Cache(_Model):
-    """The KV cache: for each layer a key and a value buffer [batch, kv_heads, capacity, head_dim]."""
+    """The KV cache: for each layer a key and a value buffer.
 
+    kind "shared": past and present are one buffer [batch, kv_heads, capacity, head_dim], which a node of ONNX Runtime appends to;
+    "update": the same shape, which TensorScatter writes into; "delta": [batch, capacity, kv_heads, head_dim], which the graph only
+    reads: it gives the new rows [batch, tokens, kv_heads, head_dim], and the runner copies them in.
+    """
+
+    kind: CacheKind = "shared"
     layers: int = Field(gt=0, le=1024)
     kv_heads: int = Field(gt=0, le=1024)
     head_dim: int = Field(gt=0, le=1024)
@@ -164,6 +176,8 @@ class Provenance(_Model):
 
     checkpoint: str  # a name for people, never a path
     revision: str | None  # the hub's commit, where it comes from the hub
+    repository: str | None = None  # and its name there
+    license: Literal["apache-2.0", "gemma"] | None = None  # of the checkpoint, as the hub calls it; None: not known to pgx
     checkpoint_sha256: str
     calibration_sha256: str | None = None
     versions: dict[str, str]
@@ -184,8 +198,9 @@ class Manifest(_Model):
     parity: Parity | None  # None where nothing is rounded to whole numbers, or the comparison was not asked for
     recipe: str  # its rules are in recipe.toml
     target: str
+    tensorrt: TrtVersion | None = None  # the version that the graphs were written for; of target tensorrt alone
     parameters: int
-    stored: dict[str, dict[Stored, PositiveInt]]  # how many weights of each dtype, by graph, and for the token table
+    stored: dict[str, dict[Counted, PositiveInt]]  # how many weights of each dtype, by graph, and for the token table
     spec: dict[str, Any]  # the ModelSpec, for people and reports
     token_ids: TokenIds
     token_table: TokenTable
@@ -194,16 +209,28 @@ class Manifest(_Model):
     files: dict[FileName, FileInfo]
     provenance: Provenance
 
+    @model_validator(mode="after")
+    def _of_one_target(self) -> Self:
+        kind = "shared" if self.tensorrt is None else "update" if self.tensorrt == "11" else "delta"
+        if (self.target == "tensorrt") != (self.tensorrt is not None) or self.cache.kind != kind:
+            raise ValueError(f"target {self.target} for TensorRT {self.tensorrt} with a cache of kind {self.cache.kind}")
+        return self
+
     def signatures(self) -> dict[str, tuple[set[str], set[str]]]:
         """What runners feed to each graph, and what they take from it."""
         cache = [f"{i}.{part}" for i in range(self.cache.layers) for part in ("key", "value")]
-        feeds = {"inputs_embeds", "seqlens_k", "total_sequence_length", *(f"past_key_values.{c}" for c in cache)}
-        if self.local_window is not None:
-            feeds.add("local_bias")
+        feeds, takes = {"inputs_embeds"}, {"logits"}
+        if self.cache.kind == "shared":
+            feeds |= {"seqlens_k", "total_sequence_length"} | ({"local_bias"} if self.local_window is not None else set())
+        else:
+            feeds |= {"positions", "visible"} | ({"local_visible"} if self.local_window is not None else set())
+            feeds |= {"write_indices"} if self.cache.kind == "update" else set()
+            takes |= {"next_token", "logits_square"}
+        feeds |= {f"past_key_values.{c}" for c in cache}
         known = {
             "vision_encoder": ({"pixel_values"}, {"image_hidden"}),
             "projector": ({"image_hidden"}, {"image_features"}),
-            "decoder_step": (feeds, {"logits", *(f"present.{c}" for c in cache)}),
+            "decoder_step": (feeds, takes | {f"present.{c}" for c in cache}),
         }
         return known | ({"mask_decoder": ({"codes"}, {"mask"})} if "mask_decoder" in self.graphs else {})
 
@@ -231,6 +258,13 @@ class Bundle:
     @property
     def nbytes(self) -> int:
         return sum(f.size for f in self.manifest.files.values())
+
+    def digest(self) -> str:
+        """The sha256 of what this bundle computes: of the manifest without the model card, which may be written again."""
+        with _reading(self.path):
+            found = json.loads((self.path / MANIFEST).read_bytes())
+        found["files"].pop(CARD, None)
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
     def graph(self, name: str) -> Path:
         return self.path / self.manifest.graphs[name].file
@@ -281,13 +315,17 @@ class BundleWriter:
     with BundleWriter(path) as writer:
         writer.write("tokenizer.json", [content])
         writer.commit(manifest)
+
+    Args:
+        overwrite: Replace a bundle that is there.
+        resume: Begin with what an earlier writer left, and leave it for a later one without a commit.
     """
 
-    def __init__(self, path: str | Path, *, overwrite: bool = False):
+    def __init__(self, path: str | Path, *, overwrite: bool = False, resume: bool = False):
         self.path = Path(os.path.abspath(path))
-        self.staging = self.path.with_name(self.path.name + ".partial")
+        self.staging = self.path.with_name(self.path.name + STAGED)
         self.files: dict[str, FileInfo] = {}
-        self._overwrite = overwrite
+        self._overwrite, self._resume, self._committed = overwrite, resume, False
 
     def __enter__(self) -> Self:
         self.check_output()
@@ -301,12 +339,13 @@ class BundleWriter:
             except BlockingIOError:
                 os.close(self._lock)
                 raise UsageError(f"another pgx is writing {self.path}; wait for it, or choose another -o") from None
-            for left in self.staging.iterdir():  # by an export that was killed
+            for left in () if self._resume else self.staging.iterdir():  # by an export that was killed
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
+        if self._committed or not self._resume:
+            shutil.rmtree(self.staging, ignore_errors=True)
         os.close(self._lock)
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> FileInfo:
@@ -327,11 +366,27 @@ class BundleWriter:
         self.files[name] = FileInfo(sha256=digest.hexdigest(), size=size)
         return self.files[name]
 
+    def link(self, file: Path, info: FileInfo) -> None:
+        """Take a file of another bundle as it is: by a hard link, where the file system has them, and else by a copy."""
+        with _disk(f"cannot write {file.name} of {self.path}"):
+            try:
+                os.link(file, self.staging / file.name)
+            except OSError:
+                shutil.copyfile(file, self.staging / file.name)
+                with open(self.staging / file.name, "rb") as copied:
+                    os.fsync(copied.fileno())
+        self.files[file.name] = info
+
     def commit(self, manifest: Manifest) -> Bundle:
         """Write the manifest, then give the folder its name."""
         text = manifest.model_dump_json(indent=1).encode() + b"\n"
         written = Manifest.model_validate_json(text)  # as a reader will see it
         self.write(MANIFEST, [text])
+        self.publish()
+        return Bundle(self.path, written)
+
+    def publish(self) -> None:
+        """Give the folder its name; its manifest is there already."""
         with _disk(f"cannot finish {self.path}"):
             _fsync_folder(self.staging)
             if os.path.lexists(self.path):
@@ -339,8 +394,8 @@ class BundleWriter:
                 _exchange(self.staging, self.path)  # what was there is deleted on leaving
             else:
                 self.staging.rename(self.path)
+            self._committed = True
             _fsync_folder(self.path.parent)
-        return Bundle(self.path, written)
 
     def check_output(self) -> None:
         """What is at the bundle's name is replaced only if that was asked for, and it is a bundle or an empty folder."""
@@ -372,6 +427,20 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hashed(files: Sequence[Path]) -> Iterator[str]:
+    """The sha256 of each file, several at a time: hashing is what opening a bundle takes."""
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(file_sha256, files)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"cannot read {error.filename or path}: {error.strerror}; check the permissions and the disk") from error
+
+
 def _read_manifest(path: Path) -> Manifest:
     if not path.is_dir():
         raise IntegrityError(f"{path}: no such folder; `pgx export -o {path}` writes one")
@@ -381,29 +450,37 @@ def _read_manifest(path: Path) -> Manifest:
             raise IntegrityError(f"{path} is not a bundle: it has no {MANIFEST}, which is written last; export it again")
         if (size := _plain_size(file)) > MAX_MANIFEST_BYTES:
             raise IntegrityError(f"{file} has {size} bytes; no manifest is longer than {MAX_MANIFEST_BYTES}")
-        return Manifest.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        raise IntegrityError(
-            f"{file}: {where}: {first['msg']}. This pgx reads bundles of format 1; export again or update pgx"
-        ) from None
+        return parse_manifest(file.read_bytes(), str(file))
     except OSError as error:
         raise DiskError(f"cannot read {file}: {error.strerror}") from error
 
 
-def _verify(path: Path, manifest: Manifest) -> None:
+def parse_manifest(text: bytes, name: str) -> Manifest:
+    """A manifest; `name` is what to call it in messages.
+
+    Raises:
+        IntegrityError: it is none of this format.
+    """
     try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise IntegrityError(
+            f"{name}: {where}: {first['msg']}. This pgx reads bundles of format 1; export again or update pgx"
+        ) from None
+
+
+def _verify(path: Path, manifest: Manifest) -> None:
+    with _reading(path):
         _check_files(path, manifest)
-        for name, info in manifest.files.items():
-            if (seen := file_sha256(path / name)) != info.sha256:
+        for (name, info), seen in zip(manifest.files.items(), hashed([path / name for name in manifest.files]), strict=True):
+            if seen != info.sha256:
                 raise IntegrityError(
                     f"{path / name} was changed: its sha256 begins {seen[:12]}, the manifest says {info.sha256[:12]}; copy or export the bundle again"
                 )
         _check_table(path, manifest)
         _check_graphs(path, manifest)
-    except OSError as error:
-        raise DiskError(f"cannot read {error.filename or path}: {error.strerror}; check the permissions and the disk") from error
 
 
 def _check_files(path: Path, manifest: Manifest) -> None:
@@ -419,13 +496,24 @@ def _check_files(path: Path, manifest: Manifest) -> None:
 
 
 def _plain_size(file: Path) -> int:
+    for _ in range(2):  # between the two looks of one round a writer may take its link away
+        try:
+            found = file.lstat()
+        except FileNotFoundError:
+            raise IntegrityError(f"{file} is missing; export the bundle again") from None
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 + _staged(file, found):
+            return found.st_size
+    raise IntegrityError(f"{file} is not a plain file of its own (a link, a pipe or a folder)")
+
+
+def _staged(file: Path, found: os.stat_result) -> bool:
+    """Whether the same file is also where a writer puts it that replaces this bundle, or that was killed while it did."""
+    folder = file.parent.resolve()
     try:
-        found = file.lstat()
-    except FileNotFoundError:
-        raise IntegrityError(f"{file} is missing; export the bundle again") from None
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
-        raise IntegrityError(f"{file} is not a plain file of its own (a link, a pipe or a folder)")
-    return found.st_size
+        other = folder.with_name(folder.name + STAGED).joinpath(file.name).lstat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: the root has no name
+        return False
+    return os.path.samestat(found, other)
 
 
 def _check_table(path: Path, manifest: Manifest) -> None:

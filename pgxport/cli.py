@@ -17,6 +17,32 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 engine_option = click.option("--engine", default="cpu", show_default=True, help="The engine to run in; no other is tried.")
 threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of the engine  [default: one a core]")
+cluster_option = click.option(
+    "--cluster", metavar="ADDRESS", help="Spread the work over a Ray cluster: auto, local or HOST:PORT (docs/cluster.md)."
+)
+VOLUME = "pgxport.volume"  # in a command's context: "quiet" or "verbose", or nothing
+
+
+def _set_volume(context: click.Context, option: click.Parameter, asked: bool) -> None:
+    if asked and VOLUME in context.meta:
+        raise click.UsageError("-q and -v were both given; choose one")
+    if asked:
+        context.meta[VOLUME] = option.name
+
+
+def volume_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """-q and -v of a command that shows what it is doing."""
+    quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_set_volume, help="Only errors on stderr.")
+    verbose = click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, callback=_set_volume, help="Say each thing that is done, and when."
+    )
+    return quiet(verbose(command))
+
+
+def volume() -> str | None:
+    """What the command was told."""
+    context = click.get_current_context(silent=True)
+    return context.meta.get(VOLUME) if context else None
 
 
 @click.group(context_settings=CONTEXT)
@@ -45,6 +71,10 @@ def cli() -> None:
 )
 @click.option("--calibration", type=click.Path(dir_okay=False), help="What `pgx calibrate` wrote, for recipes that need it.")
 @click.option("--target", default="cpu", show_default=True, help="The engine to write for; a wrong one lists what there is.")
+@click.option(
+    "--trt", help="Of target tensorrt: the version to write for, 10.3 (JetPack 6), 10.16 (JetPack 7.2) or 11  [default: 11]"
+)
+@click.option("--sm", help="Of target tensorrt: refuse what a GPU of this compute capability cannot run, as 8.7 (Orin).")
 @click.option("--context", type=click.IntRange(1), help="Longest prefix and answer together, in tokens  [default: image + 512]")
 @click.option(
     "--local-window", type=click.Choice(["hf", "none"]), default="hf", show_default=True, help="Gemma 2's window: hf or none."
@@ -56,6 +86,7 @@ def cli() -> None:
 @click.option("-o", "--output", type=click.Path(), help="The folder to write  [default: named after the model]")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say how large each file would be; write nothing.")
+@volume_options
 @json_option
 def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     """Write a bundle from a checkpoint.
@@ -114,6 +145,7 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
 @click.option("--masks", type=click.Path(dir_okay=False), help="vae-oid.npz, if the bundle is to have a mask decoder.")
 @click.option("--precision", default="fp32", show_default=True, help="How weights are stored; a wrong one lists what there is.")
 @click.option("--target", default="cpu", show_default=True, help="The engine to write for; a wrong one lists what there is.")
+@click.option("--trt", help="Of target tensorrt: the version to write for, 10.3, 10.16 or 11  [default: 11]")
 @click.option("--context", type=click.IntRange(1), help="Longest prefix and answer together, in tokens  [default: image + 512]")
 @click.option(
     "--local-window", type=click.Choice(["hf", "none"]), default="hf", show_default=True, help="Gemma 2's window: hf or none."
@@ -135,6 +167,63 @@ def plan(as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("bundle", type=click.Path())
+@click.option("--engine", help="tensorrt, tensorrt-rtx (TensorRT for RTX) or cpu  [default: what the bundle was written for]")
+@click.option("--sm", help="Build for a GPU that is not there, as 8.9; tensorrt-rtx only  [default: this machine's]")
+@click.option(
+    "--profiles", type=click.IntRange(1, 2), help="2 tunes prefill and step apart, 1 takes less memory  [default: 2; rtx: 1]"
+)
+@click.option(
+    "--workspace", type=click.IntRange(1), metavar="MIB", help="Device memory for intermediate results  [default: 1024]"
+)
+@click.option(
+    "--timing-cache",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="TensorRT's timings, to share  [default: in the cache]",
+)
+@click.option(
+    "-o",
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The engine cache  [default: PGX_ENGINE_CACHE, ~/.cache/…]",
+)
+@click.option("--force", is_flag=True, help="Build though memory seems short.")
+@volume_options
+@json_option
+def compile(as_json: bool, **options: Any) -> None:
+    """Build a bundle's TensorRT engines on this machine; for the CPU, pack its weights once for all starts.
+
+    \b
+    pgx compile b
+    pgx compile b --engine tensorrt
+    pgx compile b --engine tensorrt-rtx --sm 8.9
+    """
+    import time
+
+    from pgxport.compile import CompileOptions, compile_bundle
+
+    start = time.perf_counter()
+    with progress_bar(steps=True) as progress:
+        made = compile_bundle(CompileOptions(**options), progress=progress)
+    files = {name: info.size for name, info in made.entry.files.items()}
+    seconds = round(time.perf_counter() - start, 2)
+    if as_json:
+        found = made.entry.model_dump(include={"machine", "flags"}) | {
+            "entry": str(made.folder),
+            "built": made.built,
+            "files": files,
+        }
+        click.echo(jsonlib.dumps(found | {"bytes": made.nbytes, "seconds": seconds, "peak_rss_bytes": peak_rss()}, indent=1))
+        return
+    here = made.entry.machine
+    done = f"written in {seconds} s, peak memory {size(peak_rss())}" if made.built else "was there already"
+    what = f"weights packed for this CPU and onnxruntime {here.version}" if here.engine == "cpu" else f"engines for SM {here.sm}"
+    click.echo(f"{made.folder}: {size(made.nbytes)}, {what}; {done}")
+    where = f"PGX_ENGINE_CACHE={options['cache']} " if options["cache"] else ""
+    click.echo(f'try: {where}pgx run {options["bundle"]} --engine {here.engine} --image photo.jpg --prompt "caption en"')
+
+
+@cli.command()
 @click.argument("source", required=False)
 @click.option("--size", help="A published size, 3b, 10b or 28b, or tiny for the embedded checkpoint, in place of SOURCE.")
 @click.option("--res", type=int, help="Pixels a side: 224, 448 or 896; tiny: 112 or 224.")
@@ -148,6 +237,7 @@ def plan(as_json: bool, **options: Any) -> None:
     "-o", "--output", type=click.Path(), default="calibration.safetensors", show_default=True, help="The file to write."
 )
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+@volume_options
 @json_option
 def calibrate(as_json: bool, **options: Any) -> None:
     """Run samples through a model, and write what quantization has to know about its activations.
@@ -181,30 +271,49 @@ def calibrate(as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @click.argument("bundle", type=click.Path())
-@click.option("--image", "images", multiple=True, required=True, type=click.Path(), help="An image; again for several in order.")
+@click.option("--image", "images", multiple=True, type=click.Path(), help="An image; again for several in order.")
+@click.option(
+    "--images", "each", multiple=True, metavar="FOLDER|GLOB", help="Pictures to ask about one by one; again for more of them."
+)
 @click.option("--prompt", required=True, help='"caption en", "ocr", "answer en …", "detect a ; b", "segment a".')
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Stop after so many tokens  [default: the bundle's]")
 @click.option("--low-memory", is_flag=True, help="Hold the vision encoder or the decoder, never both; slower to the first token.")
 @click.option("--save", type=click.Path(dir_okay=False), help="Draw boxes and masks on the image and save it here.")
 @engine_option
 @threads_option
+@cluster_option
+@volume_options
 @json_option
 def run(
     bundle: str,
     images: tuple[str, ...],
+    each: tuple[str, ...],
     prompt: str,
     max_new_tokens: int | None,
     low_memory: bool,
     save: str | None,
     engine: str,
     threads: int | None,
+    cluster: str | None,
     as_json: bool,
 ) -> None:
-    """Answer a prompt about an image.
+    """Answer a prompt about an image, or about each of many.
 
     \b
     pgx run b --image scene.png --prompt "detect red circle" --save out.png
+    pgx run b --images photos/ --images 'scans/*.png' --prompt "caption en" --json
     """
+    if bool(images) == bool(each):
+        raise click.UsageError("give --image, or --images for a prompt about each of many")
+    if each and save:
+        raise click.UsageError("--save draws on one picture; with --images use --json, which has boxes and masks")
+    if cluster is not None and not each:
+        raise click.UsageError("--cluster spreads many pictures; give them with --images")
+    if each:
+        from pgxport.runners.many import Question
+
+        run_each(bundle, each, Question(prompt, max_new_tokens, engine, threads, low_memory), cluster, as_json)
+        return
     from pgxport.runners.draw import picture_format, save_image
     from pgxport.runners.image import load_image
     from pgxport.runners.outputs import terminal_safe
@@ -229,13 +338,11 @@ def run(
             f"  mask of {terminal_safe(mask.label) or '(no label)'}: {covered or 'codes only, this bundle has no mask decoder'}"
         )
     for warning in answer.warnings:
-        click.echo(f"malformed answer: {warning}", err=True)
+        note(f"malformed answer: {warning}")
     if answer.truncated:
-        click.echo(f"stopped after {len(answer.token_ids)} tokens; --max-new-tokens allows more", err=True)
+        note(f"stopped after {len(answer.token_ids)} tokens; --max-new-tokens allows more")
     times = ", ".join(f"{stage} {seconds * 1e3:.0f}" for stage, seconds in answer.timings.items())
-    click.echo(
-        f"{len(answer.token_ids)} tokens; ms: {times}" + (f"; drawn on {save}" if save else "; --save out.png draws it"), err=True
-    )
+    note(f"{len(answer.token_ids)} tokens; ms: {times}" + (f"; drawn on {save}" if save else "; --save out.png draws it"))
 
 
 @cli.command()
@@ -264,6 +371,8 @@ def run(
 @click.option("--work", type=click.Path(file_okay=False), help="Where results are kept for the next time  [default: OUTPUT.work]")
 @click.option("--overwrite", is_flag=True, help="Replace a recipe that is there.")
 @threads_option
+@cluster_option
+@volume_options
 @json_option
 def tune(as_json: bool, max_loss: str, candidates: str | None, **options: Any) -> None:
     """Search the recipe with the smallest bundle that loses no more than it may.
@@ -287,7 +396,7 @@ def tune(as_json: bool, max_loss: str, candidates: str | None, **options: Any) -
     except ValueError:
         raise click.UsageError(f"--max-loss {max_loss!r} is not a number of points; write 1% or 0.5") from None
     names = tuple(name.strip() for name in candidates.split(",")) if candidates else ()
-    progress = stage_line if sys.stderr.isatty() else None
+    progress = stages()
     start = time.perf_counter()
     found = tune(TuneOptions(max_loss=points, candidates=names, **options), progress=progress)
     if progress:
@@ -317,18 +426,24 @@ def tune(as_json: bool, max_loss: str, candidates: str | None, **options: Any) -
 @click.option("--image", "images", multiple=True, type=click.Path(), help="An image; again for several  [default: noise]")
 @click.option("--decoder-only", is_flag=True, help="Only decode steps, on random numbers, without an image or a prefill.")
 @click.option("--past", help="With --decoder-only: tokens already there, as in 1100,4200  [default: image and prompt]")
+@click.option("--batch", help="Answers at a time, of one image and prompt, as in 1,2,4: images and tokens a second at each.")
 @engine_option
 @threads_option
+@volume_options
 @json_option
-def bench(as_json: bool, decoder_only: bool, past: str | None, bundles: tuple[str, ...], **options: Any) -> None:
+def bench(
+    as_json: bool, decoder_only: bool, past: str | None, batch: str | None, bundles: tuple[str, ...], **options: Any
+) -> None:
     """Measure time and memory of bundles side by side: one row a stage, and what can be told apart.
 
     \b
     pgx bench b-int8 b-int4 -r 5
     pgx bench b --decoder-only --past 1100,4200
+    pgx bench b --batch 1,2,4
     """
     from pgxport.report.bench import bench, render
     from pgxport.report.measure import Answers, Steps, lengths
+    from pgxport.report.throughput import Batches, sizes
     from pgxport.runners.outputs import terminal_safe
 
     prompt_tokens, new_tokens, images = options.pop("prompt_tokens"), options.pop("new_tokens"), options.pop("images")
@@ -336,9 +451,13 @@ def bench(as_json: bool, decoder_only: bool, past: str | None, bundles: tuple[st
         raise click.UsageError("--past goes with --decoder-only")
     if decoder_only and (prompt_tokens or images):
         raise click.UsageError("--prompt-tokens and --image belong to whole answers; with --decoder-only there is --past")
-    whole = Answers(prompt_tokens or Answers.prompt_tokens, new_tokens, images)
+    if batch and (decoder_only or len(images) > 1):
+        raise click.UsageError("--batch repeats one image and prompt; it goes with neither --decoder-only nor several --image")
+    whole: Answers | Batches = Answers(prompt_tokens or Answers.prompt_tokens, new_tokens, images)
+    if batch:
+        whole = Batches(sizes(batch), prompt_tokens or Answers.prompt_tokens, new_tokens, images)
     work = Steps(lengths(past), steps=new_tokens) if decoder_only else whole
-    progress = stage_line if sys.stderr.isatty() else None
+    progress = stages()
     done = bench(bundles, work, progress=progress, **options)
     if progress:
         progress("")
@@ -366,12 +485,17 @@ def bench(as_json: bool, decoder_only: bool, past: str | None, bundles: tuple[st
 @click.option("--follow", type=click.IntRange(0), default=100, show_default=True, help="Samples to compare logits on.")
 @click.option("--pictures", type=click.IntRange(0), default=12, show_default=True, help="Disagreements to show.")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Stop an answer after so many tokens  [default: the bundle's]")
+@click.option("--batch", help="Measure throughput too, so many answers at a time, as in 1,2,4.")
 @click.option("--merge", is_flag=True, help="Join reports of several devices: give their report.json in place of bundles.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="report", show_default=True, help="The folder to write.")
 @engine_option
 @threads_option
+@cluster_option
+@volume_options
 @json_option
-def report(as_json: bool, merge: bool, gate: float | None, output: Path, bundles: tuple[str, ...], **options: Any) -> None:
+def report(
+    as_json: bool, merge: bool, gate: float | None, batch: str | None, output: Path, bundles: tuple[str, ...], **options: Any
+) -> None:
     """Measure accuracy against latency of bundles, and write a page to decide by.
 
     Stopped, it goes on where it was: what OUTPUT/measured holds is not measured again.
@@ -386,15 +510,18 @@ def report(as_json: bool, merge: bool, gate: float | None, output: Path, bundles
     from pgxport.report.report import GATE, ReportOptions
     from pgxport.report.report import merge as merge_reports
     from pgxport.report.report import report as measure
+    from pgxport.report.throughput import sizes
     from pgxport.report.verdict import gate_failures
     from pgxport.runners.outputs import terminal_safe
 
     data = DataOptions(**{name: options.pop(name) for name in ("data", "format", "images", "split", "prompt", "limit")})
-    progress = stage_line if sys.stderr.isatty() else None
+    progress = stages()
     if merge:
         made = merge_reports(list(map(Path, bundles)), output)
     else:
-        given = ReportOptions(bundles, output, data, gate=GATE if gate is None else gate, **options)
+        given = ReportOptions(
+            bundles, output, data, gate=GATE if gate is None else gate, batch=sizes(batch) if batch else (), **options
+        )
         made = measure(given, progress=progress)
     if progress:
         progress("")
@@ -425,6 +552,7 @@ def report(as_json: bool, merge: bool, gate: float | None, output: Path, bundles
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Keep the report of both here  [default: nowhere]")
 @engine_option
 @threads_option
+@volume_options
 @json_option
 def diff(as_json: bool, first: Path, second: Path, **options: Any) -> None:
     """Compare two bundles, or two reports: what changed, and what it cost.
@@ -438,7 +566,7 @@ def diff(as_json: bool, first: Path, second: Path, **options: Any) -> None:
     from pgxport.report.diff import DiffOptions, diff
     from pgxport.runners.outputs import terminal_safe
 
-    progress = stage_line if sys.stderr.isatty() else None
+    progress = stages()
     found = diff(DiffOptions(first, second, **options), progress=progress)
     if progress:
         progress("")
@@ -446,6 +574,100 @@ def diff(as_json: bool, first: Path, second: Path, **options: Any) -> None:
     if found.failures:
         click.echo(terminal_safe("\n".join(found.failures[:20])), err=True)
         raise GateError(f"{second} keeps too little of {first}'s quality")
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--report", type=click.Path(path_type=Path), help="A report.json that measured this bundle  [default: as exported]")
+@click.option("--dry-run", is_flag=True, help="Print the card, and write nothing.")
+@json_option
+def card(as_json: bool, bundle: Path, report: Path | None, dry_run: bool) -> None:
+    """Write the model card of a bundle, README.md, with what a report measured.
+
+    \b
+    pgx card b --report report/report.json
+    pgx card b --report report/report.json --dry-run
+    """
+    from pgxport.report.card import CardOptions, write_card
+    from pgxport.runners.outputs import terminal_safe
+
+    text = write_card(CardOptions(bundle, report, dry_run))
+    if as_json:
+        click.echo(jsonlib.dumps({"bundle": str(bundle), "written": not dry_run, "card": text}, indent=1))
+    elif dry_run:
+        click.echo("\n".join(map(terminal_safe, text.split("\n"))), nl=False)
+    else:
+        click.echo(f"wrote {bundle}/README.md: {size(len(text.encode()))}, and its digest into manifest.json")
+        click.echo(f"try: pgx push {bundle} OWNER/NAME --private --dry-run")
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Make the repository private, if it is made now.")
+@click.option("--revision", help="The branch, made where it is missing  [default: main]")
+@click.option("--dry-run", is_flag=True, help="Verify, and say what would be uploaded, without the network.")
+@volume_options
+@json_option
+def push(as_json: bool, dry_run: bool, **options: Any) -> None:
+    """Verify a bundle and upload it to the model hub, in one commit; what the hub has already is not sent again.
+
+    Sign in first with `hf auth login`, as someone who may write there.
+
+    \b
+    pgx push b me/my-paligemma-int4 --private --dry-run
+    pgx push b me/my-paligemma-int4
+    """
+    with needs("export"):
+        from pgxport.share import PushOptions, push
+
+        done = push(PushOptions(**options, dry_run=dry_run), bars=sys.stderr.isatty() and volume() != "quiet")
+    if as_json:
+        click.echo(jsonlib.dumps(done.to_json() | {"pushed": not dry_run}, indent=1))
+        return
+    for name, nbytes in done.files.items() if dry_run else ():
+        click.echo(f"{name}: {size(nbytes)}")
+    if dry_run:
+        click.echo(f"would push {size(done.nbytes)} to {done.repository}, and sent nothing; try: the same without --dry-run")
+    else:
+        click.echo(f"pushed {size(done.nbytes)} to {done.repository}, commit {done.commit}")
+        click.echo(f"try: pgx pull {done.repository} --revision {done.commit} -o again")
+
+
+@cli.command()
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write  [default: NAME]")
+@click.option("--revision", help="A branch, a tag or a commit  [default: main]")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@click.option("--dry-run", is_flag=True, help="Ask the hub what there is, and write nothing.")
+@volume_options
+@json_option
+def pull(as_json: bool, dry_run: bool, **options: Any) -> None:
+    """Fetch a bundle from the model hub and verify it. Stopped, it goes on where it was.
+
+    \b
+    pgx pull me/my-paligemma-int4 -o b
+    pgx pull me/my-paligemma-int4 --revision v1 --dry-run
+    """
+    import time
+
+    with needs("export"):
+        from pgxport.share import PullOptions, pull
+
+        start = time.perf_counter()
+        with progress_bar() as progress:
+            done = pull(PullOptions(**options, dry_run=dry_run), progress=progress)
+    if as_json:
+        click.echo(jsonlib.dumps(done.to_json() | {"pulled": not dry_run}, indent=1))
+        return
+    for name, nbytes in done.files.items() if dry_run else ():
+        click.echo(f"{name}: {size(nbytes)}")
+    if dry_run:
+        click.echo(f"would fetch {size(done.nbytes)} of {done.repository} at {done.commit}; try: the same without --dry-run")
+    else:
+        shown = options["output"] or done.path.name
+        click.echo(f"wrote {shown}: {size(done.nbytes)} in {time.perf_counter() - start:.2f} s, every file verified")
+        click.echo(f'try: pgx run {shown} --image photo.jpg --prompt "caption en"    pgx inspect {shown}')
 
 
 @cli.command()
@@ -510,17 +732,28 @@ class needs:
 
 
 class progress_bar:
-    """A bar with bytes, rate and time left, on a terminal; nothing elsewhere."""
+    """A bar with bytes, rate and time left, on a terminal; a line for each thing with --verbose; else nothing.
+
+    Args:
+        steps: What is counted are steps and not bytes.
+    """
+
+    def __init__(self, *, steps: bool = False):
+        self._steps = steps
 
     def __enter__(self) -> Callable[[str, int, int], None] | None:
-        if not sys.stderr.isatty():
-            self._bar = None
+        self._bar = None
+        if volume() == "verbose":
+            return Log()
+        if volume() == "quiet" or not sys.stderr.isatty():
             return None
+        from rich import progress
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        of_bytes = progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn()
+        counted: tuple[progress.ProgressColumn, ...] = (progress.MofNCompleteColumn(),) if self._steps else of_bytes
+        columns = progress.TextColumn("{task.description}"), progress.BarColumn(), *counted
+        self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
         self._bar.start()
         task = self._bar.add_task("")
         return lambda label, done, total: self._bar.update(task, description=label, completed=done, total=total)  # type: ignore[union-attr]
@@ -528,6 +761,58 @@ class progress_bar:
     def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def stages() -> Callable[[str], None] | None:
+    """How to say what is being done: over one line of a terminal; a line each with --verbose; else not at all."""
+    if volume() == "verbose":
+        return Log()
+    return stage_line if sys.stderr.isatty() and volume() != "quiet" else None
+
+
+class Log:
+    """A line on stderr for each thing that is begun, with the seconds since the first."""
+
+    def __init__(self) -> None:
+        import time
+
+        self._clock, self._start, self._last = time.perf_counter, time.perf_counter(), ""
+
+    def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
+        from pgxport.runners.outputs import terminal_safe
+
+        if what and what != self._last:
+            click.echo(f"{self._clock() - self._start:9.2f} s  {terminal_safe(what)}", err=True)
+        self._last = what
+
+
+def run_each(bundle: str, patterns: tuple[str, ...], question: Any, cluster: str | None, as_json: bool) -> None:
+    """`pgx run --images`: a line for each picture, as it is answered."""
+    from pgxport.runners.many import ask_each, find_pictures
+    from pgxport.runners.outputs import terminal_safe
+
+    pictures = find_pictures(patterns)
+    if cluster is not None:
+        from pgxport.cluster.pictures import ask_each as ask_on_cluster
+
+        rows = ask_on_cluster(bundle, pictures, question, cluster)
+    else:
+        rows = ask_each(bundle, pictures, question)
+    failed = []
+    for row in rows:
+        said = "FAILED: " + (row.error or "") if row.answer is None else row.answer.text
+        click.echo(jsonlib.dumps(row.to_json()) if as_json else " ".join(terminal_safe(f"{row.image}: {said}").split()))
+        failed += [row] if row.answer is None else []
+    if failed and len(failed) == len(pictures):
+        fail(failed[0].exit_code, f"no picture was answered: {failed[0].error}")
+    more = "" if as_json else "; --json has boxes and masks"
+    note(f"{len(pictures) - len(failed)} of {len(pictures)} pictures answered{more}")
+
+
+def note(text: str) -> None:
+    """What is worth saying beside a result, unless --quiet."""
+    if volume() != "quiet":
+        click.echo(text, err=True)
 
 
 def stage_line(what: str) -> None:

@@ -45,12 +45,12 @@ def read_signature(file: Path, sizes: Mapping[str, int]) -> tuple[dict[str, Shap
     try:
         if (size := file.stat().st_size) > MAX_GRAPH_BYTES:
             raise ValueError(f"{size} bytes are more than the {MAX_GRAPH_BYTES} of any graph")
-        for kind, fields in _messages("model", memoryview(file.read_bytes())):
+        for kind, fields in messages("model", memoryview(file.read_bytes())):
             if kind == "graph":
                 for number, values in zip((11, 12), signature, strict=True):
-                    values.update(map(_value, _inner(fields, number)))
+                    values.update(map(_value, inner(fields, number)))
             elif kind == "node":
-                domain, op = _text(fields, 7), _text(fields, 4)
+                domain, op = text_of(fields, 7), text_of(fields, 4)
                 if domain not in DOMAINS or op == "EPContext":  # a context is a compiled engine, which is code
                     raise ValueError(f"the operator {domain}::{op} is not one that pgx writes")
             elif kind == "tensor":
@@ -62,11 +62,11 @@ def read_signature(file: Path, sizes: Mapping[str, int]) -> tuple[dict[str, Shap
 
 def _check_place(tensor: Fields, sizes: Mapping[str, int]) -> None:
     """An external tensor lies in a file of the bundle, and wholly inside it."""
-    entries = [(_text(e, 1), _text(e, 2)) for e in _inner(tensor, 13)]
+    entries = [(text_of(e, 1), text_of(e, 2)) for e in inner(tensor, 13)]
     if not entries and not any(tensor[14]):
         return
     place = {"offset": "0", **dict(entries)}
-    name, where = _text(tensor, 8), place.get("location", "")
+    name, where = text_of(tensor, 8), place.get("location", "")
     if where not in sizes:
         raise ValueError(f"tensor {name!r} lies in {where!r}, which the manifest does not list")
     if len(dict(entries)) < len(entries) or place.keys() != {"location", "offset", "length"}:
@@ -77,29 +77,29 @@ def _check_place(tensor: Fields, sizes: Mapping[str, int]) -> None:
         raise ValueError(f"tensor {name!r} ends at {place['offset']} + {place['length']} of the {sizes[where]} bytes of {where}")
 
 
-def _messages(kind: str, message: memoryview) -> Iterator[tuple[str, Fields]]:
+def messages(kind: str, message: memoryview) -> Iterator[tuple[str, Fields]]:
     """Every message that `READ` leads to, outer ones first."""
-    fields = _fields(message)
+    fields = fields_of(message)
     for number, name in REFUSED.get(kind, {}).items():
         if number in fields:
             raise ValueError(f"it has {name}, which pgx does not write")
     yield kind, fields
-    for number, inner in READ.get(kind, {}).items():
+    for number, below in READ.get(kind, {}).items():
         for value in fields.get(number, ()):
-            yield from _messages(inner, _bytes(value))
+            yield from messages(below, _bytes(value))
 
 
 def _value(info: Fields) -> tuple[str, Shape]:
     """ValueInfoProto -> its name, and the shape of its tensor type."""
-    dims = [d for t in _inner(info, 2) for tensor in _inner(t, 1) for s in _inner(tensor, 2) for d in _inner(s, 1)]
-    return _text(info, 1), tuple(_text(d, 2) or next((v for v in d[1] if isinstance(v, int)), 0) for d in dims)
+    dims = [d for t in inner(info, 2) for tensor in inner(t, 1) for s in inner(tensor, 2) for d in inner(s, 1)]
+    return text_of(info, 1), tuple(text_of(d, 2) or next((v for v in d[1] if isinstance(v, int)), 0) for d in dims)
 
 
-def _inner(fields: Fields, number: int) -> list[Fields]:
-    return [_fields(_bytes(value)) for value in fields[number]]
+def inner(fields: Fields, number: int) -> list[Fields]:
+    return [fields_of(_bytes(value)) for value in fields[number]]
 
 
-def _text(fields: Fields, number: int) -> str:
+def text_of(fields: Fields, number: int) -> str:
     """A string that is there once at most: of two, readers might not agree on which counts."""
     values = fields[number]
     if len(values) > 1:
@@ -113,7 +113,7 @@ def _bytes(value: int | memoryview) -> memoryview:
     return value
 
 
-def _fields(message: memoryview) -> Fields:
+def fields_of(message: memoryview) -> Fields:
     """Field number -> its values: numbers as they are, anything longer as bytes (protobuf's wire format)."""
     fields: Fields = defaultdict(list)
     at = 0

@@ -183,8 +183,8 @@ def test_an_answer_takes_exactly_the_steps_that_were_asked_for(
     Image.new("RGB", (60, 40), "red").save(tmp_path / "red.png")
     work = {"prompt_tokens": 4, "new_tokens": 7, "images": [str(tmp_path / i) for i in images]}
     fed = []
-    feed = measure.Decoder.feed
-    monkeypatch.setattr(measure.Decoder, "feed", lambda self, embeds: fed.append(embeds.shape[1]) or feed(self, embeds))
+    feed = measure.Decoder.next_token
+    monkeypatch.setattr(measure.Decoder, "next_token", lambda self, embeds: fed.append(embeds.shape[1]) or feed(self, embeds))
     subject = open_bundle({"bundle": str(a_bundle), "engine": "cpu", "threads": 1, "Answers": work})
     seconds = subject.repeat(warm_up=False)
     prefix = subject.facts["image_tokens"] * max(1, len(images)) + 4
@@ -200,9 +200,9 @@ def test_an_answer_takes_exactly_the_steps_that_were_asked_for(
 
 def test_the_decoder_alone_steps_where_it_was_told_to(a_bundle: Path, monkeypatch: pytest.MonkeyPatch):
     fed = []
-    feed = measure.Decoder.feed
+    feed = measure.Decoder.next_token
     monkeypatch.setattr(
-        measure.Decoder, "feed", lambda self, embeds: fed.append((self.length, embeds.shape[1])) or feed(self, embeds)
+        measure.Decoder, "next_token", lambda self, embeds: fed.append((self.length, embeds.shape[1])) or feed(self, embeds)
     )
     work = {"pasts": [20, 50], "prefixes": [30], "steps": 2}
     subject = open_bundle({"bundle": str(a_bundle), "engine": "cpu", "threads": 1, "Steps": work})

@@ -169,7 +169,7 @@ def test_a_bug_of_ours_keeps_its_traceback(pgx: Pgx, monkeypatch: pytest.MonkeyP
         ("export --size 10b --res 224 --family paligemma -o OUT", "no paligemma of size '10b'"),
         ("export --size 3b --res 224 --variant ../x -o OUT", "there are: pt"),
         ("export --size tiny --res 300 -o OUT", "choose --res 112 or 224"),
-        ("export --size tiny --precision fp8 -o OUT", "choose fp32"),
+        ("export --size tiny --precision fp7 -o OUT", "choose fp32"),
         ("export --size tiny --target tpu -o OUT", "choose cpu"),
     ],
 )

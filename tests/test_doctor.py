@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doctor believes an engine only once it has run a graph, and advises only what is missing."""
+"""The doctor believes an engine only once it has run a graph, and advises only what is missing on the machine it looks at."""
 
 import importlib.metadata
 import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from machines import MACHINES, tree
 
 from pgxport import doctor
 from pgxport.errors import EngineError
@@ -16,6 +21,7 @@ from pgxport.runners.session import open_session
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What is installed, to be changed by the test."""
     packages = dict.fromkeys((*doctor.BASE, *(p for extra, _ in doctor.EXTRAS.values() for p in extra)), "1.0")
+    del packages["onnxruntime-gpu"]  # which clashes with onnxruntime
 
     def version(package: str) -> str:
         if package not in packages:
@@ -28,18 +34,18 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def test_a_complete_installation_needs_no_advice(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "open_session", lambda engine, graph: Engine([42.0]))
-    found = doctor.examine()
+    found = doctor.examine(load=no_driver)
     assert found["advice"] == []
     assert found["engines"] == {"cpu": {"works": True, "reason": ""}}
     assert doctor.render(found).endswith("try: pgx demo")
     json.dumps(found)
 
 
-@pytest.mark.parametrize("extra", doctor.EXTRAS)
+@pytest.mark.parametrize("extra", doctor.WANTED)
 def test_what_is_missing_is_named_with_the_command_that_installs_it(installed: dict[str, str], extra: str):
     (missing, *_), _ = doctor.EXTRAS[extra]
     del installed[missing]
-    found = doctor.examine()
+    found = doctor.examine(load=no_driver)
     assert not found["extras"][extra]["complete"]
     assert [f'pip install "pgxport[{extra}]"' in advice for advice in found["advice"]] == [True]
     assert f"{missing} MISSING" in doctor.render(found)
@@ -47,7 +53,7 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(installed: d
 
 def test_the_gpu_build_serves_the_cpu_too_and_is_not_doubled(installed: dict[str, str]):
     installed["onnxruntime-gpu"] = installed.pop("onnxruntime")
-    assert doctor.examine()["advice"] == []
+    assert doctor.examine(load=no_driver)["advice"] == []
 
 
 def test_two_builds_of_onnxruntime_are_reported(installed: dict[str, str]):
@@ -85,6 +91,131 @@ def test_an_onnxruntime_of_another_time_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ort, "__version__", "1.20.1")
     with pytest.raises(EngineError, match=r"1\.20\.1 is too old"):
         open_session("cpu", tmp_path / "graph.onnx")
+
+
+def on(machine: str, root: Path, gpu: tuple[str, int, tuple[int, int], bool] | None = None) -> dict[str, Any]:
+    """What the doctor finds on one of the recorded machines."""
+    return doctor.examine(tree(root, MACHINES[machine]), load=no_driver if gpu is None else driver(*gpu))
+
+
+def no_driver(name: str) -> Any:
+    raise OSError(f"{name}: cannot open shared object file: No such file or directory")
+
+
+def driver(name: str, memory: int, sm: tuple[int, int], integrated: bool, cuda: int = 13000) -> Callable[[str], Any]:
+    """A libcuda with one GPU; attributes 75, 76 and 18 of cuda.h are the compute capability and whether it is integrated."""
+    attributes = {75: sm[0], 76: sm[1], 18: int(integrated)}
+
+    def put(value: int) -> Callable[..., int]:
+        def call(pointer: Any, *rest: Any) -> int:
+            pointer._obj.value = value
+            return 0
+
+        return call
+
+    def attribute(pointer: Any, which: int, device: Any) -> int:
+        pointer._obj.value = attributes[which]
+        return 0
+
+    def called(buffer: Any, length: int, device: Any) -> int:
+        buffer.value = name.encode()
+        return 0
+
+    library = SimpleNamespace(
+        cuInit=lambda flags: 0, cuDriverGetVersion=put(cuda), cuDeviceGetCount=put(1), cuDeviceGet=put(0), cuDeviceGetName=called,
+        cuDeviceTotalMem_v2=put(memory), cuDeviceGetAttribute=attribute,
+    )  # fmt: skip
+    return lambda file: library
+
+
+ORIN = ("Orin", 7_990_194_176, (8, 7), True)
+THOR = ("NVIDIA Thor", 131_881_054_208, (11, 0), True)
+ADA = ("NVIDIA GeForce RTX 4090", 25_757_220_864, (8, 9), False)
+
+
+def without(installed: dict[str, str], *names: str) -> None:
+    for name in names:
+        installed.pop(name, None)
+
+
+def test_an_orin_nano_is_told_what_it_is_and_what_to_install(installed: dict[str, str], tmp_path: Path):
+    without(installed, "tensorrt", "cuda-python")
+    found = on("orin-nano", tmp_path, ORIN)
+    text = doctor.render(found)
+    assert (
+        "Orin Nano Engineering Reference Developer Kit Super, JetPack 6.2 (Jetson Linux 36.4.3); pgx plan --board orin-nano"
+        in text
+    )
+    assert "power mode: 25W (1), clocks moving with the load" in text
+    assert "GPU: Orin, compute capability 8.7, shares the system's memory" in text
+    assert "memory: 5.7 GB available, largest free block 4.2 MB, swap 0.0 GB, zram 1.3 GB" in text
+    assert "libraries: cuda 12.6.11, cudnn 9.3.0, tensorrt 10.3.0" in text
+    assert "pgx export … --target tensorrt --trt 10.3 --precision fp16, w8a8-static, int4" in text
+    said = "\n".join(found["advice"])
+    for part in (
+        '"cuda-python~=12.6"',
+        "docker/Dockerfile.jetpack6",
+        "sudo jetson_clocks",
+        "25W (1) is not the fastest",
+        "no swap on a disk",
+    ):
+        assert part in said
+    json.dumps(found)
+
+
+def test_a_thor_with_its_memory_in_pieces_is_warned(installed: dict[str, str], tmp_path: Path):
+    found = on("thor", tmp_path, THOR)
+    said = "\n".join(found["advice"])
+    assert "largest free block of memory has 32 KiB" in said
+    assert "being throttled: gpu-throttle-alert" in said
+    assert "jetson_clocks" not in said, "its clocks are held"
+    assert "not the fastest" not in said, "it is MAXN"
+    assert "no swap" not in said
+    assert "--trt 10.3 --precision bf16, fp8, int4" in doctor.render(found)
+
+
+def test_a_desktop_gpu_is_offered_both_engines(installed: dict[str, str], tmp_path: Path):
+    without(installed, "tensorrt", "cuda-python")
+    found = on("desktop", tmp_path, ADA)
+    text = doctor.render(found)
+    assert "GPU: NVIDIA GeForce RTX 4090, compute capability 8.9, 25.8 GB" in text
+    assert "NVIDIA driver 580.65.06, for CUDA up to 13.0" in text
+    assert 'pip install "pgxport[gpu]" "onnxruntime-gpu[cuda,cudnn]"' in text
+    assert "no VNNI" in text
+    assert "jetson" not in text.lower()
+    assert set(found["engines"]) == {"cpu", "cuda"}
+
+
+def test_a_server_without_a_gpu_misses_no_gpu(installed: dict[str, str], tmp_path: Path):
+    without(installed, "tensorrt", "cuda-python", "ray")
+    found = on("server", tmp_path)
+    assert found["advice"] == []
+    assert "no NVIDIA driver here" in found["driver"]["reason"]
+    assert "--target cpu --precision w8a8" in doctor.render(found)
+
+
+def test_tensorrt_of_either_name_counts(installed: dict[str, str], tmp_path: Path):
+    without(installed, "tensorrt", "cuda-python")
+    installed |= {"tensorrt-cu13-bindings": "10.16.1.11", "cuda-bindings": "13.2.0", "tensorrt-rtx-cu13": "1.7.1.116"}
+    found = on("server", tmp_path)
+    assert found["extras"]["tensorrt"]["complete"]
+    assert (found["libraries"]["tensorrt"], found["libraries"]["tensorrt_rtx"]) == ("10.16.1.11", "1.7.1.116")
+
+
+def test_looking_writes_nothing(installed: dict[str, str], tmp_path: Path):
+    root = tree(tmp_path, MACHINES["orin-nano"])
+    before = sorted((file, file.stat().st_mtime_ns) for file in root.rglob("*"))
+    doctor.examine(root, load=no_driver)
+    assert sorted((file, file.stat().st_mtime_ns) for file in root.rglob("*")) == before
+
+
+def test_nothing_is_started(installed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def forbidden(*args: object, **options: object) -> None:
+        raise AssertionError("the doctor started a program")
+
+    for name in ("system", "popen", "posix_spawn", "fork", "execv"):
+        monkeypatch.setattr(os, name, forbidden)
+    doctor.examine(tree(tmp_path, MACHINES["thor"]), load=driver(*THOR))
 
 
 class Engine:

@@ -44,7 +44,7 @@ class Law:
 
 LAWS = (
     Law(
-        ("errors.py", "bundle.py", "onnx_check.py"),
+        ("errors.py", "bundle.py", "onnx_check.py", "trt_lint.py"),
         only=BUNDLE,
         reason="a bundle is the one contract between export and run, and a board reads it with numpy and pydantic alone",
         remedy="move what needs the import to the side that has it (exporter/ or runners/)",
@@ -64,7 +64,7 @@ LAWS = (
     ),
     Law(
         ("runners/tensorrt.py",),
-        only=(*RUNNERS, "tensorrt", "cuda"),
+        only=(*RUNNERS, "tensorrt", "tensorrt_rtx", "cuda"),
         reason="this file holds one engine, TensorRT, and runs where only the base and that are installed",
         remedy="give another engine its own file, and take what is missing from the bundle's manifest",
     ),
@@ -86,6 +86,13 @@ LAWS = (
         never=("pgxport.tune",),
         reason="a search stands on top of export, run and report, and none of them knows that it is searched",
         remedy="move what both need below tune/",
+    ),
+    Law(
+        ("*",),
+        but_not=("cluster/pool.py",),
+        never=("ray",),
+        reason="one file knows how a cluster is spoken to, and everything works without it (docs/decisions/0019)",
+        remedy="give pgxport.cluster.pool a Job",
     ),
     Law(
         ("exporter/verify.py",),
@@ -237,6 +244,7 @@ def test_nobody_imports_what_the_table_forbids():
         ("report/html.py", "def f():\n    import pickle", "pickle"),
         ("report/html.py", "import plotly.express", "plotly.express"),
         ("exporter/export.py", "def f():\n    from pgxport.tune.search import front", "pgxport.tune.search.front"),
+        ("report/cluster_pass.py", "def f():\n    import ray", "ray"),
     ],
 )
 def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str, name: str):

@@ -22,7 +22,13 @@ MASKS = Path(tiny).with_name("vae-oid.npz")
 MODELS = [(family, size, res) for family, size in TEXT for res in RESOLUTIONS]
 # Those that need no calibration; a recipe that needs one has the size of its twin (tests/test_quantized.py).
 COMPUTED = [
-    (t.name, name) for t in TARGETS.values() for name in RECIPES if _computes(t.recipe(name), t) and not RECIPES[name].calibrated
+    (t.name, name)
+    for t in TARGETS.values()
+    for name in RECIPES
+    if _computes(t.recipe(name), t)
+    and not t.recipe(name).calibrated
+    # Of which the odd shapes here have no whole groups.
+    and (t.name, name) != ("tensorrt", "int4")
 ]
 
 # Counted by others: the presets of keras-hub, whose token tables end at the vocabulary's 257,152 rows.
@@ -95,14 +101,15 @@ def test_the_embedded_model_is_planned(res: int):
 
 
 def test_half_precision_saves_disk_on_a_cpu_and_memory_on_a_gpu():
-    cpu32, cpu16, gpu32, gpu16 = (
-        plan(PlanOptions(size="3b", res=448, precision=p, target=t)) for t in ("cpu", "cuda") for p in ("fp32", "fp16")
+    cpu32, cpu16, gpu16 = (
+        plan(PlanOptions(size="3b", res=448, precision=p, target=t))
+        for p, t in (("fp32", "cpu"), ("fp16", "cpu"), ("fp16", "cuda"))
     )
     assert cpu16.nbytes == pytest.approx(cpu32.nbytes / 2, rel=0.01)
     # ONNX Runtime widens what it multiplies by, one weight at a time twice.
     assert cpu16.run.weights == pytest.approx(cpu32.run.weights, rel=0.01)
     assert cpu16.run.loading == 257_216 * 2304 * 4
-    assert gpu16.run.weights == pytest.approx(gpu32.run.weights / 2, rel=0.01)
+    assert gpu16.run.weights == pytest.approx(cpu32.run.weights / 2, rel=0.01)
 
 
 def test_a_longer_context_takes_more_memory_and_no_more_disk_than_its_angles():
@@ -113,13 +120,13 @@ def test_a_longer_context_takes_more_memory_and_no_more_disk_than_its_angles():
 
 
 def test_a_board_names_the_precisions_that_fit_and_the_one_to_try():
-    planned = plan(PlanOptions(size="3b", res=448, precision="fp32", target="cuda", board="gpu-12gb"))
-    board = BOARDS["gpu-12gb"]
+    planned = plan(PlanOptions(size="10b", res=448, precision="fp16", target="cuda", board="gpu-16gb"))
+    board = BOARDS["gpu-16gb"]
     assert planned.boards() == [board]
     fitting = planned.fitting(board)
-    assert "fp32" not in fitting
-    assert "fp16" in fitting
-    assert planned.next_command() == f"pgx export --size 3b --res 448 --precision {fitting[0]} --target cuda -o bundle"
+    assert "fp16" not in fitting
+    assert "int8" in fitting
+    assert planned.next_command() == f"pgx export --size 10b --res 448 --precision {fitting[0]} --target cuda -o bundle"
 
 
 def test_a_board_that_nothing_fits_is_said_so():

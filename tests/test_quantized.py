@@ -152,7 +152,11 @@ def test_a_rounded_cache_changes_little_and_takes_less(one, tmp_path, cache):
 
 @pytest.mark.parametrize("name", WITHIN["cuda"])
 def test_graphs_for_cuda_run_on_the_cpus_float16_kernels(case, tmp_path, name):
-    bundle = export(options(case, MIXED[name], tmp_path, target="cuda"))
+    made = options(case, MIXED[name], tmp_path, target="cuda")
+    # ONNX Runtime 1.31.1: "attention_bias with quantized KV cache is not implemented in GroupQueryAttention cuda kernel."
+    if MIXED[name].cache == "int8" and case.folder.name == "paligemma2":
+        return refused(made, "has no int8 KV cache for a model with a local window of 5 tokens")
+    bundle = export(made)
     m = bundle.manifest
     assert (m.target, m.token_table.scales_dtype, m.cache.dtype) == ("cuda", "float16", MIXED[name].cache or "float16")
     arrays = stored_arrays(bundle.path)
@@ -197,8 +201,9 @@ def test_scales_may_be_bfloat16_for_cuda(one, tmp_path):
 
 @pytest.mark.parametrize(("target", "name"), [(t, name) for t, names in WITHIN.items() for name in names])
 def test_a_plan_and_a_dry_run_promise_the_sizes_of_the_export(one, tmp_path, target, name):
-    made = options(one, MIXED[name], tmp_path, target=target)
-    planned = plan(PlanOptions(checkpoint=one.folder, recipe=made.recipe, target=target))
+    window = "none" if (target, MIXED[name].cache) == ("cuda", "int8") else "hf"
+    made = options(one, MIXED[name], tmp_path, target=target, local_window=window)
+    planned = plan(PlanOptions(checkpoint=one.folder, recipe=made.recipe, target=target, local_window=window))
     promised = dry_run(made)
     written = {name: info.size for name, info in export(made).manifest.files.items()}
     assert planned.files.keys() == written.keys() | {"manifest.json"}
@@ -245,7 +250,14 @@ def test_a_bundles_own_recipe_makes_the_same_bundle(one, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("target", "precision"), [(t, p) for t in TARGETS for p in ("fp16", "int8", "int4", "w8a8") if (t, p) != ("cuda", "w8a8")]
+    ("target", "precision"),
+    # On TensorRT w8a8 is static, and int4 wants channels that groups of 128 divide.
+    [
+        (t, p)
+        for t in TARGETS
+        for p in ("fp16", "int8", "int4", "w8a8")
+        if (t, p) not in (("cuda", "w8a8"), ("tensorrt", "w8a8"), ("tensorrt", "int4"))
+    ],
 )
 def test_a_named_precision_is_replayed_by_the_recipe_it_leaves(one, tmp_path, target, precision):
     rest: dict[str, Any] = {"checkpoint": one.folder, "target": target, "parity": 0}
@@ -264,7 +276,7 @@ def test_another_calibration_is_another_bundle(one, tmp_path):
     assert first.manifest.provenance.calibration_sha256 == one.calibration.digest != again.manifest.provenance.calibration_sha256
     changed = {name for name, content in contents(first.path).items() if contents(again.path)[name] != content}
     assert {"decoder_step.data", "vision_encoder.data", "manifest.json"} <= changed
-    assert changed.isdisjoint({"recipe.toml", "tokenizer.json", "README.md"})
+    assert changed.isdisjoint({"recipe.toml", "tokenizer.json"})
 
 
 def contents(folder: Path) -> dict[str, bytes]:

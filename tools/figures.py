@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the measured figures of benchmarks/results/*.json into README.md and docs/, between their markers.
+"""Write the measured figures of benchmarks/results/*.json, and the planned ones, into README.md and docs/, between their markers.
 
 python tools/figures.py            # rewrite
+python tools/figures.py --plan     # work out what fits which board anew, then rewrite
 python tools/figures.py --check    # exit 1 if a page does not say what the results say
 """
 
@@ -10,10 +11,11 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/tiny.md", "docs/quantization.md", "docs/performance.md")
+PAGES = ("README.md", "docs/tiny.md", "docs/quantization.md", "docs/performance.md", "docs/jetson.md", "docs/gpu.md")
 
 
 def tiny() -> str:
@@ -108,8 +110,37 @@ def recipes_short() -> str:
 
 
 def peers() -> str:
-    """Bundles and others on the same shapes, measured in turn."""
-    r = json.loads((RESULTS / "against-peers-3b-448.json").read_text())
+    """Bundles and others on the shapes of PaliGemma 2 3B at 448 px, measured in turn."""
+    return _peers(RESULTS / "against-peers-3b-448.json")
+
+
+def peers_elsewhere() -> str:
+    """The same at other resolutions, and for PaliGemma."""
+    return "\n\n".join(_peers(p) for p in sorted(RESULTS.glob("against-peers-*.json")) if p.name != "against-peers-3b-448.json")
+
+
+def packed() -> str:
+    """A start with and without packed weights."""
+    record = json.loads((RESULTS / "packed-3b-448.json").read_text())
+    lines = [
+        "| | verify, s | load, s | private at rest, GB | mapped at rest, GB | private after answers, GB | peak resident, GB | decode step, ms |",
+        "|---" * 8 + "|",
+    ]
+    for name, of in record["bundles"].items():
+        for kind in ("as exported", "packed"):
+            found, size = of[kind], of["packed_bytes" if kind == "packed" else "bundle_bytes"]
+            spans = [(found[key], times, digits) for key, times, digits in (("verify", 1, 1), ("load", 1, 1), ("step", 1e3, 0))]
+            spans = [f"{t * s['median']:.{d}f} ({t * s['least']:.{d}f}–{t * s['most']:.{d}f})" for s, t, d in spans]
+            places = (("loaded", "private"), ("loaded", "mapped"), ("answered", "private"), ("answered", "peak"))
+            memory = [f"{found[when][what]['median'] / 1e9:.2f}" for when, what in places]
+            lines.append(f"| {name}, {kind}, {size / 1e9:.2f} GB | {' | '.join([*spans[:2], *memory, spans[2]])} |")
+    seconds = "; ".join(f"{name} took {of['pack_seconds']:.0f} s to pack" for name, of in record["bundles"].items())
+    machine = f"{record['machine']['cores']} cores of {record['machine']['processor']}, {record['threads']} threads"
+    return "\n".join([*lines, "", f"{machine}, {record['repeat']} starts of each in turn: median (least–most). {seconds}."])
+
+
+def _peers(file: Path) -> str:
+    r = json.loads(file.read_text())
     stages = {
         "vision": ("vision", 1, "s"),
         "prefill": ("prefill", 1, "s"),
@@ -138,11 +169,52 @@ def peers() -> str:
 PEERS = {"transformers-static": "transformers, bf16, static cache", "llama": "llama.cpp Q4_0, text only, built without AMX"}
 
 
+def boards() -> str:
+    """What of each model fits a Jetson."""
+    return _fitting("tensorrt")
+
+
+def gpus() -> str:
+    """What of each model fits a graphics card."""
+    return _fitting("cuda")
+
+
+def _fitting(target: str) -> str:
+    planned = json.loads((RESULTS / "boards.json").read_text())[target]
+    needs = planned["needs"]
+    lines = [f"| | usable, GB | {' | '.join(needs)} |", "|---" * (2 + len(needs)) + "|"]
+    for board, usable in planned["usable"].items():
+        cells = [", ".join(name for name, need in of.items() if need <= usable) or "–" for of in needs.values()]
+        lines.append(f"| {board} | {usable / 1e9:.1f} | {' | '.join(cells)} |")
+    peaks = ["; ".join(f"{name} {need / 1e9:.1f}" for name, need in of.items()) for of in needs.values()]
+    lines.append(f"| **needs at its peak, GB** | | {' | '.join(peaks)} |")
+    return "\n".join([*lines, "", f"PaliGemma 2, by `pgx plan {planned['flags']}`: worked out, not measured."])
+
+
+def plan_boards() -> None:
+    """Work out benchmarks/results/boards.json anew, with the package as it is."""
+    from pgxport.exporter.plan import BOARDS, PlanOptions, plan
+
+    models = [("3b", 224), ("3b", 448), ("3b", 896), ("10b", 448), ("28b", 448)]
+    rows = {"tensorrt": ("10.16", ("fp16", "w8a8-static", "int4")), "cuda": (None, ("fp16", "int8", "int4"))}
+    record: dict[str, Any] = {"command": "python tools/figures.py --plan"}
+    for target, (trt, precisions) in rows.items():
+        plans = {f"{s} at {r}": plan(PlanOptions(size=s, res=r, precision="fp16", target=target, trt=trt)) for s, r in models}
+        record[target] = {
+            "flags": f"--target {target}" + (f" --trt {trt}" if trt else ""),
+            "usable": {board.name: board.usable for board in BOARDS.values() if board.gpu_only == (target == "cuda")},
+            "needs": {model: {name: p.needs[name] for name in precisions} for model, p in plans.items()},
+        }
+    (RESULTS / "boards.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
 def _points(value: float) -> str:
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
 TABLES = {"tiny": tiny, "true_shapes": true_shapes, "recipes": recipes, "recipes_short": recipes_short, "peers": peers}
+TABLES |= {"peers_elsewhere": peers_elsewhere, "packed": packed}
+TABLES |= {"boards": boards, "gpus": gpus}  # planned
 
 
 def rewritten(text: str) -> str:
@@ -155,7 +227,11 @@ def rewritten(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    check, stale = parser.parse_args().check, []
+    parser.add_argument("--plan", action="store_true")
+    given = parser.parse_args()
+    check, stale = given.check, []
+    if given.plan:
+        plan_boards()
     for name in PAGES:
         page = ROOT / name
         text = page.read_text()

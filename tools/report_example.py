@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write docs/report-tiny/: the report of the embedded model in every named recipe that runs on a CPU, beside transformers.
 
-python tools/report_example.py                       # export, calibrate, measure, write; stopped, it goes on where it was
+make report-example                                  # export, calibrate, measure, write; stopped, it goes on where it was
 python tools/report_example.py --limit 20 -o /tmp/example
 
-Where Chromium is installed, the page's screenshots are made as well, with the network off.
+Where Chromium is installed, the page's screenshots are made as well, with the network off; else those that are there stay.
 """
 
 import argparse
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from pgxport.exporter.recipe import RECIPES
 from pgxport.exporter.targets import TARGETS
 from pgxport.report.datasets import DataOptions
 from pgxport.report.report import ReportOptions, report
+from pgxport.report.throughput import sizes
 
 ROOT = Path(__file__).parent.parent
 MAX_BYTES = 1_000_000  # of all that is committed
@@ -64,15 +66,19 @@ def screenshots(page: Path, output: Path) -> None:
     """What the page looks like, wide and on a phone, light and dark."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
-        print("no Chromium is installed, so there are no screenshots", file=sys.stderr)
+        left = "those that are there show an earlier report" if any(output.glob("screenshot-*.png")) else "there are none"
+        print(f"no screenshots were made: none of {', '.join(BROWSERS)} is installed; {left}", file=sys.stderr)
         return
     dark = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"]
     for width, height in ((1280, 1500), (390, 1100)):
         for mode, flags in {"light": [], "dark": dark}.items():
             file = output / f"screenshot-{width}-{mode}.png"
+            file.unlink(missing_ok=True)
             command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *flags]
             command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--window-size={width},{height}", f"--screenshot={file}"]
-            subprocess.run([*command, page.absolute().as_uri()], check=True, capture_output=True, timeout=120)
+            done = subprocess.run([*command, page.absolute().as_uri()], capture_output=True, text=True, timeout=120, check=False)
+            if done.returncode or not file.exists():
+                sys.exit(f"{browser} made no screenshot (it ended with {done.returncode}): {done.stderr[-500:]}")
             Image.open(file).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
@@ -81,26 +87,28 @@ def main() -> None:
     parser.add_argument("--res", type=int, default=224)
     parser.add_argument("--limit", type=int, default=60, help="questions of each task")
     parser.add_argument("--pictures", type=int, default=6)
+    parser.add_argument("--batch", default="1,2,4", help="answers at a time")
     parser.add_argument("--work", type=Path, default=Path("build/report-tiny"))
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "report-tiny")
     args = parser.parse_args()
+    args.output = args.output.absolute()
+    os.chdir(ROOT)  # paths stand in the report, and are relative
     args.work.mkdir(parents=True, exist_ok=True)
     has_reference = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     made = args.work / "report"
     options = ReportOptions(
-        tuple(bundles(args.work, args.res)), made, DataOptions(limit=args.limit), pictures=args.pictures, threads=1,
+        tuple(bundles(args.work, args.res)), made, DataOptions(limit=args.limit), pictures=args.pictures, threads=1, batch=sizes(args.batch),
         reference=(TINY / f"tiny-{args.res}").relative_to(ROOT) if has_reference else None,
     )  # fmt: skip
     report(options, progress=lambda what: print(f"\r\x1b[K{what}", end="", file=sys.stderr))
-    shutil.rmtree(args.output, ignore_errors=True)
-    args.output.mkdir(parents=True)
+    args.output.mkdir(parents=True, exist_ok=True)
     for name in WRITTEN:
         shutil.copy(made / name, args.output / name)
     screenshots(args.output / "report.html", args.output)
-    sizes = {file.name: file.stat().st_size for file in args.output.iterdir()}
-    print("\n" + "\n".join(f"{name}: {size} bytes" for name, size in sorted(sizes.items())))
-    if sum(sizes.values()) > MAX_BYTES:
-        sys.exit(f"{args.output} has {sum(sizes.values())} bytes, and {MAX_BYTES} are to be committed; take fewer --pictures")
+    nbytes = {file.name: file.stat().st_size for file in args.output.iterdir()}
+    print("\n" + "\n".join(f"{name}: {size} bytes" for name, size in sorted(nbytes.items())))
+    if sum(nbytes.values()) > MAX_BYTES:
+        sys.exit(f"{args.output} has {sum(nbytes.values())} bytes, and {MAX_BYTES} are to be committed; take fewer --pictures")
 
 
 if __name__ == "__main__":

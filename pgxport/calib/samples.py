@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,11 +18,13 @@ from pgxport.errors import DiskError, InputError, UsageError
 from pgxport.models.tiny.scenes import Question, ask, draw, locations
 from pgxport.runners.image import load_image
 from pgxport.runners.tokenizer import PromptTokenizer
+from pgxport.textfiles import read_object, read_text
 
 KEYS = ("image", "prompt", "answer")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 LIST = "samples.jsonl"
 MAX_BYTES = 64 << 20  # of a list, or of the text beside an image
+EXPECTED = f"a sample is an object with the keys {', '.join(KEYS)}"
 LAYOUTS = f'a JSONL file of {{"image": "a.png", "prompt": "caption en", "answer": "a cat"}}, a folder with {LIST}, or images with texts beside them'
 
 
@@ -137,7 +138,7 @@ def _list_of(data: Path) -> Path | None:
 
 
 def _from_list(file: Path) -> Iterator[Sample]:
-    for number, line in enumerate(_text(file).splitlines(), 1):
+    for number, line in enumerate(read_text(file, MAX_BYTES).splitlines(), 1):
         if line.strip():
             where = f"{file}:{number}"
             fields = _fields(line, where)
@@ -155,22 +156,17 @@ def _from_folder(folder: Path) -> Iterator[Sample]:
             raise InputError(f"{image} has {seen} beside it; one of them says what its prompt is")
         text = _inside(folder, texts[0].name, str(texts[0]))
         if text.suffix == ".json":
-            fields = _fields(_text(text), str(texts[0]))
+            fields = _fields(read_text(text, MAX_BYTES), str(texts[0]))
             if "image" in fields:
                 raise InputError(f"{texts[0]}: names an image, and the one beside it is meant; take 'image' out")
         else:
-            prompt, _, answer = _text(text).partition("\n")
+            prompt, _, answer = read_text(text, MAX_BYTES).partition("\n")
             fields = {"prompt": prompt} | ({"answer": answer} if answer.strip() else {})
         yield _sample(str(texts[0]), _inside(folder, image.name, str(image)), fields)
 
 
 def _fields(text: str, where: str) -> dict[str, str]:
-    try:
-        value: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error}); a sample is an object with the keys {', '.join(KEYS)}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: a JSON {type(value).__name__}; a sample is an object with the keys {', '.join(KEYS)}")
+    value = read_object(text, where, EXPECTED)
     for key, field in value.items():
         if key not in KEYS:
             close = get_close_matches(key, KEYS, 1)
@@ -201,19 +197,6 @@ def _inside(folder: Path, name: str, where: str) -> Path:
     if not there:
         raise InputError(f"{where}: {name[:200]!r} is not a file of {folder}; paths are relative to that folder")
     return path
-
-
-def _text(file: Path) -> str:
-    try:
-        if not file.is_file():
-            raise InputError(f"{file}: is a folder or a device, not a file")
-        if (size := file.stat().st_size) > MAX_BYTES:
-            raise InputError(f"{file}: {size / 1e6:.0f} MB, more than the {MAX_BYTES / 1e6:.0f} MB of text pgx reads; cut it")
-        return file.read_text("utf-8")
-    except OSError as error:
-        raise DiskError(f"{file}: cannot be read: {error.strerror or error}; check the permissions and the disk") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: is not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
 def _scene(index: int) -> Sample:

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A matrix in whole numbers, as promises: its codes, then its scales and zero points, all made in one pass over its rows."""
+"""A matrix in whole numbers or FP8, as promises: its codes, then its scales and zero points, all made in one pass over its rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from pgxport.errors import CheckpointError, UsageError
+from pgxport.exporter.float8 import row_scales, to_float8
 from pgxport.exporter.quantize import Gptq, Grid, Quantized, nearest, pack, pack_zeros, sqnr, unpack, unpack_zeros
 from pgxport.exporter.recipe import Scheme
-from pgxport.exporter.stream import Promise, narrow, row_blocks, to_float32
+from pgxport.exporter.stream import FLOAT8, INT4, Promise, narrow, row_blocks, to_float32
 from pgxport.models.checkpoint import TensorSource
 
 if TYPE_CHECKING:
     from pgxport.exporter.scaling import Statistics
 
-Layout = Literal["blocks", "columns", "rows"]
+Layout = Literal["blocks", "columns", "rows", "groups"]
+T = TypeVar("T")
 GPTQ_ROWS = 16  # blocks of rows at once: the loop over columns is paid once for all of them
 
 
@@ -26,7 +28,8 @@ class Coded:
 
     Args:
         layout: "blocks", as MatMulNBits reads it: codes uint8 [N, G, group * bits / 8], scales [N, G];
-            "columns", for integer products: codes int8 [K, N], scales [N]; "rows": codes int8 [N, K], scales [N].
+            "columns", for integer products: codes int8 [K, N], scales [N]; "rows": codes int8 or FP8 [N, K], scales [N];
+            "groups", as DequantizeLinear reads blocks of the first axis: codes int8 or int4 [K, N], scales [K / group, N].
         source: Where the matrix is read from, in row blocks.
         gain: What the product is multiplied by; it goes into the scales.
         dtype: That of the scales.
@@ -64,9 +67,11 @@ class Coded:
                 zeros = (n, -(-groups * scheme.bits // 8))
                 self.zeros = Promise(f"{path}.zeros", np.dtype(np.uint8), zeros, lambda: self._made(self._zeros, np.uint8))
         else:
-            codes = (k, n) if layout == "columns" else (n, k)
-            self.codes = Promise(f"{path}.codes", np.dtype(np.int8), codes, self._blocks)
-            self.scales = Promise(f"{path}.scales", dtype, (n,), lambda: self._made(self._scales, dtype))
+            codes = (n, k) if layout == "rows" else (k, n)
+            kind = FLOAT8 if scheme.format == "e4m3" else np.dtype(np.int8) if scheme.bits == 8 else INT4
+            self.codes = Promise(f"{path}.codes", kind, codes, self._blocks)
+            scales = (k // scheme.group, n) if layout == "groups" and scheme.group else (n,)
+            self.scales = Promise(f"{path}.scales", dtype, scales, lambda: self._made(self._scales, dtype))
 
     @property
     def promises(self) -> list[Promise]:
@@ -83,7 +88,13 @@ class Coded:
         Args:
             parts: The promises' arrays by name, as they were written.
         """
-        codes, scales = parts[self.codes.name], parts[self.scales.name][start:stop].astype(np.float32) / np.float32(self.gain)
+        codes, scales = parts[self.codes.name], parts[self.scales.name]
+        if self.layout == "groups":
+            if self.scheme.bits == 4:
+                codes = (_unpaired(codes).reshape(self.codes.shape) ^ 8).view(np.int8) - np.int8(8)
+            wide = np.repeat(scales[:, start:stop].astype(np.float32), self.shape[1] // len(scales), 0)
+            return (codes[:, start:stop].astype(np.float32) * wide).T / np.float32(self.gain)
+        scales = scales[start:stop].astype(np.float32) / np.float32(self.gain)
         if self.layout != "blocks":
             codes = codes[:, start:stop].T if self.layout == "columns" else codes[start:stop]
             return codes.astype(np.float32) * scales[:, None]
@@ -95,7 +106,10 @@ class Coded:
 
     def _blocks(self) -> Iterator[np.ndarray]:
         """The codes as they are stored."""
-        whole = np.empty(self.shape[::-1], np.int8) if self.layout == "columns" else None
+        if self.scheme.format == "e4m3":
+            yield from self._float8()
+            return
+        whole = np.empty(self.shape[::-1], np.int8) if self.layout in ("columns", "groups") else None
         row = 0
         for q in self._quantized():
             if self.layout == "blocks":
@@ -105,22 +119,45 @@ class Coded:
                     self._zeros.append(pack_zeros(q.zeros, self._grid.bits))
                 yield pack(q.codes, self._grid.bits, self.scheme.group)
                 continue
-            self._scales.append(q.scales[:, 0] * np.float32(self.gain))
-            signed = (q.codes ^ 0x80).view(np.int8)  # 0 … 255 around 128 -> -128 … 127
+            scales = q.scales * np.float32(self.gain)
+            self._scales.append(scales if self.layout == "groups" else scales[:, 0])
+            # Around the middle of the grid, 128 or 8 -> around 0
+            signed = (q.codes ^ 0x80).view(np.int8) if self.scheme.bits == 8 else q.codes.view(np.int8) - np.int8(8)
             if whole is None:
                 yield signed
             else:
                 whole[:, row : row + len(signed)] = signed.T
                 row += len(signed)
-        if whole is not None:
-            yield whole
+        if whole is None:
+            return
+        for start, stop in row_blocks(len(whole), whole.shape[1]):
+            yield _paired(whole[start:stop]) if self.scheme.bits == 4 else whole[start:stop]
 
     def _quantized(self) -> Iterator[Quantized]:
-        (n, k), statistics = self.shape, self._statistics
+        quantize = self._method(self._weight())
+
+        def rounded(block: np.ndarray) -> tuple[Quantized, np.ndarray]:
+            q = quantize(block)
+            return q, q.dequantized()
+
+        yield from self._rounded(rounded)
+
+    def _float8(self) -> Iterator[np.ndarray]:
+        def rounded(block: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+            scales = row_scales(block)
+            codes = to_float8(block, scales)
+            return (codes, scales[:, 0]), codes.astype(np.float32) * scales
+
+        for codes, scales in self._rounded(rounded):
+            self._scales.append(scales * np.float32(self.gain))
+            yield codes
+
+    def _rounded(self, rounded: Callable[[np.ndarray], tuple[T, np.ndarray]]) -> Iterator[T]:
+        """Each block of rows as it is rounded, counting what that loses; `rounded` gives the floats that it stands for as well."""
+        (n, k), statistics, weight = self.shape, self._statistics, self._weight()
         self._scales, self._zeros, self._signal, self._noise = [], [], 0.0, 0.0
-        weight = None if statistics is None else statistics.square(self.path)  # E[x²] of the inputs
         mean = statistics.mean(self.path) if statistics is not None and self.scheme.compensate else None
-        quantize, lost = self._method(weight), []
+        lost = []
         for start, stop in row_blocks(n, 4 * k // (GPTQ_ROWS if self.scheme.method == "gptq" else 1)):
             block = to_float32(self._source.rows(self.path, start, stop))
             if not np.isfinite(block).all():
@@ -128,14 +165,18 @@ class Coded:
                 raise CheckpointError(
                     f"{self.path} holds {block[row, column]} at [{start + row}, {column}]; whole numbers cannot stand for it"
                 )
-            q = quantize(block)
-            error = q.dequantized() - block
+            q, floats = rounded(block)
+            error = floats - block
             self._signal += _energy(block, weight)
             self._noise += _energy(error, weight)
             if mean is not None:
                 lost.append(-error @ mean * np.float32(self.gain))
             yield q
         self.compensation = np.concatenate(lost) if mean is not None else None
+
+    def _weight(self) -> np.ndarray | None:
+        """E[x²] of the inputs [K], where it is known"""
+        return None if self._statistics is None else self._statistics.square(self.path)
 
     def _method(self, importance: np.ndarray | None) -> Callable[[np.ndarray], Quantized]:
         if self.scheme.method != "gptq":
@@ -151,8 +192,21 @@ class Coded:
 
     def _made(self, parts: list[np.ndarray], dtype: Any) -> Iterator[np.ndarray]:
         assert parts, f"Bug: the codes of {self.path} were not written before what belongs to them"
-        yield narrow(np.concatenate(parts), np.dtype(dtype), f"scales of {self.path}: one")
+        made = np.concatenate(parts)
+        made = made.T if self.layout == "groups" else made
+        yield narrow(made, np.dtype(dtype), f"scales of {self.path}: one")
         parts.clear()
+
+
+def _paired(codes: np.ndarray) -> np.ndarray:
+    """int8 from -8 to 7, an even number of them -> uint8, the first of a pair in the lower half, as ONNX packs INT4."""
+    nibbles = codes.reshape(-1).view(np.uint8) & 15
+    return nibbles[::2] | nibbles[1::2] << 4
+
+
+def _unpaired(pairs: np.ndarray) -> np.ndarray:
+    """uint8 from 0 to 15, twice as many."""
+    return np.stack([pairs & 15, pairs >> 4], -1).reshape(-1)
 
 
 def _energy(w: np.ndarray, weight: np.ndarray | None) -> float:

@@ -86,6 +86,12 @@ class Eager:
             y[..., start:stop] = x.astype(np.float32, copy=False) @ block.astype(self.dtype).astype(np.float32).T
         return y
 
+    def rms_norm(self, x: np.ndarray, transform: Transform, *, eps: float) -> np.ndarray:
+        return self.op("RMSNormalization", x, self.weight("weight", transform), axis=-1, epsilon=eps)
+
+    def layer_norm(self, x: np.ndarray, *, eps: float) -> np.ndarray:
+        return self.op("LayerNormalization", x, self.weight("weight"), self.weight("bias"), axis=-1, epsilon=eps)
+
     def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, *, heads: int, scale: float) -> np.ndarray:
         q, k, v = (x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2) for x in (q, k, v))
         return self._attend(q, k, v, scale, None, None)

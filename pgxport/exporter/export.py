@@ -8,26 +8,31 @@ from pathlib import Path
 from typing import cast
 
 from pgxport import __version__
-from pgxport.bundle import Bundle, BundleWriter, Cache, Kept, Manifest, Parity, Provenance, Ranges, TokenIds
-from pgxport.errors import CheckpointError, GateError, UsageError, choose
+from pgxport.bundle import CARD, Bundle, BundleWriter, Cache, Kept, Manifest, Parity, Provenance, Ranges, TokenIds
+from pgxport.card import card
+from pgxport.errors import CheckpointError, GateError, UsageError
 from pgxport.exporter.audit import audit, residual_divisor
 from pgxport.exporter.calibration import Calibration, checkpoint_sha256
 from pgxport.exporter.forced import Forced, scene
+from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, file_sizes, serialized, stored, token_table, write_graphs
+from pgxport.exporter.legacy_cache import legacy_caches
 from pgxport.exporter.locate import Located, locate
 from pgxport.exporter.parity import FIRST_SCENE, Run, StoredWeights, parity
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.recipe_toml import read_recipe, to_toml
 from pgxport.exporter.scaling import Rescaled, RescaledStatistics, Statistics, check_sites, rescaled
 from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
-from pgxport.exporter.targets import TARGETS, Target
+from pgxport.exporter.targets import Target, find_target
 from pgxport.models.checkpoint import Checkpoint, TensorSource
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import ModelSpec, read_config, shrunk, without_window
 from pgxport.models.weights import parameters, weight_shapes
 from pgxport.runners.tokenizer import read_token_ids
+from pgxport.trt_lint import check
 
 MAX_NEW_TOKENS = 256
+LOCAL = ("local_bias", "local_visible")  # inputs that tell what a window hides
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class ExportOptions:
         checkpoint: A folder in hub layout, or a hub id.
         adapter: A LoRA adapter in PEFT layout, merged into the checkpoint as it is read.
         masks: `vae-oid.npz`, for the mask decoder; the embedded checkpoint brings its own.
+        trt: The version of TensorRT to write for, "10.3", "10.16" or "11"; None: 11.
+        sm: The compute capability of the GPU, as "8.7", whose precisions the graphs then have to keep to.
         context: The longest prefix and answer together, in tokens; None leaves room for a long prompt and answer.
         recipe: A TOML file in place of a named precision.
         calibration: What `pgx calibrate` wrote, for the recipes that need it.
@@ -62,6 +69,8 @@ class ExportOptions:
     recipe: str | Path | None = None
     calibration: str | Path | None = None
     target: str = "cpu"
+    trt: str | None = None
+    sm: str | None = None
     context: int | None = None
     local_window: str = "hf"
     parity: int = 2
@@ -108,6 +117,7 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
 
     graphs, table = write_graphs(source, spec, job.masks, job.recipe, job.target, job.context, statistics)
     layouts = {name: DataLayout(g.promises.values()) for name, g in graphs.items()}
+    _lint(graphs, table, job.target, options.sm)
     count = Counter(progress, table.nbytes + sum(layout.nbytes for layout in layouts.values()))
     with BundleWriter(job.output, overwrite=options.overwrite) as writer, ThreadPoolExecutor(1) as beside:
         digest = beside.submit(checkpoint_sha256, job.checkpoint.files())
@@ -116,6 +126,8 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
             if g.promises:
                 writer.write(f"{name}.data", count(f"{name}.data", ahead(layouts[name].bytes())))
             writer.write(f"{name}.onnx", [serialized(g, layouts[name], table)])
+        for name, text in legacy_caches(graphs, job.recipe, job.target, calibration).items():
+            writer.write(name, [text.encode()])
         writer.write("recipe.toml", [to_toml(job.recipe).encode()])
         writer.write("tokenizer.json", [job.tokenizer.read_bytes()])
         if left := job.checkpoint.unread():
@@ -124,7 +136,7 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
         if job.recipe.lossy and options.parity:
             files = {name: (writer.staging / f"{name}.data", layout) for name, layout in layouts.items()}
             files["token_table"] = (writer.staging / TABLE_FILE, table)
-            rounded = Run(StoredWeights(source, graphs, files), spec, job.recipe, statistics)
+            rounded = Run(StoredWeights(source, graphs, files), spec, job.recipe, statistics, job.target)
             compared = parity(Run(job.checkpoint, job.spec), rounded, _scenes(job, options.parity), progress=progress)
             _gate(job, compared, options.gate)
         infos, decoder = {name: g.info() for name, g in graphs.items()}, graphs["decoder_step"]
@@ -135,18 +147,20 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
             image_tokens=spec.image_tokens,
             context_length=job.context,
             max_new_tokens=MAX_NEW_TOKENS,
-            local_window=spec.text.window if any(t.name == "local_bias" for t in infos["decoder_step"].inputs) else None,
+            local_window=spec.text.window if any(t.name in LOCAL for t in infos["decoder_step"].inputs) else None,
             residual_divisor=spec.text.residual_divisor,
             ranges=ranges,
             parity=compared,
             recipe=job.recipe.name,
             target=job.target.name,
+            tensorrt=job.target.tensorrt,
             parameters=parameters(spec),
             stored=stored(graphs, table),
             spec=asdict(spec),
             token_ids=job.token_ids,
             token_table=token_table(graphs, table, spec),
             cache=Cache(
+                kind=job.target.cache_kind,
                 layers=spec.text.depth,
                 kv_heads=spec.text.kv_heads,
                 head_dim=spec.text.head_dim,
@@ -156,7 +170,7 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
             files={},
             provenance=_provenance(job.found, digest.result(), calibration),
         )
-        writer.write("README.md", [_card(manifest).encode()])
+        writer.write(CARD, [card(manifest.model_copy(update={"files": writer.files})).encode()])
         return writer.commit(manifest.model_copy(update={"files": writer.files}))
 
 
@@ -168,12 +182,17 @@ def dry_run(options: ExportOptions, *, progress: Progress | None = None) -> dict
     """
     job = prepare(options, progress=progress)
     graphs, table = write_graphs(job.checkpoint, job.spec, job.masks, job.recipe, job.target, job.context, job.calibration)
+    _lint(graphs, table, job.target, options.sm)
     return {**file_sizes(graphs, table), "tokenizer.json": job.tokenizer.stat().st_size}
 
 
 def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Job:
     """Find the checkpoint and check it against its config, the options and the target."""
-    target = choose("target", options.target, TARGETS)
+    target = find_target(options.target, options.trt)
+    if options.sm is not None and target.tensorrt is None:
+        raise UsageError(
+            f"--sm {options.sm} is of a GPU, and the target is {target.name!r}; leave --sm away, or --target tensorrt"
+        )
     recipe = named(options.precision, options.recipe, target)
     calibration = Calibration.open(options.calibration) if options.calibration else None
     if recipe.calibrated and calibration is None:
@@ -214,6 +233,15 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Job:
         found, checkpoint, spec, recipe, target, context, MaskWeights(Path(masks)) if masks else None, tokenizer,
         read_token_ids(tokenizer, checkpoint.config), output, calibration,
     )  # fmt: skip
+
+
+def _lint(graphs: dict[str, GraphBuilder], table: DataLayout, target: Target, sm: str | None) -> None:
+    """Graphs for TensorRT are what its version, and the GPU if it is known, would take."""
+    if target.tensorrt is None:
+        return
+    for name, g in graphs.items():
+        graph = serialized(g, DataLayout(g.promises.values()), table)
+        check(f"{name}.onnx", graph, target.tensorrt, sm)
 
 
 def named(precision: str, file: str | Path | None, target: Target) -> Recipe:
@@ -301,26 +329,10 @@ def _provenance(found: Located, digest: str, calibration: Calibration | None) ->
     packages = ("numpy", "onnx-ir", "ml-dtypes")
     versions = {"pgxport": __version__, **{p: importlib.metadata.version(p) for p in packages}}
     return Provenance(
-        checkpoint=found.name, revision=found.revision, checkpoint_sha256=digest,
+        checkpoint=found.name, revision=found.revision, repository=found.repository, license=found.license,
+        checkpoint_sha256=digest,
         calibration_sha256=calibration.digest if calibration else None, versions=versions,
     )  # fmt: skip
-
-
-def _card(m: Manifest) -> str:
-    """The bundle's README.md, as the hub shows it."""
-    return f"""---
-library_name: pgxport
-pipeline_tag: image-text-to-text
-tags: [paligemma, onnx]
----
-# {m.name}, {m.recipe}, for {m.target}
-
-{m.family} at {m.resolution} px, {m.parameters / 1e6:,.1f} million parameters, written by pgx {m.provenance.versions["pgxport"]}.
-Up to {m.context_length} tokens of prefix and answer, {m.image_tokens} of them an image.
-
-    pip install "pgxport[cpu]"
-    pgx run . --image cat.jpg --prompt "detect cat" --save out.png
-"""
 
 
 def _named(names: list[str]) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes  # noqa: F401  before onnx_ir: it registers bfloat16 and int4 with numpy
 import numpy as np
@@ -15,7 +15,7 @@ import onnx_ir as ir
 from pgxport import __version__
 from pgxport.bundle import GraphInfo, TensorInfo
 from pgxport.errors import UsageError
-from pgxport.exporter import lower
+from pgxport.exporter import lower, lower_standard
 from pgxport.exporter.coded import Coded, Layout
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.stream import Promise, narrow, row_blocks, to_float32
@@ -27,8 +27,30 @@ from pgxport.models.spec import TextSpec
 if TYPE_CHECKING:
     from pgxport.exporter.scaling import Statistics
 
-SHORT_PREFILL = 2048  # tokens; at 448 px a prefix has 1,040, at 896 px over 4,096, whose scores would take 1.6 GB
 Place = tuple[str, int, int]  # file, offset, length
+
+
+class Dialect(Protocol):
+    """A module of lowerings: the operators of one kind of engine."""
+
+    def linear(self, g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Value: ...
+
+    def lm_head(self, g: GraphBuilder, x: ir.Value, path: str) -> ir.Value: ...
+
+    def rms_norm(self, g: GraphBuilder, x: ir.Value, transform: Transform, eps: float) -> ir.Value: ...
+
+    def layer_norm(self, g: GraphBuilder, x: ir.Value, eps: float) -> ir.Value: ...
+
+    def attention(self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, heads: int, scale: float) -> ir.Value: ...
+
+    def cached_attention(
+        self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, layer: int, text: TextSpec
+    ) -> ir.Value: ...
+
+    def answer(self, g: GraphBuilder) -> None: ...
+
+
+DIALECTS: Mapping[str, Dialect] = {"onnxruntime": lower, "standard": lower_standard}
 
 
 class GraphBuilder:
@@ -50,10 +72,13 @@ class GraphBuilder:
         self.promises: dict[str, Promise] = {}
         self.matrices: dict[str, Coded] = {}  # those in whole numbers
         self.rounded: dict[tuple[Any, ...], lower.Rounded] = {}
+        self.multiplied: dict[str, str] = {}  # names of values that matrices multiply, and a matrix that does
+        self.shared: dict[tuple[Any, ...], Any] = {}  # values that many nodes read, by what they are
+        self._lower = DIALECTS[target.dialect]
         self.graph = ir.Graph((), (), nodes=(), name=name, opset_imports=dict(target.opsets))
         self._body = self.graph  # where nodes are appended: the graph, or a branch of it
         self._nodes = 0
-        self._short_prefill: ir.Value | None = None
+        self._prefill: ir.Value | None = None
         # One dtype for all activations of a graph, by the weights it is to multiply most of.
         self.dtype = np.dtype(target.compute(recipe.rules[-1].scheme.dtype))
         self.cache_dtype = np.dtype(recipe.cache or self.dtype)
@@ -103,7 +128,7 @@ class GraphBuilder:
         if dtype is None and not isinstance(value, np.generic | np.ndarray):
             dtype = self.dtype if np.asarray(value).dtype.kind == "f" else np.int64
         array = np.asarray(value, dtype)
-        key = (name, array.dtype.str, array.shape, array.tobytes())
+        key = (name, array.dtype.name, array.shape, array.tobytes())
         if key not in self._constants:
             name = name or f"constant_{len(self._constants)}"
             self._constants[key] = self._initializer(_value(name, array.dtype, array.shape), ir.tensor(array, name=name))
@@ -114,11 +139,11 @@ class GraphBuilder:
         kind = np.dtype(dtype or self.dtype)
         return self.initializer(Promise(name, kind, shape, lambda: iter([make().astype(kind)])))
 
-    def weight(self, name: str, transform: Transform | None = None) -> ir.Value:
-        return self.tensor(self.path(name), transform)
+    def weight(self, name: str, transform: Transform | None = None, dtype: Any = None) -> ir.Value:
+        return self.tensor(self.path(name), transform, dtype)
 
-    def tensor(self, path: str, transform: Transform | None = None) -> ir.Value:
-        """A tensor of the checkpoint by its whole name, stored as the recipe says."""
+    def tensor(self, path: str, transform: Transform | None = None, dtype: Any = None) -> ir.Value:
+        """A tensor of the checkpoint by its whole name, stored as the recipe says, and cast to activations unless a dtype is given."""
         if path not in self._weights:
             scheme = self.recipe.scheme(path)
             if scheme.bits is not None:
@@ -130,22 +155,21 @@ class GraphBuilder:
             value = self.initializer(
                 Promise(path, stored, self.source.shape(path), lambda: self._blocks(path, stored, transform))
             )
-            self._weights[path] = self.cast(value, stored, self.dtype)
+            self._weights[path] = self.cast(value, stored, np.dtype(dtype or self.dtype))
         return self._weights[path]
 
-    def short_prefill(self, x: ir.Value) -> ir.Value:
-        """Whether x [B, T, …], and with it the decoder, is a prefix whose scores of all heads fit into memory without regret."""
-        if self._short_prefill is None:
-            tokens = self.op("Squeeze", self.op("Shape", x, start=1, end=2))
-            self._short_prefill = self.op("And", self.op("Greater", tokens, 1), self.op("Less", tokens, SHORT_PREFILL))
-        return self._short_prefill
+    def prefill(self, x: ir.Value) -> ir.Value:
+        """Whether x [B, T, …], and with it the decoder, is a prefix and not one token."""
+        if self._prefill is None:
+            self._prefill = self.op("Greater", self.op("Squeeze", self.op("Shape", x, start=1, end=2)), 1)
+        return self._prefill
 
     def coded(self, path: str, layout: Layout, gain: float = 1.0) -> Coded:
         """A matrix of the checkpoint in whole numbers; its parts become initializers by `initializer`."""
         if path not in self.matrices:
             self.matrices[path] = Coded(
                 path, self.source, self.recipe.scheme(path), layout,
-                gain=gain, dtype=self.dtype if layout == "blocks" else np.float32, statistics=self.statistics,
+                gain=gain, dtype=np.float32 if layout in self.target.wide_scales else self.dtype, statistics=self.statistics,
             )  # fmt: skip
         return self.matrices[path]
 
@@ -155,7 +179,11 @@ class GraphBuilder:
         Raises:
             UsageError: there was no calibration.
         """
-        return self._calibrated(w.path).range(w.path, w.scheme.observer)
+        return self.input_range(w.path, w.scheme.observer)
+
+    def input_range(self, path: str, observer: str) -> tuple[float, float]:
+        """The same for a matrix that is not coded yet."""
+        return self._calibrated(path).range(path, observer)
 
     def cache_scale(self, layer: int, part: str, text: TextSpec) -> ir.Value:
         """float32 [1, K, 1, D], the step of each channel of an int8 cache."""
@@ -235,7 +263,7 @@ class GraphBuilder:
 
     def linear(self, x: ir.Value, name: str, *, bias: bool = False, gain: float = 1.0) -> ir.Value:
         with self.scope(name):
-            y = lower.linear(self, x, self.path("weight"), gain)
+            y = self._lower.linear(self, x, self.path("weight"), gain)
             return self.op("Add", y, self.weight("bias", self._bias(self.path("weight"), gain))) if bias else y
 
     def _bias(self, path: str, gain: float) -> Transform | None:
@@ -251,13 +279,31 @@ class GraphBuilder:
         return compensated
 
     def lm_head(self, x: ir.Value, name: str) -> ir.Value:
-        return lower.lm_head(self, x, name)
+        return self._lower.lm_head(self, x, name)
+
+    def rms_norm(self, x: ir.Value, transform: Transform, *, eps: float) -> ir.Value:
+        return self._lower.rms_norm(self, x, transform, eps)
+
+    def layer_norm(self, x: ir.Value, *, eps: float) -> ir.Value:
+        return self._lower.layer_norm(self, x, eps)
 
     def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, *, heads: int, scale: float) -> ir.Value:
-        return lower.attention(self, q, k, v, heads=heads, scale=scale)
+        return self._lower.attention(self, q, k, v, heads=heads, scale=scale)
 
     def cached_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, *, layer: int, text: TextSpec) -> ir.Value:
-        return lower.cached_attention(self, q, k, v, layer=layer, text=text)
+        return self._lower.cached_attention(self, q, k, v, layer=layer, text=text)
+
+    def answer(self) -> None:
+        """Add what the target's runner takes from a decoder beside its logits."""
+        self._lower.answer(self)
+
+    def found(self, name: str) -> ir.Value:
+        """An output of the graph, by its name."""
+        return next(value for value in self.graph.outputs if value.name == name)
+
+    def needs_opset(self, version: int) -> None:
+        """Raise the version of the standard operators to what a node needs, where the target's is lower."""
+        self.graph.opset_imports[""] = max(self.graph.opset_imports[""], version)
 
 
 def _tensors(values: Sequence[ir.Value]) -> tuple[TensorInfo, ...]:

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
-from pgxport.bundle import Stored, TokenTable
+from pgxport.bundle import Counted, TokenTable
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.stream import DataLayout
@@ -43,21 +44,29 @@ def write_graphs(
         graphs["mask_decoder"] = GraphBuilder("mask_decoder", masks, _floats(recipe), target)
         mask_decoder(graphs["mask_decoder"])
     decoder = graphs["decoder_step"]
+    decoder.answer()
     parts = [p for p in decoder.promises if p == TOKEN_TABLE or p.startswith(f"{TOKEN_TABLE}.")]
     return graphs, DataLayout([decoder.promises.pop(p) for p in parts])
 
 
 def _floats(recipe: Recipe) -> Recipe:
-    """What a recipe does with all that no rule names: the mask decoder is a small model of another kind."""
-    return Recipe(recipe.name, recipe.rules[-1:])
+    """What a recipe does with all that no rule names: the mask decoder is a small model of another kind.
+
+    It stays in float32 where the rest is bfloat16: ConvTranspose knows it neither in ONNX Runtime on a GPU (1.31.1) nor in
+    TensorRT-RTX (1.7.1), which parses it and fails to build.
+    """
+    last = recipe.rules[-1]
+    dtype = "float32" if last.scheme.dtype == "bfloat16" else last.scheme.dtype
+    return Recipe(recipe.name, (replace(last, scheme=replace(last.scheme, dtype=dtype)),))
 
 
-def stored(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, dict[Stored, int]]:
+def stored(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, dict[Counted, int]]:
     """How many weights of each type, by graph, and for the token table."""
-    counts: dict[str, dict[Stored, int]] = {"token_table": {}}
+    counts: dict[str, dict[Counted, int]] = {"token_table": {}}
     for g in graphs.values():
         for path, matrix in g.matrices.items():
-            _count(counts, "token_table" if path == TOKEN_TABLE else g.name, f"int{matrix.scheme.bits}", matrix.shape)
+            kind = "float8" if matrix.scheme.format == "e4m3" else f"int{matrix.scheme.bits}"
+            _count(counts, "token_table" if path == TOKEN_TABLE else g.name, kind, matrix.shape)
         parts = {p.name for matrix in g.matrices.values() for p in matrix.promises}
         for promise in g.promises.values():
             # Tables that are worked out are no weights, nor are the scales of whole numbers.
@@ -69,9 +78,9 @@ def stored(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, dict
     return counts
 
 
-def _count(counts: dict[str, dict[Stored, int]], part: str, kind: str, shape: tuple[int, ...]) -> None:
+def _count(counts: dict[str, dict[Counted, int]], part: str, kind: str, shape: tuple[int, ...]) -> None:
     of_part = counts.setdefault(part, {})
-    of_part[cast(Stored, kind)] = of_part.get(cast(Stored, kind), 0) + prod(shape)
+    of_part[cast(Counted, kind)] = of_part.get(cast(Counted, kind), 0) + prod(shape)
 
 
 def token_table(graphs: dict[str, GraphBuilder], table: DataLayout, spec: ModelSpec) -> TokenTable:

@@ -82,9 +82,9 @@ def download(repository: str, revision: str, progress: Progress | None = None) -
     from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-    with _explained(repository, revision):
+    with explained(repository, revision):
         info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT)
-    blobs = [_blob(repository, sibling) for sibling in info.siblings or () if _wanted(sibling.rfilename)]
+    blobs = [blob_of(repository, sibling) for sibling in info.siblings or () if _wanted(sibling.rfilename)]
     if not any(blob.name.endswith(".safetensors") for blob in blobs):
         there = ", ".join(sorted(s.rfilename for s in info.siblings or ())[:5])
         raise CheckpointError(
@@ -92,8 +92,8 @@ def download(repository: str, revision: str, progress: Progress | None = None) -
         )
     cache = Path(constants.HF_HUB_CACHE).expanduser()
     home = f"models--{repository.replace('/', '--')}"
-    fetch = _Fetch(progress, sum(blob.size for blob in blobs))
-    with _disk(cache), _explained(repository, revision):
+    fetch = Fetch(progress, sum(blob.size for blob in blobs))
+    with _disk(cache), explained(repository, revision):
         (cache / home / "blobs").mkdir(parents=True, exist_ok=True)
         (cache / ".locks" / home).mkdir(parents=True, exist_ok=True)
         missing = sum(blob.size for blob in blobs if not (cache / home / "blobs" / blob.digest).exists())
@@ -118,7 +118,7 @@ def download(repository: str, revision: str, progress: Progress | None = None) -
     return folder
 
 
-class _Fetch:
+class Fetch:
     """Downloads blobs one after the other, and tells how far all of them are."""
 
     def __init__(self, progress: Progress | None, total: int):
@@ -137,6 +137,10 @@ class _Fetch:
                     f"it was deleted, run this again"
                 )
             os.replace(partial, target)
+        self._before += blob.size
+
+    def skip(self, blob: Blob) -> None:
+        """Count a blob that is there already."""
         self._before += blob.size
 
     def _stream(self, url: str, blob: Blob, partial: Path, repository: str) -> str:
@@ -166,7 +170,7 @@ class _Fetch:
                             tries = 0
                             if self._progress:
                                 self._progress(blob.name, self._before + have, self._total)
-                except _transport_errors() as error:
+                except transport_errors() as error:
                     if tries >= RETRIES:
                         raise HubError(
                             f"{repository}: the connection broke off at {have:,} of {blob.size:,} bytes of {blob.name} "
@@ -227,7 +231,12 @@ def _wanted(name: str) -> bool:
     return "/" not in name and "\\" not in name and name.endswith((".json", ".safetensors"))
 
 
-def _blob(repository: str, sibling: Any) -> Blob:
+def blob_of(repository: str, sibling: Any) -> Blob:
+    """A file of a repository, as the hub lists it.
+
+    Raises:
+        HubError: the hub does not say what it is.
+    """
     size = sibling.lfs.size if sibling.lfs else sibling.size
     digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
     if not isinstance(size, int) or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", str(digest)):
@@ -235,7 +244,7 @@ def _blob(repository: str, sibling: Any) -> Blob:
     return Blob(sibling.rfilename, size, digest)
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
+def transport_errors() -> tuple[type[Exception], ...]:
     """What a broken connection raises: huggingface_hub is built on httpx2 since its version 2, and on httpx before."""
     try:
         import httpx2 as httpx
@@ -255,7 +264,7 @@ def _disk(cache: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(repository: str, revision: str) -> Iterator[None]:
+def explained(repository: str, revision: str) -> Iterator[None]:
     """Turn what the hub's library raises into an error that says what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -267,7 +276,7 @@ def _explained(repository: str, revision: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
-    unreachable: tuple[type[Exception], ...] = (LocalEntryNotFoundError, *_transport_errors())
+    unreachable: tuple[type[Exception], ...] = (LocalEntryNotFoundError, *transport_errors())
     elsewhere = f"`hf download {repository} --revision {revision}` where there is a network, or --checkpoint DIR"
     try:
         yield

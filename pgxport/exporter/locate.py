@@ -4,6 +4,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pgxport.errors import UsageError
 from pgxport.exporter import hub
@@ -15,6 +16,7 @@ HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w.][\w./-]*))?")
 MIX_RESOLUTIONS = (224, 448)
 # Of PaliGemma 1 some fifty fine-tunes were published, of PaliGemma 2 these.
 FINE_TUNES = {("paligemma2", "3b"): ("ft-docci", 448), ("paligemma2", "10b"): ("ft-docci", 448)}
+License = Literal["apache-2.0", "gemma"]
 TASK = re.compile(r"ft-[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -27,6 +29,8 @@ class Located:
     spec: ModelSpec | None = None
     masks: Path | None = None  # vae-oid.npz
     revision: str | None = None  # the hub's commit
+    repository: str | None = None  # and its name there
+    license: License | None = None  # as the hub calls it; None: not known
 
 
 def locate(
@@ -54,9 +58,8 @@ def locate(
     if size == "tiny" and checkpoint is None:
         if res is not None and res not in TINY_RESOLUTIONS:
             raise UsageError(f"the embedded checkpoint has no {res} px; choose --res {' or '.join(map(str, TINY_RESOLUTIONS))}")
-        return Located(
-            f"tiny-{res or TINY_RESOLUTIONS[0]}", TINY / f"tiny-{res or TINY_RESOLUTIONS[0]}", masks=TINY / "vae-oid.npz"
-        )
+        name = f"tiny-{res or TINY_RESOLUTIONS[0]}"
+        return Located(name, TINY / name, masks=TINY / "vae-oid.npz", license="apache-2.0")
     if checkpoint is not None:
         folder = Path(checkpoint)
         spec = published(family, size, res) if size in ("3b", "10b", "28b") and res else None
@@ -105,4 +108,6 @@ def _from_hub(repository: str, branches: list[str], spec: ModelSpec | None, prog
     """The local copy of a repository: the hub cache's if it is there, else downloaded."""
     found = next((folder for branch in branches if (folder := hub.cached(repository, branch))), None)
     folder = found or hub.download(repository, branches[0], progress)
-    return Located(repository.partition("/")[2], folder, spec, revision=folder.name)
+    owner, _, name = repository.partition("/")
+    license: License | None = "gemma" if owner == "google" else None
+    return Located(name, folder, spec, revision=folder.name, repository=repository, license=license)

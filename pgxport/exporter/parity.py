@@ -13,12 +13,16 @@ from typing import Any
 import numpy as np
 
 from pgxport.bundle import Parity
+from pgxport.divergence import divergence
+from pgxport.exporter.float8 import to_float8
 from pgxport.exporter.forced import Forced, forced_logits
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.lower import uint8_grid
-from pgxport.exporter.recipe import Recipe
+from pgxport.exporter.lower_standard import activation_scale
+from pgxport.exporter.recipe import Recipe, Scheme
 from pgxport.exporter.scaling import Statistics
 from pgxport.exporter.stream import DataLayout, Progress, to_float32
+from pgxport.exporter.targets import Target
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.spec import ModelSpec
 
@@ -43,7 +47,8 @@ class StoredWeights:
         for file, layout in layouts.values():
             for p in layout.promises:
                 if p.name in wanted:
-                    self._parts[p.name] = np.memmap(file, p.dtype, "r", layout.places[p.name][0], p.shape)
+                    dtype, shape = p.stored
+                    self._parts[p.name] = np.memmap(file, dtype, "r", layout.places[p.name][0], shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shape(name)
@@ -70,6 +75,7 @@ class Run:
     spec: ModelSpec
     recipe: Recipe | None = None
     statistics: Statistics | None = None
+    target: Target | None = None
 
     def rounding(self, kind: str, where: str, x: np.ndarray) -> np.ndarray:
         """What the engine takes for x."""
@@ -79,6 +85,8 @@ class Run:
         scheme = self.recipe.scheme(where)
         if scheme.bits is None:
             return x
+        if self.target is not None and self.target.dialect == "standard":
+            return self._around_zero(where, scheme, x)
         if scheme.activations == "static":
             assert self.statistics is not None, "Bug: static activations without calibration"
             scale, zero = uint8_grid(*self.statistics.range(where, scheme.observer))
@@ -94,6 +102,19 @@ class Run:
             ],
             -1,
         )
+
+    def _around_zero(self, where: str, scheme: Scheme, x: np.ndarray) -> np.ndarray:
+        """What QuantizeLinear and DequantizeLinear make of x."""
+        if scheme.activations == "float":
+            return x
+        assert self.statistics is not None, "Bug: static activations without calibration"
+        low, high = self.statistics.range(where, scheme.observer)
+        assert self.recipe is not None
+        assert self.target is not None
+        scale = np.float32(activation_scale(low, high, scheme, np.dtype(self.target.compute(self.recipe.rules[-1].scheme.dtype))))
+        if scheme.format == "e4m3":
+            return to_float8(x, scale).astype(np.float32) * scale
+        return np.clip(np.rint(x / scale), -128, 127) * scale
 
     def _cached(self, part: str, where: str, x: np.ndarray) -> np.ndarray:
         """Keys and values [B, K, T, D]; `where` begins with the layer's path."""
@@ -124,17 +145,6 @@ def parity(exact: Run, rounded: Run, samples: Sequence[Forced], *, progress: Pro
         scenes=len(samples), positions=len(losses), kl=float(np.mean(losses)), kl_worst=max(losses),
         agreement=agreed / len(losses), sqnr=dict(sorted(sqnr.items(), key=lambda item: item[1])),
     )  # fmt: skip
-
-
-def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p ‖ q) in nats of each row of logits [T, V] -> [T] (Kullback and Leibler, 1951), in float64.
-
-    >>> divergence(np.array([[0.0, 0.0]]), np.array([[0.0, np.log(3)]])).round(4)
-    array([0.1438])
-    """
-    p, q = (x - x.max(-1, keepdims=True) for x in (p.astype(np.float64), q.astype(np.float64)))
-    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
-    return np.maximum((np.exp(p) * (p - q)).sum(-1), 0)
 
 
 def _symmetric(x: np.ndarray, largest: np.ndarray) -> np.ndarray:

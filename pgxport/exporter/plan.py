@@ -6,6 +6,7 @@ memory they take is a model of an engine, with constants that were measured (the
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -23,7 +24,7 @@ from pgxport.exporter.locate import TINY, published_name
 from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import BLOCK_BYTES, DataLayout, Promise
-from pgxport.exporter.targets import TARGETS, Target
+from pgxport.exporter.targets import TARGETS, Target, find_target
 from pgxport.models.checkpoint import Checkpoint, TensorSource
 from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.mask_decoder import MaskWeights
@@ -97,6 +98,7 @@ class PlanOptions:
     precision: str = "fp32"
     recipe: str | Path | None = None
     target: str = "cpu"
+    trt: str | None = None
     context: int | None = None
     local_window: str = "hf"
     board: str | None = None
@@ -180,11 +182,12 @@ class Plan:
     def next_command(self) -> str:
         """The export to try: as planned, or in a precision that fits the board which was asked for."""
         precision, board = self.precision, self.options.board
+        trt = f" --trt {self.options.trt}" if self.options.trt else ""
         if board and precision not in (fitting := self.fitting(BOARDS[board])):
             if not fitting:
-                return f"pgx plan {_flags(self.options)} --precision {precision} --target {self.target}"
+                return f"pgx plan {_flags(self.options)} --precision {precision} --target {self.target}{trt}"
             precision = fitting[0]
-        return f"pgx export {_flags(self.options)} --precision {precision} --target {self.target} -o bundle"
+        return f"pgx export {_flags(self.options)} --precision {precision} --target {self.target}{trt} -o bundle"
 
 
 def plan(options: PlanOptions) -> Plan:
@@ -194,7 +197,7 @@ def plan(options: PlanOptions) -> Plan:
         UsageError: an option names what does not exist.
         CheckpointError: the checkpoint that was given is not sound.
     """
-    target = choose("target", options.target, TARGETS)
+    target = find_target(options.target, options.trt)
     recipe = named(options.precision, options.recipe, target)
     if options.board is not None and choose("board", options.board, BOARDS).gpu_only and target.name == "cpu":
         others = ", ".join(name for name in TARGETS if name != "cpu") or "none that this pgx has"
@@ -211,12 +214,13 @@ def plan(options: PlanOptions) -> Plan:
     run = sketch.memory(target, text)
     needs = {recipe.name: run.peak}
     for other in map(target.recipe, RECIPES):
-        # What the target has no kernels for is not a choice.
+        # What the target has no kernels for is not a choice, nor what this model's shapes are not for.
         if other is not recipe and _computes(other, target):
-            needs[other.name] = _sketch(source, spec, masks, other, target, context).memory(target, text).peak
+            with suppress(UsageError):
+                needs[other.name] = _sketch(source, spec, masks, other, target, context).memory(target, text).peak
     files, manifest = sketch.files()
     estimated = {"tokenizer.json": text} if tokenizer is None else {}
-    estimated |= {"README.md": 350, "manifest.json": manifest}
+    estimated |= {"README.md": 2500, "manifest.json": manifest}
     files |= {"recipe.toml": len(to_toml(recipe).encode())}
     exact = {} if tokenizer is None else {"tokenizer.json": tokenizer}
     return Plan(
@@ -296,7 +300,7 @@ class _Sketch:
 
     def memory(self, target: Target, tokenizer: int) -> RunMemory:
         decoder, v, t = self.graphs["decoder_step"], self.spec.vision, self.spec.text
-        axes = {"batch": 1, "capacity": self.context, "tokens": self.context, "total": self.context}
+        axes = {"batch": 1} | dict.fromkeys(("capacity", "tokens", "total", "past", "keys"), self.context)
         inputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.inputs}
         outputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.outputs}
         held = [_held(p, g.dtype) for g in self.graphs.values() for p in g.promises.values()]

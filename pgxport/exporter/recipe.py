@@ -5,7 +5,7 @@ Knows no operators and no engine; `targets.py` says what an engine can run, and 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -15,6 +15,7 @@ Method = Literal["nearest", "clip", "gptq"]
 Scaling = Literal["none", "awq", "smoothquant"]
 Activations = Literal["float", "dynamic", "static"]
 Observer = Literal["minmax", "percentile", "entropy", "mse"]
+Format = Literal["int", "e4m3"]
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,21 @@ class Scheme:
     Attributes:
         dtype: numpy's name of the type of a float (bfloat16: that of ml_dtypes). Not used where `bits` is given.
         bits: 8 or 4: whole numbers, and a scale for each group of them. None: floats.
+        format: What the 8 bits are: whole numbers, or "e4m3", FP8 with four bits of exponent, which TensorRT multiplies from Ada on.
         group: Input channels that share a scale, a power of two from 16 on; the last group of a row may be shorter. None: a row.
         symmetric: The grid is symmetric around zero; else each group has a zero point.
         method: How weights are rounded: "nearest"; "clip", nearest on the clipped range that loses least; "gptq", which
             needs second moments of the inputs.
         scaling: How input channels are rescaled before rounding: "awq", or "smoothquant" where activations are rounded too.
-        activations: What the products are made of: "float", or int8 with a scale measured at run time ("dynamic") or in
-            calibration ("static").
+        activations: What the products are made of: "float", or numbers like the weights' (int8, or FP8) with a scale measured at
+            run time ("dynamic") or in calibration ("static").
         observer: How calibration's numbers become the range of static activations.
         compensate: Add what rounding takes from the mean output to the bias of the layer, where it has one.
     """
 
     dtype: str = "float32"
     bits: int | None = None
+    format: Format = "int"
     group: int | None = None
     symmetric: bool = True
     method: Method = "nearest"
@@ -163,5 +166,19 @@ INT4_SMALL = Recipe(
         REST,
     ),
 )
-_NAMED = (FP32, FP16, BF16, INT8, INT4, W8A8, W8A8_STATIC, INT4_GPTQ, INT4_FAST, INT4_SMALL)
+# TensorRT multiplies by symmetric weights: of 8 bits with a scale for each row, of 4 in groups; and activations in int8 have the
+# scale of their calibration. The table's rows are looked up by the runner, so they are whole numbers in every one.
+ROWS, ROWS_8 = Scheme(bits=8), Rule(TABLE, Scheme(bits=8))
+FLOAT8 = Scheme(bits=8, format="e4m3", activations="static")
+FP8 = Recipe("fp8", (NORMS, ROWS_8, *(Rule(p, FLOAT8) for p in (DECODER, VISION, PROJECTOR)), REST))
+_STATIC_RULES = tuple(ROWS_8 if rule.pattern == TABLE else rule for rule in W8A8_STATIC.rules)
+_GROUPS = Scheme(bits=4, group=128)
+TENSORRT_RECIPES = (
+    Recipe("int8", (NORMS, *(Rule(p, ROWS) for p in (TABLE, DECODER, VISION, PROJECTOR)), REST)),
+    Recipe("w8a8", _STATIC_RULES),
+    Recipe("w8a8-static", _STATIC_RULES),
+    Recipe("int4", (NORMS, ROWS_8, Rule(DECODER, _GROUPS), REST)),
+    Recipe("int4-gptq", (NORMS, ROWS_8, Rule(DECODER, replace(_GROUPS, method="gptq")), REST)),
+)
+_NAMED = (FP32, FP16, BF16, INT8, INT4, W8A8, W8A8_STATIC, INT4_GPTQ, INT4_FAST, INT4_SMALL, FP8)
 RECIPES = {recipe.name: recipe for recipe in _NAMED}

@@ -61,6 +61,21 @@ CLASHES: tuple[tuple[str, Callable[[Scheme], bool], str], ...] = (
         'activations = "{s.activations}" multiplies int8 by int8, and bits is 4; write bits = 8, or activations = "float"',
     ),
     (
+        "format",
+        lambda s: s.format == "e4m3" and (s.bits != 8 or s.group is not None or not s.symmetric),
+        'format = "e4m3" is of 8 bits with a scale for each row; write bits = 8, and take group and symmetric out',
+    ),
+    (
+        "format",
+        lambda s: s.format == "e4m3" and (s.method != "nearest" or s.scaling != "none"),
+        'format = "e4m3" is rounded to the nearest, as its input is; take method and scaling out',
+    ),
+    (
+        "format",
+        lambda s: s.format == "e4m3" and s.activations != "static",
+        'format = "e4m3" multiplies inputs in FP8, with the scale of their calibration; write activations = "static" beside it',
+    ),
+    (
         "group",
         lambda s: s.group is not None and s.activations != "float",
         'group = {s.group} beside activations = "{s.activations}", which has one scale for each row; take group out',

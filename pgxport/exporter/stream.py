@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ from pgxport.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]  # what is being written, bytes so far, bytes in all
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+INT4, FLOAT8 = np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.float8_e4m3fn)
 
 BLOCK_BYTES = 4 << 20  # of float32; the export holds a few of them. Larger ones leave the processor's cache, at half the speed
 PAGE = 4096  # weights begin at a page, so that an engine can map them
@@ -20,7 +22,10 @@ PAGE = 4096  # weights begin at a page, so that an engine can map them
 
 @dataclass(frozen=True)
 class Promise:
-    """A tensor that is written block by block; the blocks joined are its bytes in row-major order."""
+    """A tensor that is written block by block; the blocks joined are its bytes in row-major order.
+
+    Of `INT4` the blocks are pairs in uint8, the first number of a pair in the lower half.
+    """
 
     name: str
     dtype: np.dtype
@@ -28,14 +33,22 @@ class Promise:
     blocks: Callable[[], Iterator[np.ndarray]]
 
     @property
+    def stored(self) -> tuple[np.dtype, tuple[int, ...]]:
+        """The type and shape of what is in the file."""
+        if self.dtype != INT4:
+            return self.dtype, self.shape
+        return np.dtype(np.uint8), (-(-prod(self.shape) // 2),)
+
+    @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        dtype, shape = self.stored
+        return prod(shape) * dtype.itemsize
 
     def bytes(self) -> Iterator[memoryview]:
         """The promised bytes, block by block, and no other number of them."""
         left = self.nbytes
         for block in self.blocks():
-            piece = np.ascontiguousarray(block, self.dtype)
+            piece = np.ascontiguousarray(block, self.stored[0])
             left -= piece.nbytes
             yield piece.reshape(-1).view(np.uint8).data
         assert left == 0, f"Bug: {self.name} was written {left} bytes short"

@@ -38,6 +38,12 @@ class Writer(Protocol):
     def lm_head(self, x: Value, name: str) -> Value:
         """x [B, T, H] times the token table `name` [V, H], which is stored once for lookup and output."""
 
+    def rms_norm(self, x: Value, transform: Transform, *, eps: float) -> Value:
+        """x over its root mean square along the last axis, times the scope's `weight`, transformed."""
+
+    def layer_norm(self, x: Value, *, eps: float) -> Value:
+        """x less its mean, over its standard deviation along the last axis, times the scope's `weight`, plus its `bias`."""
+
     def attention(self, q: Value, k: Value, v: Value, *, heads: int, scale: float) -> Value:
         """Everything sees everything: q, k, v [B, T, N*D] -> [B, T, N*D]"""
 
@@ -48,12 +54,12 @@ class Writer(Protocol):
 def rms_norm(g: Writer, x: Value, name: str, eps: float, gain: float = 1.0) -> Value:
     with g.scope(name):
         # Gemma stores the weight minus one.
-        return g.op("RMSNormalization", x, g.weight("weight", lambda w: (w + 1) * np.float32(gain)), axis=-1, epsilon=eps)
+        return g.rms_norm(x, lambda w: (w + 1) * np.float32(gain), eps=eps)
 
 
 def layer_norm(g: Writer, x: Value, name: str, eps: float) -> Value:
     with g.scope(name):
-        return g.op("LayerNormalization", x, g.weight("weight"), g.weight("bias"), axis=-1, epsilon=eps)
+        return g.layer_norm(x, eps=eps)
 
 
 def gelu(g: Writer, x: Value) -> Value:

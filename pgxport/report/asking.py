@@ -5,6 +5,7 @@ python -m pgxport.report.asking, then a line of JSON a request (worker.py)
 """
 
 import base64
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pgxport.bundle import MANIFEST, Bundle, Manifest, TokenIds, file_sha256
+from pgxport.bundle import Bundle, Manifest, TokenIds
 from pgxport.errors import InputError
 from pgxport.report.fidelity import kl_divergence
 from pgxport.report.samples import Drawn, Sample
+from pgxport.report.vram import find_vram
 from pgxport.report.worker import Askable, serve
 from pgxport.runners.loop import Decoder
 from pgxport.runners.outputs import Answer
@@ -58,7 +60,7 @@ class BundleSubject:
         verified = time.perf_counter()
         self._runner = Runner(bundle, engine=request["engine"], threads=request["threads"])
         self.opening = {"verify": verified - start, "load": time.perf_counter() - verified}
-        self.facts = bundle_facts(bundle)
+        self.facts, self._vram = bundle_facts(bundle), find_vram(request["engine"])
 
     def repeat(self, *, warm_up: bool) -> dict[str, float]:
         return dict(self._runner.answer(Image.new("RGB", (640, 480), "grey"), WARM_UP_PROMPT, max_new_tokens=4).timings)
@@ -68,7 +70,8 @@ class BundleSubject:
         try:
             if "follow" in request:
                 return self._follow(picture, request)
-            return answered(self._runner.answer(picture, request["prompt"], max_new_tokens=request["max_new_tokens"]))
+            found = answered(self._runner.answer(picture, request["prompt"], max_new_tokens=request["max_new_tokens"]))
+            return found | ({"vram": self._vram.held_by(os.getpid())} if self._vram else {})
         except InputError as error:  # this one cannot be asked; the next may
             return {"refused": str(error)}
 
@@ -121,7 +124,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     for counts in m.stored.values():
         stored.update(counts)
     return shown | {
-        "bytes": bundle.nbytes, "digest": file_sha256(bundle.path / MANIFEST), "parity": parity,
+        "bytes": bundle.nbytes, "digest": bundle.digest(), "parity": parity,
         "stored": dict(stored), "matrices": max(stored, key=lambda dtype: stored[dtype], default=None),
     }  # fmt: skip
 

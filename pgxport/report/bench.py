@@ -7,14 +7,16 @@ import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from pgxport.report.compare import Ratio, paired_ratio, summary, verdict
 from pgxport.report.measure import Answers, Work, worker
-from pgxport.report.worker import Measurement, Memory, Progress, interleave
+from pgxport.report.throughput import Batches, batch_worker
+from pgxport.report.vram import find_vram
+from pgxport.report.worker import Measurement, Memory, Progress, Worker, interleave
 
 STAGES = {
     "verify": "verify (sha256)",
@@ -38,7 +40,7 @@ class Bench:
     """What one call of `bench` measured, and on what."""
 
     measurements: list[Measurement]
-    work: Work
+    work: Work | Batches
     repetitions: int
     engine: str
     threads: int | None
@@ -51,7 +53,7 @@ class Bench:
             (stage, a, b, paired_ratio(a.seconds[stage], b.seconds[stage]))
             for a, b in combinations(whole, 2)
             for stage in a.seconds
-            if (stage in RANKED or stage.startswith(("step@", "prefill@"))) and stage in b.seconds
+            if (stage.partition("/")[0] in RANKED or stage.startswith(("step@", "prefill@"))) and stage in b.seconds
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -74,7 +76,7 @@ class Bench:
 
 def bench(
     bundles: Sequence[str | Path],
-    work: Work | None = None,
+    work: Work | Batches | None = None,
     *,
     repetitions: int = 5,
     engine: str = "cpu",
@@ -85,10 +87,34 @@ def bench(
     work, conditions = work or Answers(), machine()
     with ExitStack() as stack:
         workers = [
-            stack.enter_context(worker(label, str(bundle), work, engine=engine, threads=threads))
+            stack.enter_context(_worker(label, str(bundle), work, engine, threads))
             for label, bundle in zip(labels(map(str, bundles)), bundles, strict=True)
         ]
-        return Bench(interleave(workers, repetitions, progress), work, repetitions, engine, threads, conditions)
+        measured = interleave(workers, repetitions, progress)
+        return Bench(_with_memory(workers, measured, work, engine), work, repetitions, engine, threads, conditions)
+
+
+def _worker(label: str, bundle: str, work: Work | Batches, engine: str, threads: int | None) -> Worker:
+    if isinstance(work, Batches):
+        return batch_worker(label, bundle, work, engine=engine, threads=threads)
+    return worker(label, bundle, work, engine=engine, threads=threads)
+
+
+def _with_memory(
+    workers: Sequence[Worker], measured: Sequence[Measurement], work: Work | Batches, engine: str
+) -> list[Measurement]:
+    """What the GPU holds for each process, and what each batch size took, as facts: they are looked at after the work."""
+    vram, found = find_vram(engine), []
+    for process, m in zip(workers, measured, strict=True):
+        more: dict[str, Any] = {}
+        if m.reason is None:
+            more["peak_vram"] = vram.held_by(process._process.pid) if vram else None
+        if isinstance(work, Batches) and m.reason is None:
+            more |= process.ask({}) or {}
+        found.append(replace(m, facts=m.facts | more))
+    if vram:
+        vram.close()
+    return found
 
 
 def labels(paths: Iterable[str]) -> list[str]:
@@ -112,6 +138,11 @@ def measurement_json(m: Measurement) -> dict[str, Any]:
     found |= {"stages": stages}
     if "step" in m.seconds:
         found["tokens_per_second"] = asdict(summary([1 / s for s in m.seconds["step"]]))
+    for size in _sizes([m]):
+        rates = {"images_per_second": f"answer/{size}", "tokens_per_second": f"step/{size}"}
+        found.setdefault("batches", {})[str(size)] = {
+            rate: asdict(summary([size / s for s in m.seconds[stage]])) for rate, stage in rates.items()
+        } | {f"peak_{kind}": held for kind, held in m.facts["peaks"][str(size)].items()}
     return found | {"memory": {"loaded": _memory_json(m.loaded), "peak": _memory_json(m.peak)}}
 
 
@@ -172,21 +203,54 @@ def _table(measurements: list[Measurement], names: dict[str, str]) -> list[str]:
         if stage == "step":
             rate = [[1 / s for s in m.seconds["step"]] for m in measurements]
             rows.append(["tokens a second", *(f"{summary(r).median:.1f} ({min(r):.1f}–{max(r):.1f})" for r in rate)])
+    rows += [row for size in _sizes(measurements) for row in _batch_rows(size, measurements)]
     for title, memory in (("loaded", [m.loaded for m in measurements]), ("peak", [m.peak for m in measurements])):
         for kind in ("private", "mapped", "resident"):
             rows.append([f"{title}: {kind}", *(_bytes(getattr(held, kind)) if held else "not told" for held in memory)])
+    if any(m.facts.get("target") != "cpu" for m in measurements):
+        rows.append(["peak: GPU memory", *(_held(m.facts.get("peak_vram")) for m in measurements)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def _batch_rows(size: int, measurements: list[Measurement]) -> list[list[str]]:
+    """What a batch size gives a second, and takes."""
+    rows = []
+    for title, stage in ((f"images a second, {size} at a time", "answer"), (f"tokens a second, {size} at a time", "step")):
+        rates = [[size / s for s in m.seconds[f"{stage}/{size}"]] for m in measurements]
+        rows.append([title, *(f"{summary(r).median:.4g} ({min(r):.4g}–{max(r):.4g})" for r in rates)])
+    for title, kind in ((f"peak: resident, {size} at a time", "resident"), (f"peak: GPU memory, {size} at a time", "vram")):
+        held = [m.facts.get("peaks", {}).get(str(size), {}).get(kind) for m in measurements]
+        if kind == "resident" or any(m.facts["target"] != "cpu" for m in measurements):
+            rows.append([title, *map(_held, held)])
+    return rows
+
+
+def _sizes(measurements: Sequence[Measurement]) -> list[int]:
+    """The batch sizes that were measured to the end."""
+    return sorted({int(size) for m in measurements for size in m.facts.get("peaks", ())})
+
+
+def _held(count: int | None) -> str:
+    return "not measured" if count is None else _bytes(count)
+
+
 def _title(stage: str) -> str:
+    kind, together, size = stage.partition("/")
+    if together:
+        return f"{STAGES[kind]}, {size} at a time"
     kind, at, place = stage.partition("@")
     if not at:
         return STAGES[stage]
     return f"prefill of {place}" if kind == "prefill" else f"{STAGES[kind]} after {place}"
 
 
-def _work(work: Work) -> str:
+def _work(work: Work | Batches) -> str:
+    if isinstance(work, Batches):
+        return (
+            f"batches of {', '.join(map(str, work.sizes))} of one image, {work.prompt_tokens} prompt tokens, {work.new_tokens} decode "
+            f"steps, eos ignored"
+        )
     if isinstance(work, Answers):
         return f"images: {len(work.images) or 1}, {work.prompt_tokens} prompt tokens, {work.new_tokens} decode steps, eos ignored"
     return f"the decoder alone on random numbers, {work.steps} steps at each past"

@@ -1,11 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine's clocks did meanwhile: frequencies, temperature, and how often it was throttled. None where it is not told."""
+"""What a machine's clocks did meanwhile: frequencies, temperature, and how often it was throttled. None where it is not told.
 
+A Jetson's are those of the Jetson Linux Developer Guide, "Platform Power and Performance": devfreq for the GPU, the counters of
+soctherm_oc for too much current, cooling devices named alerts for too much heat, and what nvpmodel wrote down.
+"""
+
+import re
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 SYS = Path("/sys")
+# 17000000.gpu on JetPack 6, 17000000.ga10b and .gv11b before; gpu-gpc-0 on Thor.
+GPU_NODES = re.compile(r"(.+\.(gpu|ga10b|gv11b|gp10b)|gpu-gpc-\d+)")
+# Readable by root alone on most systems.
+EMC = ("kernel/debug/bpmp/debug/clk/emc/rate", "kernel/debug/clk/emc/clk_rate")
 
 
 @dataclass(frozen=True)
@@ -17,34 +27,82 @@ class Clocks:
     max_mhz: float | None
     celsius: float | None  # of the hottest zone
     throttled: int | None  # times, since the machine started
+    gpu_mhz: float | None = None  # of a Jetson's GPU, now
+    gpu_max_mhz: float | None = None  # in this power mode
+    emc_mhz: float | None = None  # of a Jetson's memory, now
+    held: bool | None = None  # jetson_clocks: the least is the most, for all cores and the GPU
+    hot: tuple[str, ...] = ()  # the alerts that are on
 
 
 def look(sys: Path = SYS) -> Clocks:
     """Read them now.
 
-    >>> look(Path("/nonexistent"))
-    Clocks(governor=None, mhz=None, max_mhz=None, celsius=None, throttled=None)
+    >>> look(Path("/nonexistent")).mhz is None
+    True
     """
     cores = sorted((sys / "devices" / "system" / "cpu").glob("cpu[0-9]*"))
     now = _numbers([core / "cpufreq" / "scaling_cur_freq" for core in cores])
     most = _numbers([core / "cpufreq" / "cpuinfo_max_freq" for core in cores])
     heat = _numbers(sorted((sys / "class" / "thermal").glob("thermal_zone*/temp")))
     throttled = _numbers([core / "thermal_throttle" / "core_throttle_count" for core in cores])
-    governor = None
-    with suppress(OSError, IndexError):
-        governor = (cores[0] / "cpufreq" / "scaling_governor").read_text().strip()
+    throttled += _numbers(sorted((sys / "class" / "hwmon").glob("hwmon*/oc[0-9]_event_cnt")))
+    gpus = [node for node in sorted((sys / "class" / "devfreq").glob("*")) if GPU_NODES.fullmatch(node.name)]
+    gpu, gpu_most = (_numbers([node / f"{which}_freq" for node in gpus]) for which in ("cur", "max"))
+    emc = _numbers([sys / file for file in EMC])
+    governors = _texts([core / "cpufreq" / "scaling_governor" for core in cores[:1]])
     return Clocks(
-        governor,
+        governors[0] if governors else None,
         sum(now) / len(now) / 1e3 if now else None,
         max(most) / 1e3 if most else None,
         max(heat) / 1e3 if heat else None,
         sum(throttled) if throttled else None,
+        max(gpu) / 1e6 if gpu else None,
+        max(gpu_most) / 1e6 if gpu_most else None,
+        emc[0] / 1e6 if emc else None,
+        _held(cores, gpus) if gpus else None,
+        _alerts(sys),
     )
+
+
+def power_mode(root: Path = Path("/")) -> str | None:
+    """What nvpmodel was last set to, as "15W (0)"; None where there is no nvpmodel, or it was never set."""
+    status = _texts([root / "var" / "lib" / "nvpmodel" / "status"])  # pmode:0002
+    found = re.search(r"pmode:(\d+)", status[0]) if status else None
+    if not found:
+        return None
+    number = int(found[1])
+    # < POWER_MODEL ID=2 NAME=MAXN_SUPER >
+    modes = _texts([root / "etc" / "nvpmodel.conf"])
+    named = re.search(rf"^<\s*POWER_MODEL\s+ID={number}\s+NAME=(\S+)", modes[0], re.MULTILINE) if modes else None
+    return f"{named[1]} ({number})" if named else f"mode {number}"
+
+
+def _held(cores: Iterable[Path], gpus: Iterable[Path]) -> bool | None:
+    pairs = [(core / "cpufreq" / "scaling_min_freq", core / "cpufreq" / "scaling_max_freq") for core in cores]
+    pairs += [(gpu / "min_freq", gpu / "max_freq") for gpu in gpus]
+    read = [_numbers(list(pair)) for pair in pairs]
+    told = [pair for pair in read if len(pair) == 2]
+    return all(least == most for least, most in told) if told else None
+
+
+def _alerts(sys: Path) -> tuple[str, ...]:
+    """cpu-throttle-alert, gpu-throttle-alert and their like, whose state is not 0."""
+    devices = sorted((sys / "class" / "thermal").glob("cooling_device*"))
+    named = [(device, (_texts([device / "type"]) or [""])[0]) for device in devices]
+    return tuple(name for device, name in named if name.endswith("-alert") and any(_numbers([device / "cur_state"])))
 
 
 def _numbers(files: list[Path]) -> list[int]:
     found = []
+    for text in _texts(files):
+        with suppress(ValueError):
+            found.append(int(text))
+    return found
+
+
+def _texts(files: list[Path]) -> list[str]:
+    found = []
     for file in files:
-        with suppress(OSError, ValueError):
-            found.append(int(file.read_text()))
+        with suppress(OSError, UnicodeDecodeError):
+            found.append(file.read_text().strip())
     return found

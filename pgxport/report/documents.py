@@ -20,8 +20,8 @@ from pgxport.report.records import (
     files_below,
     is_arrow,
     read_json,
-    read_text,
 )
+from pgxport.textfiles import read_text
 
 
 def tables(data: Path, split: str | None) -> list[Rows]:
@@ -83,7 +83,7 @@ def _sidecars(folder: Path) -> Rows | None:
 
 def _beside(file: Path) -> dict[str, Any]:
     if file.suffix == ".txt":
-        prompt, _, answer = read_text(file).partition("\n")
+        prompt, _, answer = read_text(file, MAX_JSON).partition("\n")
         return {"prompt": prompt, "answer": answer.strip()}
     value = read_json(file)
     if not isinstance(value, dict):

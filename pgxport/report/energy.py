@@ -7,8 +7,9 @@ All are of the whole device or board, other programs included. Readers take the 
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,21 +48,32 @@ class Rapl:
 
 
 class Ina3221:
-    """A Jetson's rails: mV × mA of the one for the whole board where it is named, else of all, added up over time."""
+    """A Jetson's rails, added up over time: the one of the whole board, else those that make up the module, else all there are.
 
-    WHOLE = ("VDD_IN", "POM_5V_IN", "5V_IN", "VIN_SYS_5V0")
+    The rails are NVIDIA's (Jetson Linux Developer Guide, "Power Monitor"). On AGX Orin and Thor, VIN_SYS_5V0 is one of three that
+    do not overlap, not their sum; Thor's VIN is an INA238 of its own.
+    """
 
-    def __init__(self, rails: dict[str, tuple[Path, Path]], clock: Callable[[], float] = time.monotonic):
-        whole = [name for name in self.WHOLE if name in rails]
-        self._rails = [rails[name] for name in (whole[:1] or list(rails))]
-        self.source = f"INA3221, {whole[0] if whole else ' + '.join(rails)}"
+    WHOLE = (
+        ("VIN",),
+        ("VDD_IN",),
+        ("POM_5V_IN",),
+        ("5V_IN",),
+        ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"),
+        ("VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0"),
+    )
+
+    def __init__(self, rails: Mapping[str, Sequence[Path]], clock: Callable[[], float] = time.monotonic):
+        names = next((whole for whole in self.WHOLE if set(whole) <= set(rails)), tuple(rails))
+        self._rails = [rails[name] for name in names]
+        self.source = f"INA3221, {' + '.join(names)}"
         self._clock, self._total, self._stop, self._lock = clock, 0.0, threading.Event(), threading.Lock()
         self._at, self._watts = clock(), self.watts()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def watts(self) -> float:
-        return sum(_number(volts) * _number(amperes) for volts, amperes in self._rails) / 1e6
+        return sum(prod(map(_number, files)) for files in self._rails) / 1e6
 
     def joules(self) -> float:
         with self._lock:
@@ -131,22 +143,26 @@ def rapl_zones(sys: Path = SYS) -> list[Path]:
     return [z for z in packages if _readable(z / "energy_uj") and _readable(z / "max_energy_range_uj")]
 
 
-def ina3221_rails(sys: Path = SYS) -> dict[str, tuple[Path, Path]]:
-    """Rail -> its files of mV and mA, as hwmon (JetPack 5 and later) or iio (JetPack 4) names them."""
-    rails = {}
+def ina3221_rails(sys: Path = SYS) -> dict[str, tuple[Path, ...]]:
+    """Rail -> the files whose product is µW: mV and mA as hwmon (JetPack 5 and later) or iio (JetPack 4) has them, or µW itself."""
+    rails: dict[str, tuple[Path, ...]] = {}
     for folder in sorted((sys / "bus" / "i2c" / "drivers" / "ina3221").glob("*/hwmon/hwmon*")):
         for label in sorted(folder.glob("in[0-9]*_label")):
             number = label.name[2:].partition("_")[0]
-            volts, amperes = folder / f"in{number}_input", folder / f"curr{number}_input"
-            if _readable(volts) and _readable(amperes):
-                rails[_text(label)] = (volts, amperes)
+            rails |= _rail(_text(label), folder / f"in{number}_input", folder / f"curr{number}_input")
     for folder in sorted((sys / "bus" / "i2c" / "drivers" / "ina3221x").glob("*/iio:device*")):
         for label in sorted(folder.glob("rail_name_*")):
             number = label.name.rpartition("_")[2]
-            volts, amperes = folder / f"in_voltage{number}_input", folder / f"in_current{number}_input"
-            if _readable(volts) and _readable(amperes):
-                rails[_text(label)] = (volts, amperes)
+            rails |= _rail(_text(label), folder / f"in_voltage{number}_input", folder / f"in_current{number}_input")
+    for name in sorted((sys / "class" / "hwmon").glob("hwmon*/name")):
+        if _text(name) == "ina238" and rails:  # beside an INA3221 it is Thor's
+            rails |= _rail("VIN", name.with_name("power1_input"))
     return rails
+
+
+def _rail(name: str, *files: Path) -> dict[str, tuple[Path, ...]]:
+    """Nothing where a file cannot be read, or nothing is connected."""
+    return {name: files} if name != "NC" and all(map(_readable, files)) else {}
 
 
 def _readable(file: Path) -> bool:

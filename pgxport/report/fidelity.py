@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pgxport.errors import NumericError
+from pgxport.divergence import divergence
 from pgxport.report.samples import LOCATING, Sample
 from pgxport.runners.outputs import Answer
 
@@ -63,14 +63,8 @@ def kl_divergence(logits: np.ndarray, reference: np.ndarray, rows: np.ndarray | 
     >>> kl_divergence(np.log([[0.5, 0.5]]), np.log([[0.5, 0.5]])).round(6)
     array([0.])
     """
-    _same_shape(logits, reference)
-    out = np.empty(len(logits))
-    for t in range(len(logits)):  # a row of 257 k float64 at a time, not [T, V] several times over
-        q, p = (_log_softmax(x[t] if rows is None else x[t][rows], t) for x in (logits, reference))
-        possible = p > -np.inf
-        # Rounding leaves about -1e-17 where the two are the same, and a divergence is never negative.
-        out[t] = max(0.0, float(np.sum(np.exp(p[possible]) * (p[possible] - q[possible]))))
-    return out
+    chosen = slice(None) if rows is None else rows
+    return divergence(reference[:, chosen], logits[:, chosen])
 
 
 def is_malformed(sample: Sample, answer: Answer) -> bool:
@@ -88,16 +82,6 @@ def faults(samples: Sequence[Sample], answers: Sequence[Answer]) -> Faults:
         truncated=sum(answer.truncated for _, answer in pairs),
         answers=len(pairs),
     )
-
-
-def _log_softmax(row: np.ndarray, position: int) -> np.ndarray:
-    x = row.astype(np.float64)
-    if np.isnan(x).any() or (x == np.inf).any() or not (x > -np.inf).any():
-        raise NumericError(
-            f"position {position}: the logits hold NaN or inf, or no token is possible; run pgx verify on the bundle"
-        )
-    x -= x.max()
-    return x - np.log(np.exp(x).sum())
 
 
 def _same_shape(logits: np.ndarray, reference: np.ndarray) -> None:

@@ -24,13 +24,14 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 def rendered(report: Report, pictures: Mapping[str, bytes]) -> dict[str, bytes]:
     """Name -> content of every file."""
+    drawn = chart.svg(report)
     return {
         "report.json": report.model_dump_json(indent=1).encode() + b"\n",
         "results.csv": results_csv(report).encode(),
         "report.md": markdown.page(report).encode(),
         "report.html": page.page(report, pictures).encode(),
-        "chart.svg": chart.svg(report).encode(),
-        "chart.png": chart.png(report),
+        "chart.svg": drawn.encode(),
+        "chart.png": chart.png(drawn),
         **{f"{PICTURES}/{name}": content for name, content in pictures.items()},
     }
 
@@ -119,7 +120,14 @@ def results_csv(report: Report) -> str:
     head += [f"{name}{part}" for name in ("quality", "kept") for part in ("", "_low", "_high")]
     head += [f"{task} {metric}{part}" for task, metric in scores for part in ("", "_low", "_high", "_change", "_verdict")]
     head += [f"{stage}_{p}_seconds" for stage in stages for p in ("p50", "p90", "p99")]
-    head += ["tokens_per_second", "peak_private_bytes", "peak_mapped_bytes", "peak_resident_bytes", "joules_per_answer"]
+    head += [
+        "tokens_per_second",
+        "peak_private_bytes",
+        "peak_mapped_bytes",
+        "peak_resident_bytes",
+        "peak_vram_bytes",
+        "joules_per_answer",
+    ]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([_cell(name) for name in head])
@@ -146,6 +154,7 @@ def _values(row: Row, scores: list[tuple[str, str]], stages: list[str]) -> list[
         values += [spread.p50, spread.p90, spread.p99] if spread else [None] * 3
     values.append(row.tokens_per_second.p50 if row.tokens_per_second else None)
     values += [row.peak.private, row.peak.mapped, row.peak.resident] if row.peak else [None] * 3
+    values.append(row.peak_vram)
     values.append(sum(e.joules.p50 for e in row.energy) if row.energy else None)
     return values
 

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """report.md: the verdict and the tables, for reading where there is no browser. Nothing of the data is Markdown or HTML here."""
 
-import re
 from collections.abc import Sequence
 
+from pgxport.escaping import markdown as text
 from pgxport.report import tables
 from pgxport.report.schema import Device, Disagreement, Report
-from pgxport.runners.outputs import terminal_safe
 
-# What Markdown knows anywhere, what it knows at the beginning of a block, and what makes an address of a text.
-SPECIAL = re.compile(r"([\\`*_\[\]|~$@]|^[#+=-]|(?<=^[0-9])[.)]|:(?=//)|(?<=www)\.)")
 SHOWN = 12
 
 
@@ -21,17 +18,6 @@ def page(report: Report) -> str:
     for device in report.devices:
         lines += _device(device)
     return "\n".join(lines)
-
-
-def text(value: str) -> str:
-    """A text of any origin on one line, each character that Markdown or HTML knows made harmless.
-
-    >>> text("<b>|*x*")
-    '&lt;b&gt;\\\\|\\\\*x\\\\*'
-    """
-    plain = " ".join(terminal_safe(value).split())
-    escaped = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return SPECIAL.sub(r"\\\1", escaped)
 
 
 def _device(device: Device) -> list[str]:

@@ -20,7 +20,7 @@ from pgxport.report.worker import Subject, Worker, serve
 from pgxport.runners.loop import Decoder, generate
 from pgxport.runners.outputs import parse
 from pgxport.runners.runner import Runner
-from pgxport.runners.session import Arrays, Session, open_session
+from pgxport.runners.session import Arrays, Session, graph_files, open_session
 
 WARM_UP_STEPS = 2
 NEVER = -1  # an eos that no argmax can be
@@ -136,7 +136,7 @@ class _DecoderAlone:
                 f"token); choose a shorter past, or export with a larger --context"
             )
         start = time.perf_counter()
-        self._session = _Timed(open_session(engine, bundle.graph("decoder_step"), threads=threads))
+        self._session = _Timed(open_session(engine, graph_files(engine, bundle)["decoder_step"], threads=threads))
         self.opening = opening | {"load": time.perf_counter() - start}
         self._pasts, self._work = pasts, work
         self._decoder = Decoder(self._session, manifest, longest)
@@ -161,7 +161,7 @@ class _DecoderAlone:
     def _feed(self, tokens: int) -> float:
         embeds = self._random.standard_normal((1, tokens, self._width), np.float32)
         start = time.perf_counter()
-        int(self._decoder.feed(embeds).argmax())
+        self._decoder.next_token(embeds)
         return time.perf_counter() - start
 
 
@@ -171,7 +171,7 @@ class _Timed:
     def __init__(self, session: Session):
         self._session, self.seconds = session, 0.0
 
-    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None) -> Arrays:
+    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None) -> Mapping[str, np.ndarray]:
         start = time.perf_counter()
         try:
             return self._session.run(feeds, cache)
@@ -187,7 +187,7 @@ def _facts(bundle: Bundle, decoder: Decoder) -> dict[str, Any]:
     shown = m.model_dump(include={"name", "recipe", "target", "resolution", "image_tokens", "context_length"})
     return shown | {
         "bytes": bundle.nbytes, "manifest_sha256": file_sha256(bundle.path / MANIFEST), "layers": m.cache.layers,
-        "cache_bytes": sum(array.nbytes for array in decoder.cache.arrays.values()),
+        "cache_bytes": decoder.cache.nbytes,
     }  # fmt: skip
 
 

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 
 from pgxport.errors import DiskError, InputError, UsageError
 from pgxport.report.extras import require
+from pgxport.textfiles import read_object, read_text
 
 MAX_JSON = 1 << 30  # bytes of one file; instances_train2014.json has 450 MB
+LINE = "every line is one object"
 MAX_FILES = 2_000_000  # below a data folder
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # COCO's name of a picture, of 2014 and of 2017.
@@ -237,7 +239,7 @@ def read_json(file: Path) -> Any:
             f"{file}: is a pickle, which pgx never opens: reading one runs its author's code; take the JSON or parquet "
             f"edition of the data set (RefCOCO: refs as a JSON list beside instances.json, MDETR's JSON, or the hub's parquet)"
         )
-    text = read_text(file)
+    text = read_text(file, MAX_JSON)
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -246,25 +248,8 @@ def read_json(file: Path) -> Any:
         lines = text.split("\n")
         if not _is_object(next((line for line in lines if line.strip()), "")):
             raise InputError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
-        return [Record(f"{file}:{n}", _object(line, f"{file}:{n}")) for n, line in enumerate(lines, 1) if line.strip()]
+        return [Record(f"{file}:{n}", read_object(line, f"{file}:{n}", LINE)) for n, line in enumerate(lines, 1) if line.strip()]
     return value
-
-
-def read_text(file: Path) -> str:
-    """A text file in UTF-8, of at most MAX_JSON bytes.
-
-    Raises:
-        InputError: it is larger, or not UTF-8.
-        DiskError: it cannot be read.
-    """
-    try:
-        if (size := file.stat().st_size) > MAX_JSON:
-            raise InputError(f"{file}: {size / 1e6:.0f} MB, more than the {MAX_JSON / 1e6:.0f} MB of text pgx reads; cut it")
-        return file.read_text("utf-8-sig")
-    except OSError as error:
-        raise DiskError(f"{file}: cannot be read: {error.strerror or error}; check the permissions and the disk") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: is not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
 def _is_object(line: str) -> bool:
@@ -272,16 +257,6 @@ def _is_object(line: str) -> bool:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error}): {line[:80]!r}; every line is one object") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: a JSON {type(value).__name__}, {line[:80]!r}; every line is one object")
-    return value
 
 
 def _head(file: Path) -> bytes:

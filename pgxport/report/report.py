@@ -3,7 +3,6 @@
 
 import datetime
 import hashlib
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,16 +14,18 @@ from pgxport.bundle import Bundle
 from pgxport.errors import PgxError, UsageError
 from pgxport.report import chart, files, pictures, results, schema, verdict
 from pgxport.report.asking import bundle_facts
-from pgxport.report.bench import labels, machine
-from pgxport.report.clocks import look
+from pgxport.report.bench import bench, labels, machine, measurement_json
+from pgxport.report.cluster_pass import Chapter, cluster_pass
 from pgxport.report.datasets import DataOptions, DataSet, load
-from pgxport.report.energy import find_meters
+from pgxport.report.environment import board, environment
 from pgxport.report.reference import checkpoint_facts, require_reference
-from pgxport.report.shared_pass import Run, Subject, Work, shared_pass
+from pgxport.report.shared_pass import Subject, Work, shared_pass
 from pgxport.report.store import Conditions, Folder, answer_of, keys
-from pgxport.report.worker import Progress
+from pgxport.report.throughput import Batches
+from pgxport.report.worker import Measurement, Progress
 
 GATE = 0.99
+REPETITIONS = 3  # of each batch size
 EXACT = ("float32", "float16", "bfloat16")  # as the first choice of a reference, in this order
 
 
@@ -37,6 +38,8 @@ class ReportOptions:
         gate: The share of the reference's quality that a bundle has to keep.
         follow: Samples along whose reference answers the next tokens are compared.
         pictures: Disagreements to show.
+        batch: Answers at a time, to measure throughput at as well.
+        cluster: The address of a Ray cluster, over which the samples are spread (docs/cluster.md).
         first_is_reference: Whatever it is; else the checkpoint, the most exact bundle of floats, the first.
     """
 
@@ -51,6 +54,8 @@ class ReportOptions:
     engine: str = "cpu"
     threads: int | None = None
     first_is_reference: bool = False
+    batch: tuple[int, ...] = ()
+    cluster: str | None = None
 
 
 def report(options: ReportOptions, *, progress: Progress | None = None) -> schema.Report:
@@ -61,6 +66,8 @@ def report(options: ReportOptions, *, progress: Progress | None = None) -> schem
         InputError: the data is not sound.
     """
     chart.require_charts()  # said before hours of measuring rather than after
+    if options.batch and options.cluster is not None:
+        raise UsageError("--batch measures this machine, and --cluster others; run pgx bench --batch on each")
     if options.reference:
         require_reference()
     data = load(options.data)
@@ -72,13 +79,15 @@ def report(options: ReportOptions, *, progress: Progress | None = None) -> schem
         reference = 0 if options.first_is_reference else _reference(subjects)
         unique = dict(zip(sample_keys, data.samples, strict=True))
         work = Work(unique, frozenset(_evenly(list(unique), options.follow)), reference, options.max_new_tokens)
-        runs = shared_pass(subjects, work, folder, engine=options.engine, progress=progress)
+        chapters = _measured(options, subjects, work, folder, here, progress)
     finally:
         folder.close()
     if progress:
         progress("working out intervals")
-    device, album = _device(options, data, sample_keys, runs, reference, here)
-    made = schema.Report(pgxport=__version__, created=_now(), devices=(device,))
+    devices, album = _devices(options, data, sample_keys, chapters, reference)
+    if options.batch:
+        devices = (_batched(devices[0], options, progress), *devices[1:])
+    made = schema.Report(pgxport=__version__, created=_now(), devices=devices)
     files.write(made, album.files, options.output)
     return made
 
@@ -143,9 +152,61 @@ def _mask_decoder(path: Path) -> Path | None:
     return bundle.graph("mask_decoder") if "mask_decoder" in bundle.manifest.graphs else None
 
 
+def _measured(
+    options: ReportOptions,
+    subjects: Sequence[Subject],
+    work: Work,
+    folder: Folder,
+    here: dict[str, Any],
+    progress: Progress | None,
+) -> list[Chapter]:
+    """A chapter for this machine, or one for each node of the cluster."""
+    if options.cluster is not None:
+        return cluster_pass(
+            subjects, work, folder, options.cluster, engine=options.engine, threads=options.threads, progress=progress
+        )
+    runs = shared_pass(subjects, work, folder, engine=options.engine, progress=progress)
+    return [Chapter(board() or here["processor"], environment(options.engine, options.threads, here), runs)]
+
+
+def _devices(
+    options: ReportOptions, data: DataSet, sample_keys: list[str], chapters: list[Chapter], reference: int
+) -> tuple[tuple[schema.Device, ...], pictures.Album]:
+    """The first with all that answers say; those after it, of the same answers, with other times."""
+    first, album = _device(options, data, sample_keys, chapters[0], reference)
+    found = [first]
+    for chapter in chapters[1:]:
+        rows = results.retimed(first.rows, chapter.runs, sample_keys)
+        pairs = results.retimed_pairs(first.pairs, chapter.runs, sample_keys)
+        own = {"name": chapter.name, "environment": chapter.environment, "rows": rows, "pairs": pairs, "disagreements": ()}
+        device = first.model_copy(update=own)
+        found.append(device.model_copy(update={"verdict": verdict.findings(device)}))
+    return tuple(found), album
+
+
+def _batched(device: schema.Device, options: ReportOptions, progress: Progress | None) -> schema.Device:
+    """With the throughput of each bundle that was measured to its end; measured anew each time, for it takes seconds."""
+    named = dict(zip(_labels(options.bundles), options.bundles, strict=True))
+    paths = {row.label: named[row.label] for row in device.rows if row.status == "ok" and row.label in named}
+    work, engine, threads = Batches(options.batch), options.engine, options.threads
+    done = bench(list(paths.values()), work, repetitions=REPETITIONS, engine=engine, threads=threads, progress=progress)
+    found = dict(zip(paths, done.measurements, strict=True))
+    return device.model_copy(update={"rows": tuple(_with_batches(row, found.get(row.label)) for row in device.rows)})
+
+
+def _with_batches(row: schema.Row, m: Measurement | None) -> schema.Row:
+    if m is None:
+        return row
+    if m.reason:
+        return row.model_copy(update={"notes": (*row.notes, f"no throughput: {m.reason}")})
+    batches = measurement_json(m)["batches"]
+    return row.model_copy(update={"batches": tuple(schema.Batch(size=int(size), **b) for size, b in batches.items())})
+
+
 def _device(
-    options: ReportOptions, data: DataSet, sample_keys: list[str], runs: list[Run], reference: int, here: dict[str, Any]
+    options: ReportOptions, data: DataSet, sample_keys: list[str], chapter: Chapter, reference: int
 ) -> tuple[schema.Device, pictures.Album]:
+    runs = chapter.runs
     rows = results.rows(data.samples, sample_keys, runs, reference)
     whole = {run.label: run for run, row in zip(runs, rows, strict=True) if row.status == "ok"}
     album, shown = pictures.Album(), tuple[schema.Disagreement, ...]()
@@ -154,29 +215,11 @@ def _device(
         answers = {label: [answer_of(run.asked[key]) for key in sample_keys] for label, run in whole.items()}
         shown = pictures.disagreements(data.samples, answers, name, options.pictures, album)
     device = schema.Device(
-        name=_board() or here["processor"], command=_command(options), environment=_environment(options, here), data=_data(data),
+        name=chapter.name, command=_command(options), environment=chapter.environment, data=_data(data),
         reference=name, gate=options.gate, rows=rows, pairs=results.pairs(data.samples, sample_keys, runs), verdict=(),
         disagreements=shown,
     )  # fmt: skip
     return device.model_copy(update={"verdict": verdict.findings(device)}), album
-
-
-def _board() -> str | None:
-    """What a board calls itself: a processor's name says little of a Jetson."""
-    model = Path("/proc/device-tree/model")
-    return model.read_text(errors="replace").strip("\0 \n") or None if model.exists() else None
-
-
-def _environment(options: ReportOptions, here: dict[str, Any]) -> schema.Environment:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else None
-    clocks, meters = look(), find_meters(engine=options.engine)
-    for meter in meters:
-        meter.close()
-    return schema.Environment(
-        processor=here["processor"], cores=here["cores"], memory_bytes=memory, system=here["system"], engine=options.engine,
-        threads=options.threads, load_average=here["load_average"], governor=clocks.governor, max_mhz=clocks.max_mhz,
-        energy=tuple(meter.source for meter in meters), versions=here["versions"],
-    )  # fmt: skip
 
 
 def _data(data: DataSet) -> schema.Data:
@@ -197,7 +240,7 @@ def _command(options: ReportOptions) -> str:
         "--data": d.data, "--format": d.format, "--images": d.images, "--split": d.split, "--prompt": d.prompt, "--limit": d.limit,
         "--reference": options.reference, "--gate": options.gate if options.gate != GATE else None,
         "--max-new-tokens": options.max_new_tokens, "--engine": options.engine if options.engine != "cpu" else None,
-        "--threads": options.threads,
+        "--threads": options.threads, "--batch": ",".join(map(str, options.batch)) or None, "--cluster": options.cluster,
     }  # fmt: skip
     given = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
     words = shlex.join(["pgx", "report", *options.bundles, *given, "-o", str(options.output)])

@@ -146,29 +146,51 @@ def _kept(mine: Judged, reference: Judged, drawn: Sequence[Hashable]) -> schema.
     return _interval(bootstrap.estimate(share, drawn))
 
 
+def retimed(rows: Sequence[schema.Row], runs: Sequence[Run], keys: Sequence[str]) -> tuple[schema.Row, ...]:
+    """The rows of the same answers, with the times of these runs."""
+    return tuple(
+        row if row.status == "failed" else row.model_copy(update=_cost(run, keys)) for row, run in zip(rows, runs, strict=True)
+    )
+
+
+def retimed_pairs(pairs: Sequence[schema.Pair], runs: Sequence[Run], keys: Sequence[str]) -> tuple[schema.Pair, ...]:
+    """The same for pairs."""
+    named = {run.label: run for run in runs}
+    return tuple(p.model_copy(update={"latency": _ratio(named[p.first], named[p.second], keys)}) for p in pairs)
+
+
 def _row(run: Run, keys: Sequence[str], samples: Sequence[Sample], answers: Sequence[Answer]) -> schema.Row:
     asked = [run.asked[key] for key in dict.fromkeys(keys)]
     broken = fidelity.faults(samples, answers)
-    stages = {stage for a in asked for stage in a.seconds}
-    seconds = {stage: spread([a.seconds[stage] for a in asked if stage in a.seconds]) for stage in stages}
-    rates = [1 / a.seconds["step"] for a in asked if a.seconds.get("step", 0) > 0]
-    sources = dict.fromkeys(source for a in asked for source in a.joules)
-    opened = run.opened[-1] if run.opened else None
-    peaks = [a.peak for a in run.asked.values() if a.peak]
     facts = run.facts
     return schema.Row(
         label=run.label, name=facts["name"], recipe=facts["recipe"], target=facts["target"], status="ok", digest=facts["digest"],
         bytes=facts["bytes"], measured=len(asked), refused=sum(a.refused is not None for a in asked),
-        empty=broken.empty, malformed=broken.malformed, truncated=broken.truncated, seconds=seconds,
-        tokens_per_second=spread(rates) if rates else None,
-        load_seconds=opened.seconds if opened else {},
-        loaded=schema.Memory(**opened.loaded.model_dump()) if opened and opened.loaded else None,
-        peak=schema.Memory(**{k: max(getattr(p, k) for p in peaks) for k in ("private", "mapped", "resident")}) if peaks else None,
-        energy=tuple(
-            schema.Energy(source=s, joules=spread([a.joules[s] for a in asked if s in a.joules])) for s in sources
-        ),
-        rounding=_rounding(facts.get("parity")), notes=tuple(notes(asked)),
-    )  # fmt: skip
+        empty=broken.empty, malformed=broken.malformed, truncated=broken.truncated, rounding=_rounding(facts.get("parity")),
+    ).model_copy(update=_cost(run, keys))  # fmt: skip
+
+
+def _cost(run: Run, keys: Sequence[str]) -> dict[str, object]:
+    """The fields of a row that depend on the machine: times, memory, energy, clocks."""
+    asked = [run.asked[key] for key in dict.fromkeys(keys)]
+    stages = {stage for a in asked for stage in a.seconds}
+    rates = [1 / a.seconds["step"] for a in asked if a.seconds.get("step", 0) > 0]
+    sources = dict.fromkeys(source for a in asked for source in a.joules)
+    opened = run.opened[-1] if run.opened else None
+    peaks = [a.peak for a in run.asked.values() if a.peak]
+    energy = [schema.Energy(source=s, joules=spread([a.joules[s] for a in asked if s in a.joules])) for s in sources]
+    return {
+        "seconds": {stage: spread([a.seconds[stage] for a in asked if stage in a.seconds]) for stage in stages},
+        "tokens_per_second": spread(rates) if rates else None,
+        "load_seconds": opened.seconds if opened else {},
+        "loaded": schema.Memory(**opened.loaded.model_dump()) if opened and opened.loaded else None,
+        "peak": schema.Memory(**{k: max(getattr(p, k) for p in peaks) for k in ("private", "mapped", "resident")})
+        if peaks
+        else None,
+        "peak_vram": max((a.vram for a in run.asked.values() if a.vram is not None), default=None),
+        "energy": tuple(energy),
+        "notes": tuple(notes(asked)),
+    }
 
 
 def _failed(run: Run, keys: Sequence[str]) -> schema.Row:

@@ -96,6 +96,24 @@ class Rounding(_Model):
     worst: tuple[tuple[str, float], ...]  # weight, SQNR in dB; the ten worst
 
 
+class Rate(_Model):
+    """A second: the median of the repetitions, the least and the most."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Batch(_Model):
+    """Several answers at a time, of one picture and prompt, each as long as it was told to be."""
+
+    size: int
+    images_per_second: Rate
+    tokens_per_second: Rate
+    peak_resident: int | None  # bytes
+    peak_vram: int | None
+
+
 class Row(_Model):
     """A bundle, or the checkpoint in transformers. With status "failed" the reason says why, and what was measured before is left out."""
 
@@ -122,7 +140,9 @@ class Row(_Model):
     load_seconds: dict[str, float] = Field(default_factory=dict)
     loaded: Memory | None = None
     peak: Memory | None = None
+    peak_vram: int | None = None  # bytes of GPU memory, the most that the process held after an answer; None: not measured
     energy: tuple[Energy, ...] = ()
+    batches: tuple[Batch, ...] = ()
     rounding: Rounding | None = None
     notes: tuple[str, ...] = ()
 
@@ -178,6 +198,17 @@ class Data(_Model):
     skipped: int
 
 
+class Board(_Model):
+    """What a Jetson is set to. None: not told."""
+
+    jetpack: str | None
+    l4t: str
+    power_mode: str | None  # nvpmodel's, as "25W (1)"
+    clocks_held: bool | None  # by jetson_clocks
+    gpu_max_mhz: float | None  # in this power mode
+    emc_mhz: float | None  # of the memory; root's to read on most systems
+
+
 class Environment(_Model):
     """What the figures hold for."""
 
@@ -192,6 +223,7 @@ class Environment(_Model):
     max_mhz: float | None
     energy: tuple[str, ...]  # what it was read from; empty: not measured
     versions: dict[str, str]
+    board: Board | None = None  # None: no Jetson
 
 
 class Device(_Model):

@@ -8,17 +8,19 @@ drifts does it to all. What a folder of earlier measurements holds is not asked 
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pgxport.errors import PgxError
 from pgxport.report.asking import picture_of
 from pgxport.report.clocks import look
 from pgxport.report.energy import Meter, find_meters
 from pgxport.report.samples import Sample
-from pgxport.report.store import Asked, Conditions, Folder, Followed, Held, Opened, Store
+from pgxport.report.store import Asked, Conditions, Folder, Followed, Held, Measured, Opened, Store
 from pgxport.report.worker import Memory, Progress, Worker
 
 
@@ -66,32 +68,60 @@ def shared_pass(
         for meter in meters:
             stack.callback(meter.close)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgx-report-")))
-        askers = [_Asker(subject, folder, meters) for subject in subjects]
-        reference = askers[work.reference]
-        asks = [sum(asker.lacks(key) for key in work.samples) for asker in askers]
-        along = [sum(asker.lacks(key, reference.digest) for key in work.followed) for asker in askers]
-        # The reference writes its logits down once more for every bundle that has not seen them.
-        along[work.reference] = max((n for asker, n in zip(askers, along, strict=True) if asker is not reference), default=0)
-        clock = _Clock(sum(asks) + along[work.reference], progress)
-        for asker, *needed in zip(askers, asks, along, strict=True):
-            if any(needed):
+        stores = [Store(folder.path, subject.conditions) if subject.conditions else None for subject in subjects]
+        askers = [Asker(subject, store, meters) for subject, store in zip(subjects, stores, strict=True)]
+        reference, needed = askers[work.reference], demand(askers, work)
+        clock = Clock(sum(asks for asks, _ in needed) + needed[work.reference][1], progress)
+        for asker, lacking in zip(askers, needed, strict=True):
+            if any(lacking):
                 clock.say(f"opening {asker.label}")
                 stack.enter_context(asker.process())
                 asker.open()
         for n, (key, sample) in enumerate(work.samples.items()):
-            where = f"sample {n + 1} of {len(work.samples)}"
-            turn = [askers[(n + i) % len(askers)] for i in range(len(askers))]
-            for asker in turn:
-                if asker.lacks(key):
-                    with clock.lap(f"{where}: {asker.label}"):
-                        asker.ask(key, sample, work.max_new_tokens)
-            if any(asker.lacks(key, reference.digest) for asker in turn if key in work.followed and asker is not reference):
-                with clock.lap(f"{where}: along the reference's answer"):
-                    follow(turn, reference, key, sample, scratch / "logits.npy")
+            turn = Turn(n, key, sample, key in work.followed, work.max_new_tokens)
+            take_turns(
+                askers, reference, turn, scratch / "logits.npy", partial(clock.lap, f"sample {n + 1} of {len(work.samples)}")
+            )
         return [asker.run(reference) for asker in askers]
 
 
-def follow(turn: "Sequence[_Asker]", reference: "_Asker", key: str, sample: Sample, file: Path) -> None:
+@dataclass(frozen=True)
+class Turn:
+    """One sample for all."""
+
+    number: int
+    key: str
+    sample: Sample
+    followed: bool
+    max_new_tokens: int | None
+
+
+def demand(askers: "Sequence[Asker]", work: Work) -> list[tuple[int, int]]:
+    """How many samples each subject has still to answer, and how many to think along."""
+    reference = askers[work.reference]
+    asks = [sum(asker.lacks(key) for key in work.samples) for asker in askers]
+    along = [sum(asker.lacks(key, reference.digest) for key in work.followed) for asker in askers]
+    # The reference writes its logits down once more for every bundle that has not seen them.
+    along[work.reference] = max((n for asker, n in zip(askers, along, strict=True) if asker is not reference), default=0)
+    return list(zip(asks, along, strict=True))
+
+
+def take_turns(
+    askers: "Sequence[Asker]", reference: "Asker", turn: Turn, logits: Path, lap: Callable[[str], AbstractContextManager[None]]
+) -> None:
+    """Ask each subject one sample, and let them think along the reference's answer."""
+    key = turn.key
+    order = [askers[(turn.number + i) % len(askers)] for i in range(len(askers))]
+    for asker in order:
+        if asker.lacks(key):
+            with lap(asker.label):
+                asker.ask(key, turn.sample, turn.max_new_tokens)
+    if any(asker.lacks(key, reference.digest) for asker in order if turn.followed and asker is not reference):
+        with lap("along the reference's answer"):
+            follow(order, reference, key, turn.sample, logits)
+
+
+def follow(turn: "Sequence[Asker]", reference: "Asker", key: str, sample: Sample, file: Path) -> None:
     """Let each of the others think along the reference's answer, which writes down what it thought."""
     theirs = reference.store.asked.get(key) if reference.store else None
     if theirs is None or theirs.answer is None:
@@ -107,20 +137,24 @@ def follow(turn: "Sequence[_Asker]", reference: "_Asker", key: str, sample: Samp
         file.unlink(missing_ok=True)
 
 
-class _Asker:
-    """A subject, its process and what is kept of it."""
+class Asker:
+    """A subject, its process if it has one here, and what is kept of it. What failed is not asked again."""
 
-    def __init__(self, subject: Subject, folder: Folder, meters: Sequence[Meter]):
-        self.label, self._subject, self._meters = subject.label, subject, meters
-        self.store = Store(folder.path, subject.conditions) if subject.conditions else None
+    def __init__(self, subject: Subject, store: Measured | None, meters: Sequence[Meter] = ()):
+        self.label, self._subject, self._meters, self.store = subject.label, subject, meters, store
+        self.failed: PgxError | None = None  # elsewhere
         self._worker: Worker | None = None
+
+    @property
+    def failure(self) -> PgxError | None:
+        return (self._worker.failure if self._worker else None) or self.failed
 
     @property
     def digest(self) -> str:
         return self._subject.conditions.digest if self._subject.conditions else ""
 
     def lacks(self, key: str, reference: str | None = None) -> bool:
-        if self.store is None or (self._worker and self._worker.failure):
+        if self.store is None or self.failure:
             return False
         return key not in self.store.asked if reference is None else (key, reference) not in self.store.followed
 
@@ -129,13 +163,14 @@ class _Asker:
         self._worker = Worker(self.label, command, dict(self._subject.request))
         return self._worker
 
-    def open(self) -> None:
+    def open(self, environment: dict[str, Any] | None = None) -> None:
         assert self._worker is not None
         assert self.store is not None
         self._worker.open()
         if not self._worker.failure:
             seconds = {stage: values[0] for stage, values in self._worker.seconds.items()}
-            self.store.add(Opened(facts=self._worker.facts, seconds=seconds, loaded=_held(self._worker.loaded)))
+            loaded = _held(self._worker.loaded)
+            self.store.add(Opened(facts=self._worker.facts, seconds=seconds, loaded=loaded, environment=environment))
 
     def ask(self, key: str, sample: Sample, max_new_tokens: int | None) -> None:
         if not self.lacks(key):
@@ -157,17 +192,17 @@ class _Asker:
     def tell(self, request: dict[str, Any]) -> dict[str, Any] | None:
         return self._worker.ask(request) if self._worker else None
 
-    def run(self, reference: "_Asker") -> Run:
+    def run(self, reference: "Asker") -> Run:
         run = Run(self.label, self._subject.facts, reason=self._subject.reason, exit_code=self._subject.exit_code)
         if self.store:
             followed = {key: f for (key, digest), f in self.store.followed.items() if digest == reference.digest}
             run.opened, run.asked, run.followed = self.store.opened, self.store.asked, followed
-        if self._worker and (failure := self._worker.failure):
+        if failure := self.failure:
             run.reason, run.exit_code = str(failure), failure.exit_code
         return run
 
 
-class _Clock:
+class Clock:
     """Says what is being done, how much of it is, and how long the rest will take."""
 
     def __init__(self, total: int, progress: Progress | None):
@@ -178,18 +213,19 @@ class _Clock:
             self._progress(what)
 
     @contextmanager
-    def lap(self, what: str) -> Iterator[None]:
-        left = f", {_duration(self._spent / self._done * max(0, self._total - self._done))} left" if self._done else ""
-        self.say(f"{what}: {min(1, self._done / max(1, self._total)):.0%}{left}")
+    def lap(self, where: str, what: str) -> Iterator[None]:
+        left = f", {duration(self._spent / self._done * max(0, self._total - self._done))} left" if self._done else ""
+        self.say(f"{where}: {what}: {min(1, self._done / max(1, self._total)):.0%}{left}")
         start = time.perf_counter()
         yield
         self._spent += time.perf_counter() - start
         self._done += 1
 
 
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(59), _duration(150), _duration(9000)
+def duration(seconds: float) -> str:
+    """Of what is left, for people.
+
+    >>> duration(59), duration(150), duration(9000)
     ('59 s', '2 min', '2 h 30 min')
     """
     minutes = int(seconds // 60)

@@ -39,6 +39,7 @@ class Conditions(_Model):
     max_new_tokens: int | None
     processor: str
     versions: dict[str, str]
+    node: str | None = None  # of a cluster
 
 
 class Held(_Model):
@@ -56,6 +57,7 @@ class Opened(_Model):
     facts: dict[str, Any]
     seconds: dict[str, float]
     loaded: Held | None
+    environment: dict[str, Any] | None = None  # of the node, where it is one of a cluster
 
 
 class Asked(_Model):
@@ -71,6 +73,7 @@ class Asked(_Model):
     celsius: float | None = None
     throttled: int | None = None  # times, meanwhile
     peak: Held | None = None  # of the process, until then
+    vram: int | None = None  # bytes of GPU memory that the process holds after it
 
 
 class Followed(_Model):
@@ -108,16 +111,37 @@ def keys(samples: Sequence[Sample]) -> list[str]:
     return found
 
 
-class Store:
-    """One file of measurements: what it held, and what is added."""
+class Measured:
+    """The measurements of one bundle, in memory."""
 
-    def __init__(self, folder: Path, conditions: Conditions):
-        text = conditions.model_dump_json()
-        copy = f"-{conditions.copy_number}" if conditions.copy_number > 1 else ""
-        self.file = folder / f"{conditions.digest[:16]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{copy}.jsonl"
+    def __init__(self) -> None:
         self.opened: list[Opened] = []
         self.asked: dict[str, Asked] = {}
         self.followed: dict[tuple[str, str], Followed] = {}  # sample, reference
+
+    def add(self, line: Opened | Asked | Followed) -> None:
+        """Keep it."""
+        self.take(line)
+
+    def take(self, line: Opened | Asked | Followed) -> None:
+        """Know it, as something that is kept already."""
+        match line:
+            case Opened():
+                self.opened.append(line)
+            case Asked():
+                self.asked[line.sample] = line
+            case Followed():
+                self.followed[line.sample, line.reference] = line
+
+
+class Store(Measured):
+    """One file of measurements: what it held, and what is added."""
+
+    def __init__(self, folder: Path, conditions: Conditions):
+        super().__init__()
+        text = conditions.model_dump_json()
+        copy = f"-{conditions.copy_number}" if conditions.copy_number > 1 else ""
+        self.file = folder / f"{conditions.digest[:16]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{copy}.jsonl"
         if self.file.exists():
             self._read()
         if not self.file.exists():
@@ -126,16 +150,7 @@ class Store:
     def add(self, line: Opened | Asked | Followed) -> None:
         """Keep it, in memory and on disk."""
         self._append(line.model_dump_json())
-        self._take(line)
-
-    def _take(self, line: Opened | Asked | Followed) -> None:
-        match line:
-            case Opened():
-                self.opened.append(line)
-            case Asked():
-                self.asked[line.sample] = line
-            case Followed():
-                self.followed[line.sample, line.reference] = line
+        self.take(line)
 
     def _read(self) -> None:
         content = self.file.read_bytes()
@@ -147,7 +162,7 @@ class Store:
             return
         for number, line in enumerate(whole.splitlines()[1:], start=2):
             try:
-                self._take(Line.validate_json(line))
+                self.take(Line.validate_json(line))
             except ValidationError as error:
                 first = error.errors()[0]
                 raise IntegrityError(
@@ -160,6 +175,44 @@ class Store:
                 file.write(text.encode() + b"\n")
         except OSError as error:
             raise DiskError(f"cannot write {self.file}: {error.strerror}; free some space or choose another -o") from error
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """A node of a cluster; with another processor it is another one, whatever its name."""
+
+    node: str
+    processor: str
+
+
+class NodeStores(Measured):
+    """What all nodes of a cluster measured of one bundle, each in a file of its own; to look at, it is one."""
+
+    def __init__(self, folder: Path, conditions: Conditions):
+        super().__init__()
+        self.places: dict[Place, Store] = {}
+        self._folder, self._conditions = folder, conditions
+        for file in sorted(folder.glob(f"{conditions.digest[:16]}-*.jsonl")):
+            found = _first_line(file)
+            if found and found.node and found == self._at(Place(found.node, found.processor)):
+                store = self.at(Place(found.node, found.processor))
+                self.opened += store.opened
+                self.asked |= store.asked
+                self.followed |= store.followed
+
+    def at(self, place: Place) -> Store:
+        """What one node measured."""
+        if place not in self.places:
+            self.places[place] = Store(self._folder, self._at(place))
+        return self.places[place]
+
+    def add_at(self, place: Place, line: Opened | Asked | Followed) -> None:
+        """Keep what a node measured."""
+        self.at(place).add(line)
+        self.take(line)
+
+    def _at(self, place: Place) -> Conditions:
+        return self._conditions.model_copy(update={"node": place.node, "processor": place.processor})
 
 
 class Folder:
@@ -193,6 +246,18 @@ def answer_of(asked: Asked) -> Answer:
     masks = tuple(Mask(m["label"], _box(m["box"]), tuple(m["codes"]), _mask(m["rle"])) for m in a["masks"])
     warnings = tuple(Malformed(Fault(w["fault"]), w["text"]) for w in a["warnings"])
     return Answer(a["text"], tuple(a["token_ids"]), boxes, masks, warnings, asked.seconds, truncated=a["truncated"])
+
+
+def _first_line(file: Path) -> Conditions | None:
+    """The conditions of a file; None where not even they came to their end, and the store will begin it again."""
+    with open(file, "rb") as opened:
+        line = opened.readline()
+    try:
+        return Conditions.model_validate_json(line) if line.endswith(b"\n") else None
+    except ValidationError as error:
+        raise IntegrityError(
+            f"{file}, line 1: {error.errors()[0]['msg']}; delete the file to measure that bundle again"
+        ) from None
 
 
 def _box(box: Mapping[str, Any]) -> Box:

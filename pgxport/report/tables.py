@@ -4,7 +4,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pgxport.report.schema import Device, Interval, Row, Score, Spread
+from pgxport.report.schema import Board, Device, Interval, Rate, Row, Score, Spread
 from pgxport.report.verdict import latency, passes, percent, ratio
 
 NOT_MEASURED = "not measured"
@@ -28,7 +28,15 @@ class Table:
 
 def all_tables(device: Device) -> list[Table]:
     """Those that have something to say."""
-    found = [bundles(device), scores(device), stages(device), fidelity(device), memory(device), rounding(device)]
+    found = [
+        bundles(device),
+        scores(device),
+        stages(device),
+        throughput(device),
+        fidelity(device),
+        memory(device),
+        rounding(device),
+    ]
     return [table for table in found if table.rows]
 
 
@@ -45,6 +53,7 @@ def bundles(device: Device) -> Table:
         "answer, ms": lambda row: spread(row.seconds.get("answer")),
         "times as long": lambda row: _times(device, row),
         "peak MB": lambda row: f"{row.peak.resident / 1e6:.0f}" if row.peak else NOT_MEASURED,
+        "peak VRAM, MB": lambda row: f"{row.peak_vram / 1e6:.0f}" if row.peak_vram is not None else NOT_MEASURED,
         "J an answer": lambda row: "; ".join(f"{e.joules.p50:.3g} ({e.source})" for e in row.energy) or NOT_MEASURED,
         "empty": lambda row: str(row.empty),
         "malformed": lambda row: str(row.malformed),
@@ -87,6 +96,22 @@ def stages(device: Device) -> Table:
     return Table(
         "stages", "Latency by stage: p50 / p90 / p99 over samples, ms", ("stage", *(row.label for row in ok)), tuple(rows)
     )
+
+
+def throughput(device: Device) -> Table:
+    """Several answers at a time."""
+    rows = [
+        (
+            row.label, str(b.size), rate(b.images_per_second), rate(b.tokens_per_second),
+            f"{b.peak_resident / 1e6:.0f}" if b.peak_resident is not None else NOT_MEASURED,
+            f"{b.peak_vram / 1e6:.0f}" if b.peak_vram is not None else NOT_MEASURED,
+        )
+        for row in _ok(device)
+        for b in row.batches
+    ]  # fmt: skip
+    head = ("bundle", "at a time", "images/s", "tokens/s", "peak MB", "peak VRAM, MB")
+    caption = "Throughput: one picture and prompt several times, answers of one length; median (least–most)"
+    return Table("throughput", caption, head, tuple(rows))
 
 
 def fidelity(device: Device) -> Table:
@@ -141,6 +166,13 @@ def rounding(device: Device) -> Table:
     )
 
 
+def _board(board: Board) -> str:
+    held = {True: "held", False: "moving with the load", None: "not told"}[board.clocks_held]
+    gpu = f"GPU at most {board.gpu_max_mhz:.0f} MHz" if board.gpu_max_mhz else "GPU clock not told"
+    release = f"JetPack {board.jetpack or 'not told'} (Jetson Linux {board.l4t})"
+    return f"{release}, power mode {board.power_mode or 'not told'}, clocks {held}, {gpu}"
+
+
 def environment(device: Device) -> Table:
     """What the figures hold for."""
     e, d = device.environment, device.data
@@ -151,6 +183,7 @@ def environment(device: Device) -> Table:
         "engine": f"{e.engine}, threads: {e.threads or 'as the engine chooses'}",
         "load before": "not told" if e.load_average is None else f"{e.load_average:.2f}",
         "clocks": f"governor {e.governor or 'not told'}, at most {f'{e.max_mhz:.0f} MHz' if e.max_mhz else 'not told'}",
+        **({"board": _board(e.board)} if e.board else {}),
         "energy": ", ".join(e.energy) or "not measured: no RAPL, INA3221 or NVML counter can be read here",
         "versions": ", ".join(f"{package} {version}" for package, version in e.versions.items()),
         "data": f"{d.source} ({d.format}), {d.samples} samples of {d.records} records, {d.skipped} skipped: "
@@ -172,6 +205,14 @@ def interval(i: Interval | None, scale: float = 1.0) -> str:
     digits = 1 if scale >= 100 else 3
     within = "" if i.low is None or i.high is None else f" ({i.low * scale:.{digits}f}–{i.high * scale:.{digits}f})"
     return f"{i.value * scale:.{digits}f}{within}"
+
+
+def rate(r: Rate) -> str:
+    """
+    >>> rate(Rate(median=12.345, low=11, high=13))
+    '12.3 (11–13)'
+    """
+    return f"{_short(r.median)} ({_short(r.low)}–{_short(r.high)})"
 
 
 def spread(s: Spread | None, scale: float = 1e3) -> str:

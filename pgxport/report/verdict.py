@@ -82,7 +82,10 @@ def latency(device: Device, first: str, second: str) -> Interval | None:
 
 
 def _best(device: Device, passing: Sequence[Row]) -> Iterator[Finding]:
-    bundles = [row for row in passing if row.target != "torch" and "answer" in row.seconds]
+    able = [row for row in passing if row.target != "torch"]
+    bundles = [row for row in able if "answer" in row.seconds]
+    if able and not bundles:
+        return  # a node of a cluster that timed only others
     if not bundles:
         yield Finding(kind="best", text=f"No bundle keeps {device.gate:.0%} of {device.reference}'s quality on this data.")
         return

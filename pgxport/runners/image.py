@@ -56,7 +56,7 @@ def load_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.I
         image = _open(name, source)
     else:
         name = str(source)
-        image = _open(name, _read(Path(source)))
+        image = _open(name, read_picture(Path(source)))
 
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -89,7 +89,13 @@ def pixel_values(image: Image.Image, resolution: int) -> np.ndarray:
     return np.ascontiguousarray(LEVELS[resized].transpose(2, 0, 1))
 
 
-def _read(path: Path) -> bytes:
+def read_picture(path: Path) -> bytes:
+    """An image file's bytes, not yet looked at.
+
+    Raises:
+        InputError: it is missing, no file, or larger than MAX_BYTES.
+        DiskError: it exists and cannot be read.
+    """
     try:
         if not path.is_file():
             seen = "is a folder or a device" if path.exists() else "does not exist"

@@ -14,7 +14,7 @@ A prefix of three and two generated tokens; x is seen, and in local layers w hid
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -23,52 +23,126 @@ from pgxport.errors import InputError, NumericError
 from pgxport.runners.session import Arrays, Session
 
 HIDDEN = np.float32(-1e30)  # added to a score; finite, so that no product of it is NaN
+EMPTY = 1  # rows of an empty past: hidden, and there because an engine's shapes begin at one
+BLOCK = 128  # rows; an engine prepares itself for each capacity it meets, so that there are few
 
 
 class Decoder:
-    """The decoder graph and one KV cache: feed it embeddings in order, the whole prefix first."""
+    """The decoder graph and one KV cache: feed it embeddings in order, the whole prefix first.
 
-    def __init__(self, session: Session, manifest: Manifest, capacity: int):
+    Args:
+        capacity: Tokens of the cache, of prefix and answer together.
+        rows: Sequences side by side, all of one length; several where the cache is of kind "shared".
+    """
+
+    def __init__(self, session: Session, manifest: Manifest, capacity: int, *, rows: int = 1):
         if capacity > manifest.context_length:
             raise InputError(
                 f"prefix and answer together may have {manifest.context_length} tokens in this bundle, not {capacity}; "
                 f"shorten the prompt, ask for fewer new tokens, or export with a larger --context"
             )
-        self._session, self._window = session, manifest.local_window
-        shape = (1, manifest.cache.kv_heads, capacity, manifest.cache.head_dim)
+        self._session, self._kind, self._window = session, manifest.cache.kind, manifest.local_window
+        heads, width = manifest.cache.kv_heads, manifest.cache.head_dim
+        assert rows == 1 or self._kind == "shared", f"Bug: {rows} rows of a cache of kind {self._kind}"
+        self._batch, self._rows = rows, cache_rows(manifest, capacity)
+        shape = (1, self._rows, heads, width) if self._kind == "delta" else (rows, heads, self._rows, width)
         names = [f"past_key_values.{i}.{part}" for i in range(manifest.cache.layers) for part in ("key", "value")]
         self.cache = session.new_cache(dict.fromkeys(names, shape))
         self.length = 0  # tokens in the cache
         self._steps = 0  # after the prefill
 
     def feed(self, embeds: np.ndarray) -> np.ndarray:
-        """embeds [1, T, H] -> logits of the last token [V]; T is the prefix, later 1.
+        """embeds [1, T, H] -> logits of the last token [V], until the next feed; T is the prefix, later 1.
 
         Raises:
             NumericError: the logits are not finite.
         """
+        return self._logits(self._run(embeds))
+
+    def feed_rows(self, embeds: np.ndarray) -> np.ndarray:
+        """embeds [B, T, H] -> logits of each row's last token [B, V], as `feed` gives them for one.
+
+        Raises:
+            NumericError: a logit is not finite.
+        """
+        logits = self._run(embeds)["logits"][:, -1]
+        self._check(float(np.vdot(logits, logits)))
+        return logits
+
+    def next_token(self, embeds: np.ndarray) -> int:
+        """Feed, and return the likeliest next token; where the graph finds it itself, the logits stay where they are.
+
+        Raises:
+            NumericError: the logits are not finite.
+        """
+        results = self._run(embeds)
+        if "next_token" not in results:
+            return int(self._logits(results).argmax())
+        self._check(results["logits_square"][0])
+        return int(results["next_token"][0, 0])
+
+    def _run(self, embeds: np.ndarray) -> Mapping[str, np.ndarray]:
         tokens, past = embeds.shape[1], self.length
         assert past == 0 or tokens == 1, "Bug: a prefix sees itself, so it cannot be fed in parts"
         self.length += tokens
         self._steps += past > 0
+        feeds = self._lengths(tokens) if self._kind == "shared" else self._masks(tokens, past)
+        feeds["inputs_embeds"] = embeds
+        return self._session.run(feeds, self.cache)
+
+    def _lengths(self, tokens: int) -> Arrays:
+        """For ONNX Runtime's attention, which makes its masks itself, but for the window."""
         feeds: Arrays = {
-            "inputs_embeds": embeds,
-            "seqlens_k": np.array([self.length - 1], np.int32),
+            "seqlens_k": np.full(self._batch, self.length - 1, np.int32),
             "total_sequence_length": np.array(self.length, np.int32),
         }
         if self._window is not None:
             feeds["local_bias"] = local_bias(tokens, self.length, self._window)
-        logits = self._session.run(feeds, self.cache)["logits"][0, -1]
-        if not math.isfinite(float(np.dot(logits, logits))):  # no number that is not finite cancels out
+        return feeds
+
+    def _masks(self, tokens: int, past: int) -> Arrays:
+        """For attention over every row that is bound, whether it is filled or not."""
+        columns = np.arange(self.length)  # of the mask, of each token
+        feeds: Arrays = {"positions": columns[past:].copy()}
+        width = self._rows
+        if self._kind == "update":
+            feeds["write_indices"] = np.array([past], np.int64)
+        else:  # the new keys stand behind all rows of the past
+            bound = self._rows if past else EMPTY
+            columns[past:] += bound - past
+            width = bound + tokens
+        windows = {"visible": None} | ({} if self._window is None else {"local_visible": self._window})
+        for name, window in windows.items():
+            mask = np.zeros((tokens, width), np.bool_)
+            mask[:, columns] = seen(tokens, self.length, window)
+            feeds[name] = mask[None, None]
+        return feeds
+
+    def _logits(self, results: Mapping[str, np.ndarray]) -> np.ndarray:
+        logits = results["logits"][0, -1]
+        self._check(np.dot(logits, logits))  # no number that is not finite cancels out
+        return logits
+
+    def _check(self, square: float) -> None:
+        if not math.isfinite(square):
             where = f"decode step {self._steps}" if self._steps else "the prefill"
             raise NumericError(f"decoder_step gave logits that are not finite at {where}; the bundle or its weights are unsound")
-        return logits
+
+
+def cache_rows(manifest: Manifest, capacity: int) -> int:
+    """Rows of a cache for so many tokens: of kind "update" as many as the graph was written with, of kind "delta" whole blocks."""
+    rows = {"shared": capacity, "delta": -(-capacity // BLOCK) * BLOCK, "update": manifest.context_length}
+    return min(rows[manifest.cache.kind], manifest.context_length)
 
 
 def local_bias(tokens: int, total: int, window: int) -> np.ndarray:
     """[1, 1, T, S], added to the scores of local layers: nothing for a prefix, `HIDDEN` where a new token may not look."""
-    seen = visible(total if tokens == total else 0, total, window, first=total - tokens)
-    return np.where(seen, np.float32(0), HIDDEN)[None, None]
+    return np.where(seen(tokens, total, window), np.float32(0), HIDDEN)[None, None]
+
+
+def seen(tokens: int, total: int, window: int | None) -> np.ndarray:
+    """[T, S] bool: what the last `tokens` of `total` look at; all of them are a prefix."""
+    return visible(total if tokens == total else 0, total, window, first=total - tokens)
 
 
 def visible(prefix: int, total: int, window: int | None = None, *, first: int = 0) -> np.ndarray:
@@ -85,11 +159,10 @@ def generate(decoder: Decoder, prefix: np.ndarray, embed: Callable[[int], np.nda
         prefix: [1, T, H], image features and scaled token embeddings.
         embed: A token id to its scaled embedding [1, 1, H].
     """
-    logits = decoder.feed(prefix)
+    token = decoder.next_token(prefix)
     for count in range(1, limit + 1):
-        token = int(logits.argmax())
         if token == eos:
             return
         yield token
         if count < limit:
-            logits = decoder.feed(embed(token))
+            token = decoder.next_token(embed(token))

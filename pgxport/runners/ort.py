@@ -1,55 +1,116 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime, on the CPU or on an NVIDIA GPU. Whatever it cannot do on the device that was asked for is an error.
 
+ONNX Runtime by itself goes on without a GPU: the wheel lists the CUDA provider wherever it is installed, a session that asks for
+it alone opens on the CPU with a warning on stderr, and a failing run is tried again on the CPU (seen with 1.31.1). Here a
+session opens strictly (`session.disable_cpu_ep_fallback`), its nodes are asked where they went, and nothing is tried again.
+"""
+
+import io
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pgxport.errors import EngineError, IntegrityError, NumericError
+from pgxport.runners.driver import ask_driver, missing_libraries
 from pgxport.runners.session import Arrays
 
 try:
     import onnxruntime as ort
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 except ImportError as error:
-    raise EngineError(f'engine cpu needs ONNX Runtime: pip install "pgxport[cpu]" ({error})') from error
+    raise EngineError(
+        f'this engine needs ONNX Runtime: pip install "pgxport[cpu]", or "pgxport[gpu]" for a GPU ({error})'
+    ) from error
 
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}  # of a cache
+VERSION: str = ort.__version__
 OLDEST = (1, 30)  # the first release whose GroupQueryAttention can look both ways
+CPU = "CPUExecutionProvider"
+OUT_OF_MEMORY = ("bad_alloc", "allocate memory", "out of memory", "ALLOC_FAILED")
+
+
+# Weights go to a file beside the graph, once as they were and once packed; ONNX Runtime maps both.
+PACKED = {
+    "save_external_prepacked_constant_initializers": "1",
+    "optimized_model_external_initializers_file_name": "{}.data",
+    "optimized_model_external_initializers_min_size_in_bytes": "1024",
+}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An execution provider: what ONNX Runtime calls it, where its tensors live, and how it is set up."""
+
+    name: str
+    device: str
+    options: tuple[tuple[str, str], ...] = ()
+    in_little_memory: tuple[tuple[str, str], ...] = ()
+
+
+CPU_ONLY = Provider(CPU, "cpu")
+CUDA = Provider(
+    "CUDAExecutionProvider",
+    "cuda",
+    # What is stored in float32 is computed in float32. The one convolution is not worth trying every algorithm first.
+    (("device_id", "0"), ("use_tf32", "0"), ("cudnn_conv_algo_search", "HEURISTIC")),
+    # The arena grows by what is asked for instead of doubling.
+    (("arena_extend_strategy", "kSameAsRequested"), ("cudnn_conv_use_max_workspace", "0")),
+)
+# What libonnxruntime_providers_cuda.so of a build for that CUDA is linked to, and cuDNN, which it loads for its first convolution.
+CUDA_LIBRARIES = {
+    12: ("libcudart.so.12", "libcublasLt.so.12", "libcublas.so.12", "libcurand.so.10", "libcufft.so.11", "libcudnn.so.9"),
+    13: ("libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10", "libcudnn.so.9"),
+}
 
 
 class OrtSession:
-    def __init__(self, graph: Path, *, threads: int | None = None, low_memory: bool = False):
+    """A graph on one provider, and on no other."""
+
+    def __init__(
+        self,
+        graph: Path,
+        *,
+        provider: Provider = CPU_ONLY,
+        threads: int | None = None,
+        low_memory: bool = False,
+        save_packed: Path | None = None,  # where to write the graph with its weights as this CPU packs them
+    ):
         if tuple(int(n) for n in ort.__version__.split(".")[:2]) < OLDEST:
             raise EngineError(
                 f"onnxruntime {ort.__version__} is too old, pgx needs {OLDEST[0]}.{OLDEST[1]}: pip install -U onnxruntime"
             )
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # errors; they are raised as well
-        # An arena keeps what loading and a prefill took, 0.6 GB of a 3B model. Without one every prefill asks for its pages anew.
-        options.enable_cpu_mem_arena = not low_memory
-        if threads:
-            options.intra_op_num_threads = threads
-        self._graph = graph
-        with refusals(f"load {graph}"):
-            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self._graph, self._provider, self._run_options = graph, provider, None
+        options = _options(threads=threads, low_memory=low_memory)
+        if save_packed is not None:
+            options.optimized_model_filepath = str(save_packed)
+            for entry, value in PACKED.items():
+                options.add_session_config_entry(f"session.{entry}", value.format(save_packed.name))
+        if provider is CPU_ONLY:
+            with refusals(f"load {graph}"):
+                self._session = ort.InferenceSession(graph, options, providers=[CPU])
+        else:
+            self._session = _open_strictly(graph, options, provider, low_memory=low_memory)
+            if low_memory:
+                self._run_options = ort.RunOptions()
+                self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
         self._outputs = [o.name for o in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, np.ndarray], cache: "OrtCache | None" = None) -> Arrays:
         with refusals(f"run {self._graph}"):
             if cache is None:
-                return dict(zip(self._outputs, self._session.run(None, dict(feeds)), strict=True))
+                return dict(zip(self._outputs, self._session.run(None, dict(feeds), self._run_options), strict=True))
             for name, array in feeds.items():
                 cache.binding.bind_cpu_input(name, array)
-            self._session.run_with_iobinding(cache.binding)
+            self._session.run_with_iobinding(cache.binding, self._run_options)
             values = cache.binding.get_outputs_as_ortvaluevector()
             return {name: values[i].numpy() for i, name in enumerate(cache.results)}
 
     def new_cache(self, shapes: Mapping[str, tuple[int, ...]]) -> "OrtCache":
         with refusals(f"give {self._graph} a cache"):
-            return OrtCache(self._session, shapes, self._outputs)
+            return OrtCache(self._session, shapes, self._outputs, self._provider.device)
 
     def close(self) -> None:
         del self._session
@@ -58,20 +119,164 @@ class OrtSession:
 class OrtCache:
     """KV buffers bound once, each as the graph's past and its present: nothing is copied from step to step."""
 
-    def __init__(self, session: ort.InferenceSession, shapes: Mapping[str, tuple[int, ...]], outputs: list[str]):
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        shapes: Mapping[str, tuple[int, ...]],
+        outputs: list[str],
+        device: str = CPU_ONLY.device,
+    ):
         self.binding = session.io_binding()
         present = {name: name.replace("past_key_values.", "present.") for name in shapes}
-        # Results are bound first, so that they come first among the outputs.
+        # Results are bound first, so that they come first among the outputs. They alone leave the device.
         self.results = [name for name in outputs if name not in present.values()]
         for name in self.results:
             self.binding.bind_output(name, "cpu")
+        kinds = {i.name: KINDS[i.type] for i in session.get_inputs() if i.name in shapes}
+        self._buffers = {name: _buffer(shape, kinds[name], device) for name, shape in shapes.items()}
+        for name, buffer in self._buffers.items():
+            self.binding.bind_ortvalue_input(name, buffer.value)
+            self.binding.bind_ortvalue_output(present[name], buffer.value)
+
+    @property
+    def arrays(self) -> Arrays:
+        return {name: buffer.array() for name, buffer in self._buffers.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.value.tensor_size_in_bytes() for buffer in self._buffers.values())
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How numpy holds a type, and its number in ONNX's TensorProto."""
+
+    dtype: type[np.generic]
+    number: int
+
+
+KINDS = {
+    "tensor(float)": Kind(np.float32, 1),
+    "tensor(int8)": Kind(np.int8, 3),
+    "tensor(float16)": Kind(np.float16, 10),
+    "tensor(bfloat16)": Kind(np.uint16, 16),  # numpy alone has none: two bytes stand for it
+}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory of the engine, and numpy's view of it where it is the host's."""
+
+    value: ort.OrtValue
+    kind: Kind
+    host: np.ndarray | None = None
+
+    def array(self) -> np.ndarray:
+        """The buffer itself on the host, a copy of it from a device."""
+        if self.host is not None:
+            return self.host
+        copy = np.empty(self.value.shape(), self.kind.dtype)
+        ort.OrtValue.ortvalue_from_numpy_with_onnx_type(copy, self.kind.number).update_inplace(self.value)
+        return copy
+
+
+def _buffer(shape: tuple[int, ...], kind: Kind, device: str) -> Buffer:
+    if device == "cpu":
         # An OrtValue on the CPU is the array's own memory; pages that are never touched take none.
-        kinds = {i.name: DTYPES[i.type] for i in session.get_inputs() if i.name in shapes}
-        self.arrays = {name: np.empty(shape, kinds[name]) for name, shape in shapes.items()}
-        for name, array in self.arrays.items():
-            buffer = ort.OrtValue.ortvalue_from_numpy(array)
-            self.binding.bind_ortvalue_input(name, buffer)
-            self.binding.bind_ortvalue_output(present[name], buffer)
+        host = np.empty(shape, kind.dtype)
+        return Buffer(ort.OrtValue.ortvalue_from_numpy(host), kind, host)
+    # Zeros, for kernels may read rows that are not written yet, and what a GPU's memory held before may be no number.
+    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, kind.number, device, 0)
+    value.update_inplace(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, kind.dtype), kind.number))
+    return Buffer(value, kind)
+
+
+def _options(*, threads: int | None, low_memory: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors; they are raised as well
+    # An arena keeps what loading and a prefill took, 0.6 GB of a 3B model. Without one every prefill asks for its pages anew.
+    options.enable_cpu_mem_arena = not low_memory
+    if threads:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def _open_strictly(graph: Path, options: ort.SessionOptions, provider: Provider, *, low_memory: bool) -> ort.InferenceSession:
+    """A session of which every node runs on the provider.
+
+    Raises:
+        EngineError: the provider is not there, does not start, or has no kernel for a node; such nodes are named.
+    """
+    if provider.name not in ort.get_available_providers():
+        raise EngineError(
+            f"this build of ONNX Runtime has no {provider.name}: pip uninstall onnxruntime onnxruntime-gpu, "
+            f'then pip install "pgxport[gpu]"; the two overwrite each other\'s files'
+        )
+    ort.set_default_logger_severity(4)  # what it would say on stderr is raised here
+    with redirect_stdout(io.StringIO()):  # it prints what it does not find, and stdout is for answers
+        ort.preload_dlls(directory="")  # from NVIDIA's packages, else where the system has them
+    _require_cuda()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # Weights go to the device straight from the mapped file, not by way of the arena, which would keep as much again.
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    settings = dict(provider.options + (provider.in_little_memory if low_memory else ()))
+    with refusals(f"load {graph}"):
+        try:
+            session = _open(graph, options, provider, settings)
+        except Fail as error:
+            if "explicitly disabled" not in str(error):
+                raise
+            # It does not say which nodes. Opened less strictly it tells; that session is thrown away.
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
+            session = _open(graph, options, provider, settings)
+    if provider.name not in session.get_providers():
+        raise EngineError(
+            f"{provider.name} of onnxruntime {ort.__version__} does not start, though the driver and its libraries do; "
+            f"pgx doctor shows their versions"
+        )
+    if nodes := _elsewhere(session, provider):
+        rest = f" and {len(nodes) - 5} more" if len(nodes) > 5 else ""
+        raise EngineError(
+            f"onnxruntime {ort.__version__} has no {provider.name} kernel for {', '.join(nodes[:5])}{rest} of {graph}, and pgx runs "
+            f"nothing on the CPU that was meant for the GPU; update onnxruntime-gpu, or export in another --precision"
+        )
+    return session
+
+
+def _open(graph: Path, options: ort.SessionOptions, provider: Provider, settings: dict[str, str]) -> ort.InferenceSession:
+    return ort.InferenceSession(graph, options, providers=[(provider.name, settings)], enable_fallback=0)
+
+
+def _elsewhere(session: ort.InferenceSession, provider: Provider) -> list[str]:
+    """Nodes that went to another provider, the CPU's above all."""
+    return [
+        f"{node.op_type} {node.name!r}"
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+        if part.ep_name != provider.name
+    ]
+
+
+def _require_cuda() -> None:
+    """The driver, and the libraries that this build of ONNX Runtime loads.
+
+    Raises:
+        EngineError: there is no driver or GPU, or one of them is too old or missing.
+    """
+    driver = ask_driver()
+    built = int((ort.cuda_version or "0").partition(".")[0])  # "13.0"; a build of somebody else's may not say
+    if driver.cuda[0] < built:
+        raise EngineError(
+            f"onnxruntime {ort.__version__} is built for CUDA {built}, and the NVIDIA driver runs CUDA {driver.cuda[0]}.{driver.cuda[1]} "
+            f"at most; update the driver, or install a build of ONNX Runtime for CUDA {driver.cuda[0]}"
+        )
+    if missing := missing_libraries(CUDA_LIBRARIES.get(built, ())):
+        raise EngineError(
+            f"onnxruntime {ort.__version__} needs libraries of CUDA {built} that are not there: {'; '.join(missing)}; "
+            f'pip install "onnxruntime-gpu[cuda,cudnn]", or install CUDA {built} and cuDNN 9'
+        )
 
 
 @contextmanager
@@ -81,8 +286,9 @@ def refusals(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # its exceptions share no base class
         message = f"onnxruntime {ort.__version__} cannot {what}: {error}"
-        if isinstance(error, MemoryError) or "bad_alloc" in message or "allocate memory" in message:
+        if isinstance(error, MemoryError) or any(sign in message for sign in OUT_OF_MEMORY):
             raise NumericError(f"{message}; close other programs, or ask for fewer tokens") from error
-        if isinstance(error, Fail | InvalidArgument | InvalidGraph | InvalidProtobuf):
+        of_the_gpu = any(library in str(error) for library in ("CUDA", "CUDNN", "CUBLAS"))
+        if isinstance(error, Fail | InvalidArgument | InvalidGraph | InvalidProtobuf) and not of_the_gpu:
             raise IntegrityError(f"{message}; export the bundle again") from error
         raise EngineError(message) from error

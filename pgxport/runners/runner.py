@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 from pgxport.bundle import Bundle
-from pgxport.errors import EngineError, IntegrityError, UsageError
+from pgxport.errors import IntegrityError, UsageError
 from pgxport.runners.image import load_image, pixel_values
 from pgxport.runners.loop import Decoder, generate
 from pgxport.runners.outputs import Answer, parse
-from pgxport.runners.session import Session, open_session
+from pgxport.runners.session import Session, graph_files, open_session
 from pgxport.runners.tokenizer import PromptTokenizer
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
@@ -40,11 +40,7 @@ class Runner:
 
     def __init__(self, bundle: Bundle, *, engine: str = "cpu", threads: int | None = None, low_memory: bool = False):
         self.bundle, self.manifest = bundle, bundle.manifest
-        if self.manifest.target != engine:
-            raise EngineError(
-                f"{bundle.path} was written for target {self.manifest.target!r}, and engine {engine!r} was asked for; "
-                f"export it with --target {engine}, or run it with --engine {self.manifest.target}"
-            )
+        self._files = graph_files(engine, bundle)
         self._low_memory, self._closed = low_memory, False
         self._open = partial(open_session, engine, threads=threads, low_memory=low_memory)
         self._sessions: dict[str, Session] = {}
@@ -119,7 +115,7 @@ class Runner:
 
     def _session(self, name: str) -> Session:
         if name not in self._sessions:
-            self._sessions[name] = self._open(self.bundle.graph(name))
+            self._sessions[name] = self._open(self._files[name])
         return self._sessions[name]
 
     def _release(self, *names: str) -> None:
@@ -146,9 +142,9 @@ class Runner:
         now = lap("preprocess", now)
         if self._low_memory:
             self._release("decoder_step")
-        hidden = self._session("vision_encoder").run({"pixel_values": pixels})["image_hidden"]
+        hidden = self._session("vision_encoder").run({"pixel_values": pixels})
         now = lap("vision", now)
-        features = self._session("projector").run({"image_hidden": hidden})["image_features"]
+        features = self._session("projector").run(hidden)["image_features"]
         if self._low_memory:
             self._release("vision_encoder", "projector")
         text = self._embed(ids[len(images) * m.image_tokens :])

@@ -7,22 +7,37 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pgxport.errors import EngineError
+from pgxport.bundle import Bundle
+from pgxport.errors import EngineError, UsageError
 
 Arrays = dict[str, np.ndarray]
 
 
-class KVCache(Protocol):
-    """Key and value buffers, `past_key_values.*` by name; a graph's `present.*` are the same memory."""
+# Engine -> the target whose bundles it runs.
+ENGINES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt"}
 
-    arrays: Arrays
+
+class KVCache(Protocol):
+    """Key and value buffers, `past_key_values.*` by name: what `present.*` of one run hold is there in the next."""
+
+    @property
+    def arrays(self) -> Arrays:
+        """The buffers themselves where they are in the host's memory, else copies."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all buffers, wherever they are."""
 
 
 class Session(Protocol):
     """One graph, loaded."""
 
-    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None) -> Arrays:
-        """Run the graph; keys and values go into `cache`, which `new_cache` of the same session made."""
+    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None) -> Mapping[str, np.ndarray]:
+        """Run the graph; keys and values go into `cache`, which `new_cache` of the same session made.
+
+        Results stand until the next run. An engine may leave them on its device until they are asked for by name, and takes its own
+        results as feeds from there.
+        """
 
     def new_cache(self, shapes: Mapping[str, tuple[int, ...]]) -> KVCache: ...
 
@@ -33,6 +48,7 @@ def open_session(engine: str, graph: Path, *, threads: int | None = None, low_me
     """Load a graph into the engine that was asked for, and no other.
 
     Args:
+        graph: One of `graph_files`.
         low_memory: Give working memory back after each run, though the next one has to ask for it again.
 
     Raises:
@@ -42,4 +58,37 @@ def open_session(engine: str, graph: Path, *, threads: int | None = None, low_me
         from pgxport.runners.ort import OrtSession
 
         return OrtSession(graph, threads=threads, low_memory=low_memory)
-    raise EngineError(f"engine {engine!r} is not one this pgx runs; use --engine cpu")
+    if engine == "cuda":
+        from pgxport.runners.ort import CUDA, OrtSession
+
+        return OrtSession(graph, provider=CUDA, threads=threads, low_memory=low_memory)
+    if ENGINES.get(engine) == "tensorrt":
+        from pgxport.runners.tensorrt import TensorrtSession
+
+        if threads is not None:
+            raise UsageError(f"--threads is for engine cpu; {engine} computes on the device: leave it out")
+        return TensorrtSession(graph, engine)
+    raise EngineError(f"engine {engine!r} is not one this pgx runs; use --engine {', '.join(ENGINES)}")
+
+
+def graph_files(engine: str, bundle: Bundle) -> dict[str, Path]:
+    """What `open_session` loads, by the graph's name: the bundle's graphs, or the plans that `pgx compile` made of them here.
+
+    Raises:
+        EngineError: the bundle was written for another engine, or is not compiled.
+    """
+    target = bundle.manifest.target
+    if ENGINES.get(engine) != target:
+        raise EngineError(
+            f"{bundle.path} was written for target {target!r}, and engine {engine!r} was asked for; "
+            f"export it with --target {ENGINES.get(engine, engine)}, or run it with --engine {target}"
+        )
+    if target == "tensorrt":
+        from pgxport.runners.tensorrt import compiled
+
+        return compiled(bundle, engine)
+    if engine == "cpu":
+        from pgxport.runners.packed import packed
+
+        return packed(bundle)
+    return {name: bundle.graph(name) for name in bundle.manifest.graphs}

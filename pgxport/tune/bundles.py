@@ -21,6 +21,7 @@ from typing import Any, Self
 import numpy as np
 
 from pgxport.bundle import Bundle
+from pgxport.cluster.pool import Cluster
 from pgxport.exporter.calibration import disk
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.exporter.recipe import FP32, Recipe
@@ -29,6 +30,7 @@ from pgxport.models.spec import ModelSpec
 from pgxport.models.weights import weight_shapes
 from pgxport.report.samples import Sample
 from pgxport.runners.runner import Runner
+from pgxport.tune.cluster_score import Scorer
 from pgxport.tune.loss import Loss, loss
 from pgxport.tune.score import STAGES, Answers, Samples, Seconds, ratios
 from pgxport.tune.store import Store, digest
@@ -82,10 +84,15 @@ class Subject:
 
 
 class Bundles:
-    """Recipes as bundles, measured beside the float32 one, which stays open."""
+    """Recipes as bundles, measured beside the float32 one, which stays open.
 
-    def __init__(self, subject: Subject, work: Path, say: Say):
+    Args:
+        cluster: Where samples are scored; None: here.
+    """
+
+    def __init__(self, subject: Subject, work: Path, say: Say, cluster: Cluster | None = None):
         self._subject, self._work, self._say = subject, work, say
+        self._scorer = Scorer(cluster, subject.export.target, subject.threads) if cluster else None
         self._export, self._samples, self._threads = subject.export, subject.samples, subject.threads
         self._store = Store(work / "results", subject.common)
         self._folder = work / f"reference-{digest(subject.common)[:12]}"
@@ -164,10 +171,15 @@ class Bundles:
             file.write_text(to_toml(recipe))
         try:
             bundle = export(replace(self._export, output=output, recipe=file, overwrite=True))
+            schemes = {name: recipe.scheme(name) for name in self._before_decoder}
+            floats = all(scheme.bits is None for scheme in schemes.values())
+            vision = digest({name: repr(scheme) for name, scheme in schemes.items()})
+            if self._scorer:
+                score = self._scorer.score(bundle.path, self._asked, places, vision, keep=floats)
+            # Times are measured here in any case, when no node of the cluster works for us: those of several would not compare.
             with Runner(bundle, engine=self._export.target, threads=self._threads) as runner:
-                vision = {name: recipe.scheme(name) for name in self._before_decoder}
-                floats = all(scheme.bits is None for scheme in vision.values())
-                score = self._asked.score(runner, places, digest({n: repr(s) for n, s in vision.items()}), keep=floats)
+                if not self._scorer:
+                    score = self._asked.score(runner, places, vision, keep=floats)
                 stages, _ = ratios(runner, self._reference, self._prefix_tokens())
             return {**asdict(score), "nbytes": bundle.nbytes, "stages": stages}
         finally:

@@ -67,7 +67,7 @@ class Samples:
         self.ids = []
         for i in range(len(self.samples)):
             progress(f"the float model, sample {i + 1} of {len(self.samples)}")
-            prefix = self._prefix(runner, i, None)
+            prefix = prefix_of(runner, self.samples[i], features_of(runner, self.samples[i]))
             _, answer = along(runner, prefix, ())
             logits, again = along(runner, prefix, answer)
             assert answer == again, f"Bug: sample {i} was answered in two ways"
@@ -81,28 +81,60 @@ class Samples:
             vision: A digest of all that its image features depend on.
             keep: Whether to keep those features, for other bundles with the same ones.
         """
-        answers, losses, agreed = [], [], []
+        found = []
         for i in places:
-            prefix = self._prefix(runner, i, self._folder / f"features-{vision[:16]}-{i}.npy", keep=keep)
-            logits, answer = along(runner, prefix, self.ids[i])
-            answers.append(answer)
-            expected = self.logits(i)
-            losses.append(kl_divergence(logits, expected))
-            agreed.append(top1_agreement(logits, expected))
-        every = np.concatenate(losses)
-        return Score(answers, float(every.mean()), float(every.max()), float(np.concatenate(agreed).mean()))
+            features = self.features(i, vision)
+            if features is None:
+                features = features_of(runner, self.samples[i])
+                if keep:
+                    self.keep_features(i, vision, features)
+            found.append(score_one(runner, prefix_of(runner, self.samples[i], features), self.ids[i], self.logits(i)))
+        return together(found)
 
-    def _prefix(self, runner: Runner, i: int, kept: Path | None, *, keep: bool = False) -> np.ndarray:
-        """[1, T, H]"""
-        if kept and kept.exists():
-            features = _load(kept)
-        else:
-            features = encode(runner, pixel_values(self.samples[i].open(), runner.manifest.resolution)[None])
-            if kept and keep:
-                _save(kept, features)
-        m = runner.manifest
-        ids = runner._tokenizer.prompt_ids(self.samples[i].prompt, m.image_tokens, limit=m.context_length)
-        return np.concatenate([features, runner._embed(ids[m.image_tokens :])], axis=1)
+    def features(self, i: int, vision: str) -> np.ndarray | None:
+        """[1, N, H], where they are kept"""
+        kept = self._features(i, vision)
+        return _load(kept) if kept.exists() else None
+
+    def keep_features(self, i: int, vision: str, features: np.ndarray) -> None:
+        _save(self._features(i, vision), features)
+
+    def _features(self, i: int, vision: str) -> Path:
+        return self._folder / f"features-{vision[:16]}-{i}.npy"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One sample: the bundle's answer; and of each position of the reference's the KL, and whether the likeliest token is the same."""
+
+    ids: list[int]
+    kl: np.ndarray  # [T]
+    agreed: np.ndarray  # [T]
+
+
+def score_one(runner: Runner, prefix: np.ndarray, ids: Sequence[int], expected: np.ndarray) -> Scored:
+    """Run a bundle along the reference's answer, whose logits [T, V] were expected."""
+    logits, answer = along(runner, prefix, ids)
+    return Scored(answer, kl_divergence(logits, expected), top1_agreement(logits, expected))
+
+
+def together(found: Sequence[Scored]) -> Score:
+    """Of all samples."""
+    every = np.concatenate([one.kl for one in found])
+    agreed = np.concatenate([one.agreed for one in found])
+    return Score([one.ids for one in found], float(every.mean()), float(every.max()), float(agreed.mean()))
+
+
+def features_of(runner: Runner, sample: Sample) -> np.ndarray:
+    """[1, N, H]"""
+    return encode(runner, pixel_values(sample.open(), runner.manifest.resolution)[None])
+
+
+def prefix_of(runner: Runner, sample: Sample, features: np.ndarray) -> np.ndarray:
+    """[1, N, H] -> [1, T, H]"""
+    m = runner.manifest
+    ids = runner._tokenizer.prompt_ids(sample.prompt, m.image_tokens, limit=m.context_length)
+    return np.concatenate([features, runner._embed(ids[m.image_tokens :])], axis=1)
 
 
 def encode(runner: Runner, pixels: np.ndarray) -> np.ndarray:

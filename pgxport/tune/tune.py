@@ -4,10 +4,12 @@
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pgxport.cluster.pool import Cluster
 from pgxport.errors import EngineError, NumericError, UsageError, choose
 from pgxport.exporter.calibration import Calibration, check_output, checkpoint_sha256, disk
 from pgxport.exporter.export import ExportOptions, check_weights
@@ -47,6 +49,7 @@ class TuneOptions:
         candidates: Names of CANDIDATES; none: all that can be written.
         work: The folder of results, kept for the next time; None: beside the output.
         threads: Of the engine; None: its choice.
+        cluster: The address of a Ray cluster that scores the samples (docs/cluster.md); None: this machine does.
     """
 
     output: str | Path = "recipe.toml"
@@ -69,6 +72,7 @@ class TuneOptions:
     work: str | Path | None = None
     threads: int | None = None
     overwrite: bool = False
+    cluster: str | None = None
 
 
 def tune(options: TuneOptions, *, progress: Say | None = None) -> Tuning:
@@ -94,7 +98,8 @@ def tune(options: TuneOptions, *, progress: Say | None = None) -> Tuning:
     limits = Limits(options.max_loss, options.max_latency, None if options.max_size is None else round(options.max_size * 1e6))
     work = Path(options.work) if options.work else output.with_name(output.name + ".work")
     say = progress or (lambda text: None)
-    with alone(work), Bundles(subject, work, say) as bundles:
+    cluster = Cluster(options.cluster) if options.cluster is not None else None
+    with alone(work), cluster or nullcontext(), Bundles(subject, work, say, cluster) as bundles:
         bench = _Bench(bundles, say)
         named, skipped = _named(bench, target, calibrated=options.calibration is not None)
         base, probes = _probes(bench, found, names, skipped)

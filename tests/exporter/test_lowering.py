@@ -278,8 +278,8 @@ def test_attention_through_a_cache_is_that_of_numpy(cache):
         assert not codes[:, len(v) :].any()
 
 
-def test_a_long_prefix_goes_through_the_fused_node_to_the_same_numbers(monkeypatch):
-    monkeypatch.setattr("pgxport.exporter.graph.SHORT_PREFILL", 2)
+def test_a_prefix_by_the_fused_node_comes_to_the_same_numbers(monkeypatch):
+    monkeypatch.setitem(TARGETS, "cpu", replace(TARGETS["cpu"], spelled_prefill=False))
     random = np.random.default_rng(1)
     q, k, v = (random.normal(size=(PREFIX + STEPS, n * TEXT.head_dim)).astype(np.float32) for n in (4, 2, 2))
     got, _ = attention_by_engine(q, k, v, None, {})

@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machines import MACHINES
+from machines import tree as machine
+from made_up_report import device, row
 
-from pgxport.report.clocks import look
+from pgxport.report.clocks import look, power_mode
 from pgxport.report.energy import Ina3221, Nvml, Rapl, find_meters, ina3221_rails, rapl_zones
+from pgxport.report.environment import settings
+from pgxport.report.schema import Board
+from pgxport.report.tables import environment
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -103,6 +109,44 @@ def test_rails_without_a_whole_are_added_up(tmp_path: Path):
     assert meter.watts() == pytest.approx(5 * (1.2 + 0.4 + 0.3))
 
 
+def test_the_rails_of_an_agx_orin_are_three_that_do_not_overlap(tmp_path: Path):
+    """VIN_SYS_5V0 is the 5 V rail, of which VDDQ_VDD2_1V8AO is a part; NC is not connected (Jetson Linux Developer Guide)."""
+    first = {
+        "in1_label": "VDD_GPU_SOC", "in1_input": "20000", "curr1_input": "200", "in2_label": "VDD_CPU_CV", "in2_input": "20000",
+        "curr2_input": "40", "in3_label": "VIN_SYS_5V0", "in3_input": "5000", "curr3_input": "900",
+    }  # fmt: skip
+    second = {
+        "in1_label": "NC",
+        "in1_input": "0",
+        "curr1_input": "0",
+        "in2_label": "VDDQ_VDD2_1V8AO",
+        "in2_input": "5000",
+        "curr2_input": "300",
+    }
+    files = {f"bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon3/{name}": value for name, value in first.items()}
+    files |= {f"bus/i2c/drivers/ina3221/1-0041/hwmon/hwmon4/{name}": value for name, value in second.items()}
+    meter = Ina3221(ina3221_rails(tree(tmp_path, files)))
+    meter.close()
+    assert meter.source == "INA3221, VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0"
+    assert meter.watts() == pytest.approx(20 * 0.2 + 20 * 0.04 + 5 * 0.9)
+
+
+def test_a_thors_whole_board_is_an_ina238(tmp_path: Path):
+    rails = ina3221_rails(machine(tmp_path, MACHINES["thor"]) / "sys")
+    assert set(rails) == {"VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0", "VIN"}
+    meter = Ina3221(rails)
+    meter.close()
+    assert (meter.source, meter.watts()) == ("INA3221, VIN", pytest.approx(23.4))
+    del rails["VIN"]
+    meter = Ina3221(rails)
+    meter.close()
+    assert meter.watts() == pytest.approx(12 * 0.2 + 12 * 0.5 + 5 * 1.3)
+
+
+def test_an_ina238_of_another_machine_is_no_rail(tmp_path: Path):
+    assert ina3221_rails(tree(tmp_path, {"class/hwmon/hwmon4/name": "ina238", "class/hwmon/hwmon4/power1_input": "1"})) == {}
+
+
 def test_find_meters_tells_what_is_there(tmp_path: Path):
     meters = find_meters(tree(tmp_path, {**XEON, **ORIN}))
     assert [meter.source for meter in meters] == ["RAPL, 2 packages", "INA3221, VDD_IN"]
@@ -157,3 +201,58 @@ def test_clocks_are_read_as_linux_tells_them(tmp_path: Path):
         tree(tmp_path, {**cores, "class/thermal/thermal_zone0/temp": "41500", "class/thermal/thermal_zone1/temp": "63000"})
     )
     assert (found.governor, found.mhz, found.max_mhz, found.celsius, found.throttled) == ("schedutil", 2000.0, 3500.0, 63.0, 8)
+
+
+def test_a_jetsons_clocks_are_its_gpus_too(tmp_path: Path):
+    found = look(machine(tmp_path, MACHINES["orin-nano"]) / "sys")
+    assert (found.governor, found.mhz, found.max_mhz) == ("schedutil", 1036.8, 1344.0)
+    assert (found.gpu_mhz, found.gpu_max_mhz, found.emc_mhz) == (612.0, 918.0, None)  # the memory's is root's to read
+    assert (found.celsius, found.throttled, found.held, found.hot) == (50.812, 7, False, ())
+
+
+def test_jetson_clocks_holds_the_cores_and_the_gpu(tmp_path: Path):
+    root = machine(tmp_path, MACHINES["thor"])
+    found = look(root / "sys")
+    assert (found.gpu_mhz, found.held, found.hot, found.throttled) == (1575.0, True, ("gpu-throttle-alert",), 821)
+    machine(root, {"sys/class/devfreq/gpu-gpc-0/min_freq": "315000000"})
+    assert look(root / "sys").held is False
+
+
+def test_a_machine_that_is_no_jetson_holds_nothing(tmp_path: Path):
+    files = {f"devices/system/cpu/cpu0/cpufreq/scaling_{which}_freq": "2000000" for which in ("min", "max")}
+    assert look(tree(tmp_path, files)).held is None
+
+
+@pytest.mark.parametrize(
+    ("change", "mode"),
+    [
+        ({}, "25W (1)"),
+        ({"var/lib/nvpmodel/status": "pmode:0002 fmode:quiet"}, "MAXN_SUPER (2)"),
+        ({"var/lib/nvpmodel/status": "pmode:0009"}, "mode 9"),
+        ({"var/lib/nvpmodel/status": ""}, None),
+        ({"etc/nvpmodel.conf": "# < POWER_MODEL ID=1 NAME=OFF >\n"}, "mode 1"),
+    ],
+)
+def test_the_power_mode_is_the_one_nvpmodel_wrote_down(tmp_path: Path, change: dict[str, str], mode: str | None):
+    assert power_mode(machine(tmp_path, MACHINES["orin-nano"] | change)) == mode
+
+
+def test_without_nvpmodel_there_is_no_power_mode(tmp_path: Path):
+    assert power_mode(tmp_path) is None
+
+
+def test_a_report_records_what_a_jetson_is_set_to(tmp_path: Path):
+    root = machine(tmp_path, MACHINES["orin-nano"])
+    board = settings(look(root / "sys"), root)
+    assert board == Board(jetpack="6.2", l4t="36.4.3", power_mode="25W (1)", clocks_held=False, gpu_max_mhz=918.0, emc_mhz=None)
+    assert settings(look(root / "sys"), machine(tmp_path / "server", MACHINES["server"])) is None
+
+
+def test_a_reports_page_shows_it():
+    plain = device(row("a"))
+    assert "board" not in dict(environment(plain).rows)
+    board = Board(jetpack="6.2", l4t="36.4.3", power_mode="25W (1)", clocks_held=True, gpu_max_mhz=918.0, emc_mhz=None)
+    shown = plain.model_copy(update={"environment": plain.environment.model_copy(update={"board": board})})
+    assert dict(environment(shown).rows)["board"] == (
+        "JetPack 6.2 (Jetson Linux 36.4.3), power mode 25W (1), clocks held, GPU at most 918 MHz"
+    )

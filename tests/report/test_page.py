@@ -18,7 +18,7 @@ pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
 from pgxport.errors import InputError, UsageError
-from pgxport.report import files, tables
+from pgxport.report import chart, files, tables
 from pgxport.report.pictures import Album
 from pgxport.report.schema import PICTURE, Report, schema
 from pgxport.report.words import word_diff
@@ -105,6 +105,15 @@ def test_the_charts_texts_are_texts(written: dict[str, bytes]):
     assert "<script" not in svg
     assert "onerror=" not in re.sub(r">[^<]*<|aria-label=\"[^\"]*\"", "", svg)
     assert written["chart.png"][:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_chart_is_one_that_vega_lite_knows(devices: int):
+    import altair
+
+    made = report(*(device(row("fp32"), row("int8", ms=5)) for _ in range(devices)))
+    kind = altair.VConcatChart if devices > 1 else altair.LayerChart
+    kind.from_dict(chart._spec(made.devices, background="white"), validate=True)
 
 
 def test_a_spreadsheet_computes_nothing():

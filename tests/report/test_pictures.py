@@ -76,11 +76,11 @@ def test_a_page_never_outgrows_five_megabytes():
     from pgxport.report.page import page
 
     labels = ["fp32", *(f"b{i}" for i in range(7))]
-    asked = [sample(i) for i in range(150)]
-    words = [" ".join(f"w{(i * k) % 97}" for k in range(120)) for i in range(8)]
+    asked = [sample(i) for i in range(70)]
+    words = [" ".join(f"w{(i * k) % 97}" for k in range(60)) for i in range(8)]
     answers = {label: said(*[words[n]] * len(asked)) for n, label in enumerate(labels)}
     album = Album()
-    shown = disagreements(asked, answers, "fp32", 150, album)
-    assert 10 < len(shown) < 150
+    shown = disagreements(asked, answers, "fp32", 70, album)
+    assert 10 < len(shown) < 70
     made = report(device(*map(row, labels), disagreements=shown))
     assert pictures.BUDGET / 3 < len(page(made, album.files).encode()) < 5_000_000

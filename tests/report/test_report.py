@@ -71,7 +71,9 @@ def planted(tiny_112: Path, tiny_224: Path, tmp_path_factory: pytest.TempPathFac
             for file in crashing.glob("*.data"):
                 os.truncate(file, 0)
 
-    made = report(options(folder / "report", sound, slow, coarse, missing, crashing), progress=progress)
+    # True answers have 30 tokens at most; the inaccurate bundle would go on to 256.
+    given = options(folder / "report", sound, slow, coarse, missing, crashing, max_new_tokens=40)
+    made = report(given, progress=progress)
     return made, folder / "report", said
 
 
@@ -332,7 +334,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_gate_ends_with_8_and_its_reason(planted: tuple[Report, Path, list[str]], run: Callable[..., tuple[int, str, str]]):
     folder = planted[1].parent
-    words = ("report", folder / "sound", folder / "inaccurate", "--limit", 5, "--threads", 1, "-o", planted[1])
+    words = ("report", folder / "sound", folder / "inaccurate", "--limit", 5, "--threads", 1)
+    words += ("--max-new-tokens", 40, "-o", planted[1])
     code, out, err = run(*words, "--gate", 0.99)
     assert code == 8
     assert "inaccurate keeps " in err

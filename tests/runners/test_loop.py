@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pgxport.errors import InputError, NumericError
-from pgxport.runners.loop import HIDDEN, Decoder, generate, local_bias
+from pgxport.runners.loop import BLOCK, EMPTY, HIDDEN, Decoder, generate, local_bias
 
 EOS, VOCAB, WIDTH = 1, 10, 4
 
@@ -38,9 +38,9 @@ def chooses(token: int) -> np.ndarray:
     return np.where(np.arange(VOCAB) == token, 1, -1).astype(np.float32)
 
 
-def manifest(context: int = 20, window: int | None = None) -> Any:
+def manifest(context: int = 20, window: int | None = None, kind: str = "shared") -> Any:
     return SimpleNamespace(
-        context_length=context, local_window=window, cache=SimpleNamespace(layers=3, kv_heads=2, head_dim=WIDTH)
+        context_length=context, local_window=window, cache=SimpleNamespace(kind=kind, layers=3, kv_heads=2, head_dim=WIDTH)
     )
 
 
@@ -148,3 +148,76 @@ def test_the_longest_prefix_and_answer_fit():
     script = Script([7] * 15)
     assert len(answer(script, 15)) == 15
     assert script.seen[-1]["total_sequence_length"] == 19
+
+
+# Caches that the engine only reads ("delta"), or writes into where it is told ("update"): masks hide what is not filled.
+
+
+@dataclass
+class Greedy(Script):
+    """A session whose graph finds the token itself; the logits may not be asked for."""
+
+    def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None) -> dict[str, np.ndarray]:
+        logits = super().run(feeds, cache)["logits"]
+        return {"next_token": logits.argmax(-1), "logits_square": np.square(logits).sum((1, 2))}
+
+
+def fed(kind: str, steps: int, *, prefix: int = 5, window: int | None = None) -> list[dict[str, np.ndarray]]:
+    script = Greedy([7] * (steps + 1))
+    decoder = Decoder(script, manifest(1000, window, kind), prefix + steps + 1)
+    list(generate(decoder, np.zeros((1, prefix, WIDTH), np.float32), embed, eos=EOS, limit=steps + 1))
+    return script.seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "shape"), [("delta", BLOCK, (1, BLOCK, 2, WIDTH)), ("update", 1000, (1, 2, 1000, WIDTH))]
+)
+def test_a_cache_has_the_rows_that_an_engine_is_made_for(kind: str, rows: int, shape: tuple[int, ...]):
+    cache = Decoder(Script([]), manifest(1000, kind=kind), 9).cache
+    assert {array.shape for array in cache.arrays.values()} == {shape}
+    longest = Decoder(Script([]), manifest(1000, kind=kind), 1000).cache
+    assert all(1000 in array.shape for array in longest.arrays.values())
+    assert fed(kind, 1)[1]["visible"].shape[-1] == rows + (kind == "delta")
+
+
+@pytest.mark.parametrize("kind", ["delta", "update"])
+def test_tokens_have_the_positions_of_their_rows(kind: str):
+    prefill, first, second = fed(kind, 2)
+    assert [f["positions"].tolist() for f in (prefill, first, second)] == [[0, 1, 2, 3, 4], [5], [6]]
+    assert all(f["positions"].dtype == np.int64 for f in (prefill, first, second))
+    writes = [f["write_indices"].tolist() for f in (prefill, first, second) if "write_indices" in f]
+    assert writes == ([[0], [5], [6]] if kind == "update" else [])
+    assert not any({"seqlens_k", "total_sequence_length", "local_bias", "local_visible"} & f.keys() for f in (prefill, first))
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 6, 50])
+@pytest.mark.parametrize("prefix", [1, 5])
+@pytest.mark.parametrize("kind", ["delta", "update"])
+def test_masks_show_every_filled_row_and_no_other(kind: str, prefix: int, window: int | None):
+    prefill, *steps = fed(kind, 6, prefix=prefix, window=window)
+    name = "visible" if window is None else "local_visible"
+    # A prefix sees itself; before its columns, where the past is apart, stands one hidden row.
+    columns = EMPTY + prefix if kind == "delta" else 1000
+    start = EMPTY if kind == "delta" else 0
+    rule = [[start <= column < start + prefix for column in range(columns)]] * prefix
+    assert prefill[name][0, 0].tolist() == rule
+    for past, feeds in enumerate(steps, prefix):
+        mask = feeds[name]
+        assert (mask.dtype, mask.shape[:3]) == (np.bool_, (1, 1, 1))
+        reach = past + 1 if window is None else min(window, past + 1)  # keys, the token's own among them
+        own = mask.shape[-1] - 1 if kind == "delta" else past
+        assert np.flatnonzero(mask[0, 0, 0]).tolist() == [*range(past + 1 - reach, past), own]
+
+
+def test_a_token_that_the_device_found_is_taken_and_logits_are_not_asked_for():
+    script = Greedy([7, 8, EOS])
+    decoder = Decoder(script, manifest(1000, kind="delta"), 20)
+    assert list(generate(decoder, np.zeros((1, 5, WIDTH), np.float32), embed, eos=EOS, limit=9)) == [7, 8]
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_square_that_is_not_finite_is_the_error_of_its_step(wrong: float):
+    decoder = Decoder(Greedy([7, np.full(VOCAB, wrong, np.float32)]), manifest(1000, kind="update"), 20)
+    assert decoder.next_token(np.zeros((1, 5, WIDTH), np.float32)) == 7
+    with pytest.raises(NumericError, match=r"decoder_step.*decode step 1"):
+        decoder.next_token(embed(7))

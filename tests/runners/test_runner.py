@@ -104,6 +104,8 @@ def model(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     # Byte tokens and letters, so that characters in several pieces come up; never an end.
     model.allowed = range(fake_bundle.manifest.token_ids.newline + 3, fake_bundle.manifest.token_ids.loc_first)
     monkeypatch.setattr(runner_module, "open_session", model.open)
+    # Its graphs are on no disk, and nothing is compiled of them.
+    monkeypatch.setattr(runner_module, "graph_files", lambda engine, bundle: {n: bundle.graph(n) for n in bundle.manifest.graphs})
     return model
 
 

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights packed for this CPU: the same answers, and nothing but what `pgx compile` put into the cache."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("onnx_ir")
+
+import onnx
+
+from pgxport import pack as packing
+from pgxport.bundle import Bundle
+from pgxport.cli import cli
+from pgxport.errors import DiskError, EngineError, IntegrityError, UsageError
+from pgxport.exporter.export import ExportOptions, export
+from pgxport.pack import pack
+from pgxport.runners import packed as lookup
+from pgxport.runners.engines import FOLDER_VARIABLE, entry_folder
+from pgxport.runners.ort import OrtSession
+from pgxport.runners.packed import instructions, machine, packed
+from pgxport.runners.runner import Runner
+
+PRECISIONS = ("fp32", "int8", "w8a8", "int4")
+PICTURE = np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+PROMPT = "segment red circle"  # answers with boxes and masks, so that every graph runs
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory) -> dict[str, Bundle]:
+    folder = tmp_path_factory.mktemp("packed")
+    return {p: export(ExportOptions(size="tiny", res=112, precision=p, parity=0, output=folder / p)) for p in PRECISIONS}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "engines"))
+    return tmp_path / "engines"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_compiled_bundle_answers_the_same_from_its_packed_weights(bundles, cache, precision, monkeypatch):
+    bundle = bundles[precision]
+    with Runner(bundle, threads=1) as runner:
+        expected = runner.answer(PICTURE, PROMPT)
+    pack(bundle)
+    folder = entry_folder(cache, bundle.digest(), machine())
+    loaded = []
+    monkeypatch.setattr(OrtSession, "__init__", _noting(loaded, OrtSession.__init__))
+    with Runner(bundle, threads=1) as runner:
+        answer = runner.answer(PICTURE, PROMPT)
+    assert answer.token_ids == expected.token_ids
+    assert answer.boxes == expected.boxes
+    assert sorted(loaded) == sorted(folder / f"{name}.onnx" for name in bundle.manifest.graphs)
+
+
+def _noting(loaded: list[Path], init):
+    def noted(self, graph, **options):
+        loaded.append(graph)
+        init(self, graph, **options)
+
+    return noted
+
+
+def test_packed_weights_of_any_size_are_aligned_in_their_file(bundles, cache):
+    """MatMulNBits reads them shifted otherwise: tiny's int8 came back as NaN."""
+    pack(bundles["int8"])
+    (folder,) = (f for f in cache.iterdir() if f.is_dir())
+    model = onnx.load(folder / "decoder_step.onnx", load_external_data=False)
+    entries = [e.value for t in model.graph.initializer for e in t.external_data if e.key.startswith("prepacked_")]
+    blobs = [tuple(map(int, blob.split(";")[:2])) for value in entries for blob in value.split("|")[1:]]
+    assert len(blobs) > 10
+    assert all(offset % 64 == 0 for offset, _ in blobs)
+    size = (folder / "decoder_step.onnx.data").stat().st_size
+    assert max(offset + length for offset, length in blobs) <= size
+
+
+def test_a_bundle_that_is_not_compiled_loads_its_own_graphs(bundles, cache):
+    bundle = bundles["int4"]
+    assert packed(bundle) == {name: bundle.graph(name) for name in bundle.manifest.graphs}
+    pack(bundles["int8"])  # another bundle
+    assert packed(bundle)["decoder_step"].parent == bundle.path
+
+
+@pytest.mark.parametrize("change", [{"version": "1.99.0"}, {"sm": "x86_64-0123456789ab"}])
+def test_what_was_packed_for_another_machine_is_not_looked_at(bundles, cache, monkeypatch, change):
+    bundle = bundles["int4"]
+    pack(bundle)
+    elsewhere = dataclasses.replace(machine(), **change)
+    monkeypatch.setattr(lookup, "machine", lambda: elsewhere)
+    assert packed(bundle)["decoder_step"] == bundle.graph("decoder_step")
+
+
+@pytest.mark.parametrize("name", ["decoder_step.onnx", "decoder_step.onnx.data", "entry.json"])
+def test_a_changed_byte_is_refused(bundles, cache, name):
+    bundle = bundles["int4"]
+    pack(bundle)
+    file = entry_folder(cache, bundle.digest(), machine()) / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(IntegrityError, match="pgx compile"):
+        Runner(bundle)
+
+
+def test_a_file_that_pgx_did_not_write_is_refused(bundles, cache):
+    bundle = bundles["int4"]
+    pack(bundle)
+    (entry_folder(cache, bundle.digest(), machine()) / "more.data").write_bytes(b"x")
+    with pytest.raises(IntegrityError, match=r"more\.data"):
+        packed(bundle)
+
+
+def test_packed_weights_that_compute_something_else_are_not_kept(bundles, cache, monkeypatch):
+    real = packing._answer
+    calls = []
+
+    def second_differs(session, bundle, name):
+        calls.append(name)
+        found = real(session, bundle, name)
+        return [np.nextafter(x, np.float32(np.inf)) for x in found] if calls.count("decoder_step") == 2 else found
+
+    monkeypatch.setattr(packing, "_answer", second_differs)
+    with pytest.raises(EngineError, match="something else"):
+        pack(bundles["int4"])
+    assert not list(cache.glob("*/*"))
+    assert packed(bundles["int4"])["decoder_step"].parent == bundles["int4"].path
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_packed(bundles, cache, monkeypatch):
+    usage = type("Usage", (), {"free": bundles["int4"].nbytes})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DiskError, match="choose another --cache"):
+        pack(bundles["int4"])
+    assert not list(cache.glob("*/*"))
+
+
+def test_a_cpu_is_known_by_what_it_can_do_and_not_by_its_clock_or_the_order_of_its_cores(tmp_path):
+    def digest(text: str) -> str:
+        (tmp_path / "cpuinfo").write_text(text)
+        return instructions(tmp_path / "cpuinfo")
+
+    x86 = (
+        "processor : 0\ncpu MHz : {}\nflags : fpu sse2 avx512_vnni\n\nprocessor : 1\ncpu MHz : {}\nflags : fpu sse2 avx512_vnni\n"
+    )
+    assert digest(x86.format(2000, 2100)) == digest(x86.format(3000, 800))
+    assert digest(x86.format(1, 1)) != digest(x86.format(1, 1).replace(" avx512_vnni", ""))
+    big, little = "Features : fp asimd i8mm\n", "Features : fp asimd\n"
+    assert digest(big + little) == digest(little + big) != digest(little)
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def test_pgx_compile_packs_a_bundle_for_the_cpu_once_and_says_so(bundles, cache):
+    path = str(bundles["int8"].path)
+    first = CliRunner().invoke(cli, ["compile", path])
+    assert first.exit_code == 0, first.output
+    assert "weights packed for this CPU" in first.output
+    assert "written in" in first.output
+    again = json.loads(CliRunner().invoke(cli, ["compile", path, "--engine", "cpu", "--json"]).output)
+    assert not again["built"]
+    (data,) = Path(again["entry"]).glob("decoder_step.onnx.data")
+    data.write_bytes(bytes(data.stat().st_size))
+    mended = json.loads(CliRunner().invoke(cli, ["compile", path, "--json"]).output)
+    assert mended["built"]
+    with Runner(bundles["int8"], threads=1) as runner:
+        assert runner.answer(PICTURE, PROMPT).text
+
+
+@pytest.mark.parametrize(
+    ("words", "says"), [(["--sm", "8.9"], "--sm is of TensorRT"), (["--engine", "tensorrt"], "--target tensorrt")]
+)
+def test_what_is_of_tensorrt_is_refused_for_a_bundle_of_the_cpu(bundles, cache, words, says):
+    with pytest.raises(UsageError, match=says):
+        cli(["compile", str(bundles["int4"].path), *words], standalone_mode=False)
