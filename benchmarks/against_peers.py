@@ -123,6 +123,7 @@ class Llama:
         self._prefix, self._new_tokens = spec.image_tokens + request["prompt_tokens"], request["new_tokens"]
         params = c.llama_context_default_params()
         params.n_ctx = self._prefix + self._new_tokens
+        params.n_batch = self._prefix  # 2,048 unless told
         if request["threads"]:
             params.n_threads = params.n_threads_batch = request["threads"]
         self._context, self._vocab = c.llama_init_from_model(self._model, params), spec.text.vocab

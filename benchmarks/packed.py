@@ -27,7 +27,7 @@ import numpy as np  # noqa: E402
 
 from pgxport.bundle import Bundle  # noqa: E402
 from pgxport.pack import pack  # noqa: E402
-from pgxport.report.bench import machine, versions  # noqa: E402
+from pgxport.report.bench import machine  # noqa: E402
 from pgxport.runners.engines import FOLDER_VARIABLE  # noqa: E402
 from pgxport.runners.runner import Runner  # noqa: E402
 
@@ -99,16 +99,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         found = {Path(path).name: measure(path, args.threads, args.repeat, scratch) for path in args.bundles}
-    text = json.dumps(
-        {
-            "machine": machine(),
-            "versions": versions(["pgxport", "onnxruntime", "numpy"]),
-            "threads": args.threads,
-            "repeat": args.repeat,
-            "bundles": found,
-        },
-        indent=1,
-    )
+    command = "python benchmarks/packed.py " + " ".join(Path(path).name for path in args.bundles)
+    about = {"command": command, "machine": machine(), "threads": args.threads, "repeat": args.repeat}
+    text = json.dumps(about | {"bundles": found}, indent=1)
     print(text)
     if args.json:
         args.json.write_text(text + "\n")

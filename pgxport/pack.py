@@ -93,7 +93,7 @@ def _answer(session: Session, bundle: Bundle, name: str) -> list[np.ndarray]:
         if name == "decoder_step":
             decoder = Decoder(session, manifest, min(manifest.context_length, 8))
             width = manifest.token_table.shape[1]
-            return [decoder.feed(draw((1, tokens, width), np.float32)) for tokens in (4, 1)]
+            return [np.array(decoder.feed(draw((1, tokens, width), np.float32))) for tokens in (4, 1)]
         (given,) = manifest.graphs[name].inputs
         shape = [1 if isinstance(n, str) else n for n in given.shape]
         feed = np.zeros(shape, np.int64) if given.dtype == "int64" else draw(shape, np.float32)

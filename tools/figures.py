@@ -139,6 +139,36 @@ def packed() -> str:
     return "\n".join([*lines, "", f"{machine}, {record['repeat']} starts of each in turn: median (least–most). {seconds}."])
 
 
+def curves() -> str:
+    """What one decoder layer costs against the length, from decoders of two depths."""
+    r = json.loads((RESULTS / "curves-3b-int4.json").read_text())
+    lines = [
+        "| tokens | prefill of a layer, ms | a token of it, µs | step of a layer, ms | all else of a step, ms | cache, MB |",
+        "|---" * 6 + "|",
+    ]
+    many = r["decoder"][-1]
+    for row, of in zip(r["per_layer"], many["lengths"], strict=True):
+        prefill, cache = row["prefill_layer"], of["cache_bytes"] / many["layers"]
+        cells = f"{prefill * 1e3:.0f} | {prefill / row['length'] * 1e6:.0f} | {row['step_layer'] * 1e3:.2f} | {row['step_rest'] * 1e3:.1f} | {cache / 1e6:.0f}"
+        lines.append(f"| {row['length']:,} | {cells} |")
+    lines += ["", "| px | image tokens | vision, ms | prefill, ms | decode step, ms | peak private, GB |", "|---" * 6 + "|"]
+    for of in r["resolutions"]:
+        stages = [f"{1e3 * of['stages'][stage]['median']:.0f}" for stage in ("vision", "prefill", "step")]
+        lines.append(
+            f"| {of['resolution']} | {of['image_tokens']:,} | {' | '.join(stages)} | {of['memory']['peak']['private'] / 1e9:.2f} |"
+        )
+    machine = (
+        f"{r['machine']['cores']} cores of {r['machine']['processor']}, {r['threads']} threads, {r['repetitions']} repetitions"
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{r['what'][0].upper()}{r['what'][1:]}; below, both towers have {r['decoder'][0]['layers']} layers. {machine}: medians.",
+        ]
+    )
+
+
 def _peers(file: Path) -> str:
     r = json.loads(file.read_text())
     stages = {
@@ -150,6 +180,8 @@ def _peers(file: Path) -> str:
     lines = [f"| {r['what']} | {' | '.join(f'{title}, {unit}' for title, _, unit in stages.values())} | peak resident, GB |"]
     lines.append("|---" * (len(stages) + 2) + "|")
     for row in r["measured"]:
+        if row["status"] != "ok":
+            continue
         label = f"pgx {row['recipe']}, {row['bytes'] / 1e9:.2f} GB" if "recipe" in row else PEERS.get(row["label"], row["label"])
         cells = []
         for stage, (_, times, _) in stages.items():
@@ -213,7 +245,7 @@ def _points(value: float) -> str:
 
 
 TABLES = {"tiny": tiny, "true_shapes": true_shapes, "recipes": recipes, "recipes_short": recipes_short, "peers": peers}
-TABLES |= {"peers_elsewhere": peers_elsewhere, "packed": packed}
+TABLES |= {"peers_elsewhere": peers_elsewhere, "packed": packed, "curves": curves}
 TABLES |= {"boards": boards, "gpus": gpus}  # planned
 
 

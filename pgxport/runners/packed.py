@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights packed for this CPU once, by `pgx compile`, which ONNX Runtime then maps in place of packing them at every start.
 
-The graphs compute the same numbers. What changes is that loading takes a fraction of the time, and that the weights are pages of a
-file: shared by all processes that run the bundle, and dropped by the kernel where memory is short.
+The graphs compute the same numbers. What changes is that the weights are pages of a file, and no private memory: shared by all
+processes that run the bundle, and dropped by the kernel where memory is short.
 """
 
 import hashlib
