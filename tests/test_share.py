@@ -32,6 +32,7 @@ from pgxport.errors import DiskError, HubError, InputError, IntegrityError, PgxE
 from pgxport.exporter import hub
 from pgxport.share import PullOptions, PushOptions, pull, push
 
+ONLINE = {"HF_HUB_OFFLINE": "0"}  # where all else is kept offline: the server is of this machine
 REPOSITORY = "me/my-paligemma"
 TOKEN = "hf_" + "secretsecret" * 3
 SMALL = (".json", ".md", ".toml")  # of these, git's own files are made
@@ -422,7 +423,7 @@ def test_what_another_bundle_left_there_is_not_mixed_in(pushed: Hub, source: Pat
 def test_killed_in_the_middle_it_leaves_no_bundle_and_goes_on(pushed: Hub, source: Path, tmp_path: Path):
     pushed.slow = 60.0
     command = [sys.executable, "-m", "pgxport", "pull", REPOSITORY, "-o", str(tmp_path / "b")]
-    environment = {**os.environ, "HF_ENDPOINT": pushed.url, "PYTHONPATH": str(Path(bundle_module.__file__).parents[1])}
+    environment = {**os.environ, **ONLINE, "HF_ENDPOINT": pushed.url, "PYTHONPATH": str(Path(bundle_module.__file__).parents[1])}
     process = subprocess.Popen(command, env=environment)
     deadline = time.monotonic() + 60
     while not any(f.stat().st_size for f in tmp_path.glob("b.partial/*.incomplete")) and time.monotonic() < deadline:
@@ -522,7 +523,7 @@ def test_offline_and_out_of_reach_are_explained(server: Hub, source: Path, comma
 
 
 def test_the_commands_say_what_they_did_and_never_the_token(server: Hub, source: Path, tmp_path: Path):
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1"}
+    environment = {**os.environ, **ONLINE, "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1"}
     environment["PYTHONPATH"] = str(Path(bundle_module.__file__).parents[1])
 
     def pgx(*args: object) -> subprocess.CompletedProcess[str]:
