@@ -164,7 +164,7 @@ def curves() -> str:
         [
             *lines,
             "",
-            f"{r['what'][0].upper()}{r['what'][1:]}; below, both towers have {r['decoder'][0]['layers']} layers. {machine}: medians.",
+            f"{r['what']}; at each resolution both towers are as shallow as the first. {machine}: medians.",
         ]
     )
 
