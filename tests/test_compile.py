@@ -362,10 +362,18 @@ def test_a_device_that_tensorrt_rtx_does_not_build_for_lists_those_that_it_does(
 
 @has_rtx
 def test_ctrl_c_ends_a_real_build(cache: Path, for_11: Path):
-    words = [sys.executable, "-m", "pgxport", "compile", str(for_11), "--engine", "tensorrt-rtx", "--sm", "8.9"]
+    slowly = """if True:  # a tiny model's build is over before a signal comes
+        import time
+        from pgxport import cli, compile
+        real = compile._monitor
+        compile._monitor = lambda trt, graph, progress: real(trt, graph, lambda *step: time.sleep(0.2))
+        cli.main()
+    """
+    words = [sys.executable, "-c", slowly, "compile", str(for_11), "--engine", "tensorrt-rtx", "--sm", "8.9"]
     child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     while child.poll() is None and not list(cache.glob("*.partial")):
         time.sleep(0.01)
+    assert child.poll() is None, "it was not interrupted in the middle"
     child.send_signal(signal.SIGINT)
     said = child.communicate(timeout=60)[1]
     assert (child.returncode, said.strip()) == (130, "pgx: interrupted")
