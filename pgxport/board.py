@@ -229,3 +229,12 @@ def advise(machine: Machine, driver: Driver | None, rows: Iterable[Row] = ROWS) 
         if machine.jetpack is None and not row.jetpacks and sm >= row.sm:
             return row
     raise AssertionError("Bug: the table's last row is for no GPU, and JetPacks that are not in it are not told")
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that can be had, where the system says."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

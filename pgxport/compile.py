@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pgxport.board import available_memory
 from pgxport.bundle import Bundle, Manifest, TrtVersion
 from pgxport.errors import DiskError, EngineError, IntegrityError, NumericError, UsageError, choose
 from pgxport.onnx_check import inner, messages, text_of
@@ -201,15 +202,6 @@ def weight_bytes(bundle: Bundle, name: str) -> int:
     entries = (entry for kind, fields in read if kind == "tensor" for entry in inner(fields, 13))
     files = {text_of(entry, 2) for entry in entries if text_of(entry, 1) == "location"}
     return sum(bundle.manifest.files[file].size for file in files)
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that can be had, where the system says."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 class _Builder:

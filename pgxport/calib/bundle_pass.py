@@ -5,13 +5,13 @@ Holds the statistics of all layers at once, and the activations of a sample.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from pgxport.board import available_memory
 from pgxport.bundle import Bundle
 from pgxport.calib.observe import Statistics
 from pgxport.calib.samples import Encoded, token_weights
@@ -164,12 +164,3 @@ def _check_memory(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]]) -> None
             f"second moments of all layers of {bundle.path} take {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB "
             f"are free; give the checkpoint, which is calibrated layer by layer, or --no-moments"
         )
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that can be had, where the system says."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
