@@ -5,8 +5,10 @@ python benchmarks/accuracy.py --questions 500                       # every name
 python benchmarks/accuracy.py --recipes int4 my.toml --res 224      # some
 
 For each recipe: the metric of every task with its 95 % bootstrap interval and its paired difference to float32, the share of
-answers that are the same, and how often both find the same next token likeliest when both are given float32's answer so far.
-Answers are kept in --work as they come, so that a run that was stopped goes on where it was.
+answers that are the same, and how often both find the same next token likeliest when both are given float32's answer so far; on
+every fifth question also the KL divergence there. Answers are kept in --work as they come, so that a run that was stopped goes on
+where it was. A yardstick beside them: transformers itself in bfloat16, given the same answers. Results of recipes that are not
+named stay in --json as they are.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import hashlib
 import json
 import platform
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import onnxruntime
 
 from pgxport import __version__
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
+from pgxport.divergence import divergence
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.exporter.recipe import RECIPES
 from pgxport.exporter.recipe_toml import read_recipe
@@ -31,12 +35,15 @@ from pgxport.report.fidelity import token_agreement
 from pgxport.report.metrics import METRICS, compare
 from pgxport.report.metrics import estimate as measured
 from pgxport.report.samples import Sample
+from pgxport.runners.image import load_image, pixel_values
 from pgxport.runners.loop import Decoder
 from pgxport.runners.outputs import Answer, parse
 from pgxport.runners.runner import Runner
 
 ROOT = Path(__file__).parent
-RECIPES_AND_CACHES = [*(r for r in RECIPES if r not in ("fp32", "bf16")), str(ROOT / "recipes" / "int8-kv8.toml")]
+RECIPES_AND_CACHES = [*(r for r in RECIPES if r not in ("fp32", "fp8")), str(ROOT / "recipes" / "int8-kv8.toml")]
+CHECKPOINTS = ROOT.parent / "pgxport" / "models" / "tiny"
+EVERY = 5  # questions between those whose KL is measured, which needs float32's logits too
 MORE = {"detect": ("box_iou",)}  # beside the metric that decides
 
 
@@ -65,7 +72,9 @@ def ask(path: Path, reference: Path | None, questions: int, threads: int) -> lis
     samples = scene_samples(questions)
     if len(rows) >= len(samples):
         return rows[: len(samples)]
-    with Runner.from_pretrained(path, threads=threads) as runner, done.open("a") as file:
+    with ExitStack() as stack:
+        runner, file = stack.enter_context(Runner.from_pretrained(path, threads=threads)), stack.enter_context(done.open("a"))
+        exact = reference and stack.enter_context(Runner.from_pretrained(reference, threads=threads))
         for i in range(len(rows), len(samples)):
             picture, prompt = samples[i].open(), samples[i].prompt
             prefix = runner._prefix(picture, prompt)
@@ -74,22 +83,56 @@ def ask(path: Path, reference: Path | None, questions: int, threads: int) -> lis
             if before is not None:
                 given = before[i]["ids"]
                 # Where the whole answer is the same, so is every next token along it.
-                agreed = len(given) + 1 if ids == given else forced(runner, prefix.embeds, given)
-                row |= {"agreed": agreed, "positions": len(given) + 1}
+                row |= {"agreed": len(given) + 1, "positions": len(given) + 1}
+                if ids != given or i % EVERY == 0:
+                    logits = forced(runner, prefix.embeds, given)
+                    row["agreed"] = int((logits.argmax(-1) == [*given, runner.manifest.token_ids.eos]).sum())
+                if i % EVERY == 0:
+                    assert exact is not None
+                    theirs = forced(exact, exact._prefix(picture, prompt).embeds, given)
+                    row["kl"] = float(divergence(theirs, logits).sum())
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
     return rows
 
 
-def forced(runner: Runner, prefix: np.ndarray, answer: list[int]) -> int:
-    """Next tokens that agree with a given answer and its end."""
+def forced(runner: Runner, prefix: np.ndarray, answer: list[int]) -> np.ndarray:
+    """Logits [answer + 1, V] of each next token along a given answer, and of what follows it."""
     decoder = Decoder(runner._sessions["decoder_step"], runner.manifest, prefix.shape[1] + len(answer) + 1)
-    agreed, fed = 0, prefix
-    for token in [*answer, runner.manifest.token_ids.eos]:
-        agreed += int(decoder.feed(fed).argmax()) == token
-        fed = runner._embed([token])
-    return agreed
+    found = [decoder.feed(prefix)]
+    for token in answer:
+        found.append(decoder.feed(runner._embed([token])))
+    return np.stack(found)
+
+
+def in_bfloat16(res: int, exact: Path, questions: int) -> dict[str, float]:
+    """How often transformers in bfloat16 finds float32's next token likeliest, and the KL divergence, as measured for recipes."""
+    import torch
+    from transformers import PaliGemmaForConditionalGeneration
+
+    torch.set_num_threads(1)
+    model = PaliGemmaForConditionalGeneration.from_pretrained(
+        CHECKPOINTS / f"tiny-{res}", dtype=torch.bfloat16, attn_implementation="eager"
+    ).eval()
+    samples, agreed, positions, losses = scene_samples(questions), 0, 0, []
+    rows = [json.loads(line) for line in exact.with_suffix(".answers.jsonl").read_text().splitlines()]
+    with Runner.from_pretrained(exact, threads=1) as runner, torch.inference_mode():
+        for i, (sample, row) in enumerate(zip(samples, rows, strict=False)):
+            m, answer = runner.manifest, row["ids"]
+            prompt = runner._tokenizer.prompt_ids(sample.prompt, m.image_tokens, 1, limit=m.context_length)
+            ids = torch.tensor([[*prompt, *answer]])
+            logits = model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=(torch.arange(ids.shape[1]) >= len(prompt))[None].long(),
+                pixel_values=torch.from_numpy(pixel_values(load_image(sample.open()), m.resolution)[None]).bfloat16(),
+                labels=ids,  # without them it attends to all of it both ways
+            ).logits[0, len(prompt) - 1 :].float().numpy()  # fmt: skip
+            agreed += int((logits.argmax(-1) == [*answer, m.token_ids.eos]).sum())
+            positions += len(logits)
+            if i % EVERY == 0:
+                theirs = forced(runner, runner._prefix(sample.open(), sample.prompt).embeds, answer)
+                losses.append((float(divergence(theirs, logits).sum()), len(logits)))
+    return {"top1_agreement": agreed / positions, "kl": sum(k for k, _ in losses) / sum(n for _, n in losses)}
 
 
 def table(samples: tuple[Sample, ...], answers: list[Answer], reference: list[Answer]) -> dict[str, Any]:
@@ -123,12 +166,17 @@ def main() -> None:
         "what": f"recipes on the embedded checkpoint, {args.questions} test questions a task, ONNX Runtime on the CPU, greedy",
         "command": f"python benchmarks/accuracy.py --questions {args.questions} --recipes {' '.join(Path(r).name for r in args.recipes)}",
         "versions": {"pgxport": __version__, "onnxruntime": onnxruntime.__version__, "python": platform.python_version()},
+        "transformers_bfloat16": {},
         "results": {},
     }
+    if args.json and args.json.exists():
+        before = json.loads(args.json.read_text())
+        record["results"], record["transformers_bfloat16"] = before["results"], before.get("transformers_bfloat16", {})
     with ProcessPoolExecutor(args.workers) as pool:
         for res in args.res:
             paths = {r: bundle(r, res, args.work, args.calibration_samples) for r in ("fp32", *args.recipes)}
             pool.submit(ask, paths["fp32"], None, args.questions, 1).result()
+            yardstick = pool.submit(in_bfloat16, res, paths["fp32"], args.questions)
             jobs = {r: pool.submit(ask, paths[r], paths["fp32"] if r != "fp32" else None, args.questions, 1) for r in paths}
             rows = {r: job.result() for r, job in jobs.items()}
             with Runner.from_pretrained(paths["fp32"]) as runner:
@@ -145,7 +193,11 @@ def main() -> None:
                 }
                 if recipe != "fp32":
                     of["top1_agreement"] = sum(r["agreed"] for r in rows[recipe]) / sum(r["positions"] for r in rows[recipe])
+                    some = [r for r in rows[recipe] if "kl" in r]
+                    of["kl"] = sum(r["kl"] for r in some) / sum(r["positions"] for r in some)
                 print(line(recipe, res, of), flush=True)
+            record["transformers_bfloat16"][str(res)] = yardstick.result()
+            print("transformers in bfloat16", res, record["transformers_bfloat16"][str(res)], flush=True)
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -160,7 +212,7 @@ def line(recipe: str, res: int, of: dict[str, Any]) -> str:
     changes = " ".join(f"{n.split()[0]} {100 * m['difference']:+.2f}" for n, m in of["metrics"].items())
     return (
         f"{Path(recipe).stem:24} {res}  {of['bytes'] / 1e6:6.2f} MB  same {of['identical_answers']:.1%}  "
-        f"top-1 {of.get('top1_agreement', 1):.2%}  points: {changes}"
+        f"top-1 {of.get('top1_agreement', 1):.2%}  KL {of.get('kl', 0):.5f}  points: {changes}"
     )
 
 

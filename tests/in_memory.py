@@ -10,6 +10,7 @@ import onnxruntime as ort
 
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.recipe import Scheme
+from pgxport.runners.ort import session_options
 
 Arrays = dict[str, np.ndarray]
 
@@ -66,9 +67,7 @@ def run(g: GraphBuilder, feeds: Arrays) -> tuple[Arrays, Arrays]:
     for name, array in parts.items():
         g.graph.initializers[name].const_value = ir.tensor(array, name=name)
     model = ir.to_proto(ir.Model(g.graph, ir_version=11)).SerializeToString()
-    options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, 1
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model, session_options(threads=1), providers=["CPUExecutionProvider"])
     return dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True)), parts
 
 

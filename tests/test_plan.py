@@ -152,7 +152,7 @@ def test_a_board_never_offers_more_than_it_has():
         ({"size": "tiny", "res": 448}, "no 448 px"),
         ({"size": "3b", "res": 448, "precision": "fp12"}, "choose fp32"),
         ({"size": "3b", "res": 448, "target": "tpu"}, "choose cpu"),
-        ({"size": "3b", "res": 448, "precision": "bf16"}, "does not compute with bfloat16"),
+        ({"size": "3b", "res": 448, "precision": "fp8"}, "has no FP8 products"),
         ({"size": "3b", "res": 448, "board": "nano"}, "choose orin-nano-8gb"),
         ({"size": "3b", "res": 448, "board": "gpu-8gb"}, "choose --target cuda"),
         ({"size": "3b", "res": 448, "context": 1024}, "no room for an image of 1024 tokens"),

@@ -16,7 +16,7 @@ from reference import random_paligemma  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
 from pgxport.bundle import Bundle  # noqa: E402
-from pgxport.errors import CheckpointError, EngineError, UsageError  # noqa: E402
+from pgxport.errors import CheckpointError, EngineError  # noqa: E402
 from pgxport.exporter.audit import FLOAT16_MAX, audit, residual_divisor  # noqa: E402
 from pgxport.exporter.eager import Eager  # noqa: E402
 from pgxport.exporter.export import ExportOptions, export  # noqa: E402
@@ -199,19 +199,21 @@ def test_a_float16_graph_with_the_divisor_matches_float32_in_onnxruntime(loud, t
     assert relative(session_logits(folder, spec, tmp_path, "fp16", "cuda"), reference_logits(model, folder)) < 0.03
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_half_precision_bundle_for_the_cpu_computes_in_float32_with_rounded_weights(tmp_path, family):
-    """The reference: transformers in float32 on weights rounded to float16."""
+def test_a_half_precision_bundle_for_the_cpu_computes_in_float32_with_rounded_weights(tmp_path, family, precision):
+    """The reference: transformers in float32 on weights rounded to the same type."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     model = make(tmp_path / "ck", family)
-    bundle = export(ExportOptions(output=tmp_path / "b", checkpoint=tmp_path / "ck", precision="fp16"))
+    bundle = export(ExportOptions(output=tmp_path / "b", checkpoint=tmp_path / "ck", precision=precision))
     whole = export(ExportOptions(output=tmp_path / "w", checkpoint=tmp_path / "ck", precision="fp32"))
-    assert bundle.manifest.token_table.dtype == "float16"
+    assert bundle.manifest.token_table.dtype == str(dtype).removeprefix("torch.")
     assert bundle.manifest.cache.dtype == "float32"
     assert 2 * bundle.manifest.files["token_table.bin"].size == whole.manifest.files["token_table.bin"].size
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "norm" not in name:  # which stay in float32
-                p.copy_(p.half().float())
+                p.copy_(p.to(dtype).float())
     spec = read_config(Checkpoint.open(tmp_path / "ck").config)
     ids, pixels = prompt(tmp_path / "ck", spec)
     from pgxport.runners.loop import Decoder
@@ -222,13 +224,6 @@ def test_a_half_precision_bundle_for_the_cpu_computes_in_float32_with_rounded_we
         embeds = np.concatenate([features, runner._embed(ids[spec.image_tokens :])], 1)
         got = Decoder(runner._sessions["decoder_step"], runner.manifest, len(ids)).feed(embeds)
     assert relative(got, reference_logits(model, tmp_path / "ck")) < 1e-4
-
-
-def test_bfloat16_for_the_cpu_is_refused_with_what_it_can_do(tmp_path):
-    make(tmp_path / "ck", "paligemma2")
-    with pytest.raises(UsageError, match=r"bfloat16.*float32, float16"):
-        export(ExportOptions(output=tmp_path / "b", checkpoint=tmp_path / "ck", precision="bf16"))
-    assert not (tmp_path / "b").exists()
 
 
 def test_bundles_for_cuda_are_written_and_the_cpu_does_not_run_them_in_silence(tmp_path):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -138,9 +139,16 @@ class Coded:
 
         def rounded(block: np.ndarray) -> tuple[Quantized, np.ndarray]:
             q = quantize(block)
-            return q, q.dequantized()
+            return q, replace(q, scales=self._as_stored(q.scales)).dequantized()
 
         yield from self._rounded(rounded)
+
+    def _as_stored(self, scales: np.ndarray) -> np.ndarray:
+        """Scales as what is written stands for, without the gain."""
+        if self.scales.dtype == np.float32:
+            return scales
+        with np.errstate(over="ignore"):  # what is beyond float16 is refused when it is written
+            return (scales * np.float32(self.gain)).astype(self.scales.dtype).astype(np.float32) / np.float32(self.gain)
 
     def _float8(self) -> Iterator[np.ndarray]:
         def rounded(block: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:

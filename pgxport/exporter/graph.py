@@ -167,10 +167,13 @@ class GraphBuilder:
     def coded(self, path: str, layout: Layout, gain: float = 1.0) -> Coded:
         """A matrix of the checkpoint in whole numbers; its parts become initializers by `initializer`."""
         if path not in self.matrices:
-            self.matrices[path] = Coded(
-                path, self.source, self.recipe.scheme(path), layout,
-                gain=gain, dtype=np.float32 if layout in self.target.wide_scales else self.dtype, statistics=self.statistics,
-            )  # fmt: skip
+            scheme, dtype = self.recipe.scheme(path), self.dtype
+            if layout in self.target.wide_scales:
+                dtype = np.dtype(np.float32)
+            elif scheme.bits == 4 and self.target.short_scales:
+                # In groups of 32, scales in float32 would be a fifth of all bytes. What float16 rounds is a hundredth of a step.
+                dtype = np.dtype(np.float16)
+            self.matrices[path] = Coded(path, self.source, scheme, layout, gain=gain, dtype=dtype, statistics=self.statistics)
         return self.matrices[path]
 
     def activation_range(self, w: Coded) -> tuple[float, float]:

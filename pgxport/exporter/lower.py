@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pgxport.exporter.coded import Coded
     from pgxport.exporter.graph import GraphBuilder
 
+INT8 = 3  # TensorProto's number of it
+
 
 def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Value:
     """x [..., in] times the checkpoint's matrix [out, in] -> [..., out]"""
@@ -55,8 +57,9 @@ def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
 
 def grouped_product(g: GraphBuilder, x: ir.Value, w: Coded) -> ir.Value:
     """Float activations by 4 or 8 bits, with a scale for each group of input channels."""
+    codes, scales, *zeros = (g.initializer(p) for p in w.promises)
     return g.op(
-        "MatMulNBits", x, *(g.initializer(p) for p in w.promises), domain="com.microsoft",
+        "MatMulNBits", x, codes, g.cast(scales, w.scales.dtype, g.dtype), *zeros, domain="com.microsoft",
         K=w.shape[1], N=w.shape[0], bits=w.scheme.bits, block_size=w.scheme.group,
         accuracy_level=4,  # activations in int8, a scale for each group of them; without, kernels are three times slower
     )  # fmt: skip
@@ -142,16 +145,12 @@ def cached_attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, 
     past = [g.input(f"past_key_values.{layer}.{part}", shape, kept) for part in ("key", "value")]
     lengths = g.input("seqlens_k", ["batch"], np.int32)  # tokens in the cache after this call, less one
     total = g.input("total_sequence_length", [], np.int32)
-    rows = (g.context_length, text.head_dim // 2)
     # The node computes in the type of a float cache; an int8 one has scales, and any type of activations.
     inner = g.dtype if kept == np.int8 else kept
-    cos = g.table("rotary.cos", rows, lambda: rotary_tables(text, g.context_length)[0], inner)
-    sin = g.table("rotary.sin", rows, lambda: rotary_tables(text, g.context_length)[1], inner)
     local = text.window is not None and layer in text.local_layers and text.window < g.context_length
     bias = g.input("local_bias", ["batch", 1, "tokens", "total"]) if local else None
-    q, k, v = (g.cast(x, g.dtype, inner) for x in (q, k, v))
     bias = bias and g.cast(bias, g.dtype, inner)
-    scales: list[ir.Value | None] = []
+    scales: list[ir.Value] = []
     rounding: dict[str, Any] = {}
     if kept == np.int8:
         if local and not g.target.biased_int8_cache:
@@ -159,50 +158,69 @@ def cached_attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, 
                 f"target {g.target.name!r} has no int8 KV cache for a model with a local window of {text.window} tokens in a context of "
                 f"{g.context_length}; pass --context {text.window} or --local-window none, or a recipe with another cache"
             )
-        scales = [None, *(g.cache_scale(layer, part, text) for part in ("key", "value"))]
+        scales = [g.cache_scale(layer, part, text) for part in ("key", "value")]
         rounding = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
 
     def fused() -> Any:
         return g.op(
-            "GroupQueryAttention", q, k, v, *past, lengths, total, cos, sin, None, bias, *scales, outputs=3, domain="com.microsoft",
+            "GroupQueryAttention", *(g.cast(x, g.dtype, inner) for x in (q, k, v)), *past, lengths, total, *rotary(g, text, inner),
+            None, bias, *([None, *scales] if scales else ()), outputs=3, domain="com.microsoft",
             num_heads=text.heads, kv_num_heads=text.kv_heads, scale=text.query_scale, softcap=text.attn_softcap or 0.0, do_rotary=1,
             causal=0, **rounding,
         )  # fmt: skip
 
-    if g.target.spelled_prefill and kept == g.dtype:
-        out, *present = g.branch(g.prefill(q), lambda: prefix_attention(g, (q, k, v), past, (cos, sin), text), fused)
-    else:
+    def fused_and_cast() -> list[ir.Value]:
         out, *present = fused()
+        return [g.cast(out, inner, g.dtype), *present]
+
+    if g.target.spelled_prefill:
+        out, *present = g.branch(g.prefill(q), lambda: prefix_attention(g, (q, k, v), past, scales, text), fused_and_cast)
+    else:
+        out, *present = fused_and_cast()
     for part, value in zip(("key", "value"), present, strict=True):
         g.output(value, f"present.{layer}.{part}", shape, kept)
-    return g.cast(out, inner, g.dtype)
+    return out
 
 
 def prefix_attention(
-    g: GraphBuilder, qkv: Sequence[ir.Value], past: Sequence[ir.Value], rotary: Sequence[ir.Value], text: TextSpec
+    g: GraphBuilder, qkv: Sequence[ir.Value], past: Sequence[ir.Value], scales: Sequence[ir.Value], text: TextSpec
 ) -> list[ir.Value]:
     """The same for a prefix, operator by operator: everything sees everything, and the cache is empty before.
 
     On a CPU the fused kernel, whose softcap is slow, takes 1.5 to 2 times as long. Head by head, since the scores of one head of 1,040
-    tokens stay in the CPU's cache, and those of 4,112 tokens take 68 MB.
+    tokens stay in the CPU's cache, and those of 4,112 tokens take 68 MB. A prefix attends to what the cache
+    holds of it, rounded as that is: the fused kernel does, too.
+
+    Args:
+        scales: Of keys and values in an int8 cache, [1, K, 1, D] each; none of a float cache.
     """
     d, groups = text.head_dim, text.heads // text.kv_heads
 
-    def heads(x: ir.Value, count: int, *, rotate: bool) -> ir.Value:
+    def rotated(x: ir.Value, count: int) -> ir.Value:
+        return g.op("RotaryEmbedding", x, np.array([0]), *rotary(g, text, g.dtype), domain="com.microsoft", num_heads=count)
+
+    def heads(x: ir.Value, count: int) -> ir.Value:
         """[B, T, N*D] -> [B, N, T, D]"""
-        if rotate:
-            x = g.op("RotaryEmbedding", x, np.array([0]), *rotary, domain="com.microsoft", num_heads=count)
         return g.op("Transpose", g.op("Reshape", x, [0, 0, count, d]), perm=[0, 2, 1, 3])
 
     def each(x: ir.Value, count: int) -> Sequence[ir.Value]:
         return [x] if count == 1 else g.op("Split", x, axis=1, num_outputs=count, outputs=count)
 
-    q, k, v = (
-        heads(x, n, rotate=r) for x, n, r in zip(qkv, (text.heads, *2 * (text.kv_heads,)), (True, True, False), strict=True)
-    )
+    def kept(x: ir.Value, scale: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+        """[B, T, K*D] -> the same in the type of the cache, and as it is read from there"""
+        if scale is None:
+            stored = g.cast(x, g.dtype, g.cache_dtype)
+            return stored, g.cast(stored, g.cache_dtype, g.dtype)
+        steps = g.op("Reshape", scale, [-1])
+        stored = g.op("QuantizeLinear", x, steps, axis=2, output_dtype=INT8)
+        return stored, g.op("DequantizeLinear", stored, steps, axis=2)
+
+    q, k = rotated(qkv[0], text.heads), rotated(qkv[1], text.kv_heads)
+    (stored_k, k), (stored_v, v) = (kept(x, scale) for x, scale in zip((k, qkv[2]), scales or (None, None), strict=True))
     cap = text.attn_softcap or 1.0
-    queries = each(g.op("Mul", q, text.query_scale / cap), text.heads)
-    keys, values = each(g.op("Transpose", k, perm=[0, 1, 3, 2]), text.kv_heads), each(v, text.kv_heads)
+    queries = each(g.op("Mul", heads(q, text.heads), text.query_scale / cap), text.heads)
+    keys = each(g.op("Transpose", heads(k, text.kv_heads), perm=[0, 1, 3, 2]), text.kv_heads)
+    values = each(heads(v, text.kv_heads), text.kv_heads)
     found = []
     for head, query in enumerate(queries):
         scores = g.op("MatMul", query, keys[head // groups])
@@ -210,11 +228,22 @@ def prefix_attention(
             scores = g.op("Mul", g.op("Tanh", scores), cap)
         found.append(g.op("MatMul", g.op("Softmax", scores, axis=-1), values[head // groups]))
     out = g.op("Transpose", g.op("Concat", *found, axis=1), perm=[0, 2, 1, 3])
-    tokens = g.op("Shape", k, start=2, end=3)
+    tokens = g.op("Shape", k, start=1, end=2)
     present = [
-        g.op("Concat", new, g.op("Slice", old, tokens, [2**31 - 1], [2]), axis=2) for new, old in zip((k, v), past, strict=True)
+        g.op("Concat", heads(new, text.kv_heads), g.op("Slice", old, tokens, [2**31 - 1], [2]), axis=2)
+        for new, old in zip((stored_k, stored_v), past, strict=True)
     ]
     return [g.op("Reshape", out, [0, 0, -1]), *present]
+
+
+def rotary(g: GraphBuilder, text: TextSpec, dtype: np.dtype[Any]) -> list[ir.Value]:
+    """cos and sin of every position, as a type that attention computes in."""
+    shape, suffix = (g.context_length, text.head_dim // 2), "" if dtype == g.dtype else f".{dtype.name}"
+
+    def table(index: int, name: str) -> ir.Value:
+        return g.table(f"rotary.{name}{suffix}", shape, lambda: rotary_tables(text, g.context_length)[index], dtype)
+
+    return [table(index, name) for index, name in enumerate(("cos", "sin"))]
 
 
 def rotary_tables(text: TextSpec, length: int) -> tuple[np.ndarray, np.ndarray]:

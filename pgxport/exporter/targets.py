@@ -29,6 +29,7 @@ class Target:
         zeros: Groups may have zero points.
         float8: It has FP8 products.
         wide_scales: Layouts of whole numbers whose scales are float32 whatever the activations are.
+        short_scales: Scales of 4-bit groups are stored in float16 whatever the activations are, and widened while loading.
         cache_kind: How the decoder's graph appends to a cache; see `bundle.Cache`.
         tensorrt: The version of TensorRT that graphs are written for.
     """
@@ -49,6 +50,7 @@ class Target:
     zeros: bool = True
     float8: bool = False
     wide_scales: frozenset[str] = frozenset({"columns", "rows"})
+    short_scales: bool = False
     cache_kind: CacheKind = "shared"
     tensorrt: TrtVersion | None = None
 
@@ -127,11 +129,12 @@ class Target:
 
 # GroupQueryAttention has had `causal` since ONNX Runtime 1.30: one node serves the bidirectional prefix and the decode step.
 _ORT = (("", 23), ("com.microsoft", 1))
-# On a CPU, ONNX Runtime has no bfloat16 products, and widens float16 ones to float32: so half precision is a way to store.
+# On a CPU, ONNX Runtime has no bfloat16 products, and widens float16 ones to float32: so half precision is a way to store, and
+# ONNX Runtime widens it once, while loading.
 CPU = Target(
-    "cpu", _ORT, 11, MappingProxyType({"float32": "float32", "float16": "float32"}),
+    "cpu", _ORT, 11, MappingProxyType(dict.fromkeys(("float32", "float16", "bfloat16"), "float32")),
     frozenset({(4, "float"), (8, "float"), (8, "dynamic"), (8, "static")}), frozenset({"float32", "float16", "int8"}),
-    recipes=(INT4_CPU,), spelled_prefill=True,
+    recipes=(INT4_CPU,), spelled_prefill=True, short_scales=True,
 )  # fmt: skip
 CUDA = Target(
     "cuda", _ORT, 11, MappingProxyType({"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}),

@@ -57,8 +57,8 @@ def test_a_dry_run_refuses_what_an_export_refuses(random_checkpoint, tmp_path):
     (tmp_path / "b" / "mine.txt").write_text("keep")
     with pytest.raises(UsageError, match="already exists"):
         dry_run(ExportOptions(output=tmp_path / "b", checkpoint=random_checkpoint))
-    with pytest.raises(UsageError, match="bfloat16"):
-        dry_run(ExportOptions(output=tmp_path / "c", checkpoint=random_checkpoint, precision="bf16"))
+    with pytest.raises(UsageError, match="no FP8 products"):
+        dry_run(ExportOptions(output=tmp_path / "c", checkpoint=random_checkpoint, precision="fp8"))
     with pytest.raises(UsageError, match="--context 1"):
         dry_run(ExportOptions(output=tmp_path / "c", checkpoint=random_checkpoint, context=1))
     with pytest.raises(CheckpointError, match=r"no such folder|does not exist|cannot"):

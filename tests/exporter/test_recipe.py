@@ -36,7 +36,7 @@ def test_every_named_recipe_ends_with_a_rule_for_everything_else():
 
 
 def test_a_target_names_what_it_computes_with_when_it_cannot():
-    assert TARGETS["cpu"].compute("float16") == "float32"
+    assert TARGETS["cpu"].compute("float16") == TARGETS["cpu"].compute("bfloat16") == "float32"
     assert TARGETS["cuda"].compute("float16") == "float16"
-    with pytest.raises(UsageError, match="'cpu' does not compute with bfloat16 weights; it does with float32, float16"):
-        TARGETS["cpu"].compute("bfloat16")
+    with pytest.raises(UsageError, match="'cpu' does not compute with float64 weights; it does with float32, float16, bfloat16"):
+        TARGETS["cpu"].compute("float64")
