@@ -3,6 +3,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -241,13 +242,18 @@ def spread(values: Sequence[float]) -> schema.Spread:
 
 
 def notes(asked: Sequence[Asked]) -> list[str]:
-    """What the clocks did, in words; nothing where they did nothing or are not told."""
+    """What the clocks did, in words, whether they were held back first; that is said too where it did not happen or is not told."""
     found = []
     if times := sum(a.throttled or 0 for a in asked):
         found.append(f"throttled {times} times")
-    clocks = [a.mhz for a in asked if a.mhz]
-    if clocks and min(clocks) < 0.9 * max(clocks):
-        found.append(f"clock between {min(clocks):.0f} and {max(clocks):.0f} MHz")
+    slowed = Counter(reason for a in asked for reason in a.slowed)
+    found += [f"{reason} at the end of {count} of {len(asked)} answers" for reason, count in slowed.items()]
+    if not found:
+        told = any(a.throttled is not None or a.gpu_mhz is not None for a in asked)
+        found.append("not throttled" if told else "throttling not told")
+    for name, clocks in (("clock", [a.mhz for a in asked if a.mhz]), ("GPU clock", [a.gpu_mhz for a in asked if a.gpu_mhz])):
+        if clocks and min(clocks) < 0.9 * max(clocks):
+            found.append(f"{name} between {min(clocks):.0f} and {max(clocks):.0f} MHz")
     if heat := [a.celsius for a in asked if a.celsius]:
         found.append(f"up to {max(heat):.0f} °C")
     return found

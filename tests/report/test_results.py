@@ -130,13 +130,20 @@ def test_the_interval_of_a_median_covers_what_it_promises():
 
 def test_clocks_are_noted_where_they_moved():
     steady = [Asked(sample="a", mhz=2000.0, celsius=50.0, throttled=0)] * 3
-    assert notes(steady) == ["up to 50 °C"]
+    assert notes(steady) == ["not throttled", "up to 50 °C"]
     assert notes([*steady, Asked(sample="b", mhz=1500.0, celsius=81.0, throttled=2)]) == [
         "throttled 2 times",
         "clock between 1500 and 2000 MHz",
         "up to 81 °C",
     ]
-    assert notes([Asked(sample="a")]) == []
+
+
+def test_what_slowed_a_gpu_is_noted_and_silence_is_not_taken_for_none():
+    assert notes([Asked(sample="a")]) == ["throttling not told"]
+    cool = Asked(sample="a", gpu_mhz=900.0)
+    assert notes([cool, cool]) == ["not throttled"]
+    hot = Asked(sample="b", gpu_mhz=600.0, slowed=("gpu-throttle-alert",))
+    assert notes([cool, hot]) == ["gpu-throttle-alert at the end of 1 of 2 answers", "GPU clock between 600 and 900 MHz"]
 
 
 def test_joules_and_memory_are_of_the_samples():
