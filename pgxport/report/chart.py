@@ -71,10 +71,18 @@ def points(device: Device) -> list[dict[str, Any]]:
     return found
 
 
+def gate_line(device: Device) -> float | None:
+    """The quality in percent below which a bundle fails the gate; None where the reference has none."""
+    reference = next(row for row in device.rows if row.label == device.reference)
+    return 100 * device.gate * reference.quality.value if reference.quality else None
+
+
 def describe(device: Device) -> str:
     """The chart in words, for who cannot see it."""
     said = [f"{p['label']}: {p['ms']:.3g} ms, {p['quality']:.1f} %, {p['MB']:.3g} MB" for p in points(device)]
-    return "Median time of an answer against quality. " + "; ".join(said)
+    gate = gate_line(device)
+    below = "" if gate is None else f" The gate is at {gate:.1f} %."
+    return f"Median time of an answer against quality.{below} {'; '.join(said)}"
 
 
 def metric_title(row: Row) -> str:
@@ -111,7 +119,9 @@ def _layers(alt: Any, device: Device, *, titled: bool) -> Any:
     ok = next(row for row in device.rows if row.status == "ok")
     base = alt.Chart(alt.Data(values=drawn))
     x_domain = (min(p["ms_low"] for p in drawn) / 1.1, max(p["ms_high"] for p in drawn) * 1.4)  # names stand to the right
-    low, high = min(p["quality_low"] for p in drawn), max(p["quality_high"] for p in drawn)
+    gate = gate_line(device)
+    seen = [p[end] for p in drawn for end in ("quality_low", "quality_high")] + ([] if gate is None else [gate])
+    low, high = min(seen), max(seen)
     y_domain = (low - 0.06 * (high - low) - 0.1, high + 0.06 * (high - low) + 0.1)
     x_scale = alt.Scale(type="log", domain=list(x_domain), nice=False)
     x = alt.X("ms:Q", scale=x_scale, title="whole answer, median, ms (logarithmic)")
@@ -129,6 +139,11 @@ def _layers(alt: Any, device: Device, *, titled: bool) -> Any:
     for point, dy in zip(drawn, _places(drawn, x_domain, y_domain), strict=True):
         name = alt.Chart(alt.Data(values=[point])).mark_text(align="left", dx=10, dy=dy, fontSize=12)
         marks += name.encode(x=x, y=y, text="label:N", color=colour)
+    if gate is not None:
+        line = alt.Chart(alt.Data(values=[{"gate": gate, "name": f"gate, {device.gate:.4g} of the reference's"}]))
+        at = alt.Y("gate:Q", scale=y_scale)
+        marks += line.mark_rule(color=GREY, strokeDash=[5, 4]).encode(y=at)
+        marks += line.mark_text(color=GREY, align="left", dy=-6, fontSize=11).encode(x=alt.value(4), y=at, text="name:N")
     title = {"title": _label(device.name)} if titled else {}
     return marks.properties(width=WIDTH, height=HEIGHT, **title)
 

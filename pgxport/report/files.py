@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from pgxport.errors import DiskError, InputError, UsageError
 from pgxport.report import chart, markdown, page
+from pgxport.report.pictures import named
 from pgxport.report.schema import Report, Row
 from pgxport.report.store import FOLDER
 
@@ -81,10 +82,8 @@ def read(path: Path) -> Report:
 
 def read_pictures(report: Report, folder: Path) -> dict[str, bytes]:
     """The pictures that a report names, from beside it. One that is missing, or is no WebP of its own, is left out."""
-    shown = [d for device in report.devices for d in device.disagreements]
-    names = {name for d in shown for name in (d.picture, *(said.picture for said in d.answers)) if name}
     found = {}
-    for name in sorted(names):
+    for name in sorted(named([d for device in report.devices for d in device.disagreements])):
         file = folder / PICTURES / name
         try:
             status = file.lstat()

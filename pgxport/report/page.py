@@ -90,8 +90,8 @@ def _chart(device: Device) -> str:
     drawn = re.sub(r' (?:role|aria-[a-z]+)="[^"]*"', "", drawn[drawn.index("<svg") :])
     return (
         f'<figure class="chart" role="img" aria-label="{esc(chart.describe(device))}" tabindex="0">\n{drawn}\n'
-        f"<figcaption>Up and to the left is better. The lines are 95 % intervals, a dot's area is the bundle's size; "
-        f"the numbers are in the table below.</figcaption></figure>\n"
+        f"<figcaption>Up and to the left is better. The lines are 95 % intervals, a dot's area is the bundle's size, and what lies "
+        f"below the dashed line fails the gate; the numbers are in the table below.</figcaption></figure>\n"
     )
 
 
