@@ -12,15 +12,15 @@ STEPS = 4  # lines on budgets of one kind
 
 
 def findings(device: Device) -> tuple[Finding, ...]:
-    """The sentences, the advice first."""
+    """The sentences: the advice, what failed, what is below the gate, and then the rest."""
     rows = {row.label: row for row in device.rows}
     ok = [row for row in device.rows if row.status == "ok"]
     passing = [row for row in ok if passes(row, device)]
     found = list(_best(device, passing)) if rows[device.reference].status == "ok" else []
-    found += [*_budgets(device, [row for row in ok if row.target != "torch"]), *_gate(device, ok), *_gains(device, ok)]
     if rows[device.reference].status == "failed":
-        found.insert(0, Finding(kind="failed", text=f"The reference {device.reference} failed, so no accuracy is compared."))
+        found = [Finding(kind="failed", text=f"The reference {device.reference} failed, so no accuracy is compared.")]
     found += [Finding(kind="failed", text=f"{row.label} failed: {row.reason}") for row in device.rows if row.status == "failed"]
+    found += [*_gate(device, ok), *_budgets(device, [row for row in ok if row.target != "torch"]), *_gains(device, ok)]
     return tuple(found)
 
 
@@ -93,11 +93,7 @@ def _best(device: Device, passing: Sequence[Row]) -> Iterator[Finding]:
     tied = [row for row in bundles if row is fastest or not _slower(device, fastest, row)]
     smallest = min(tied, key=lambda row: row.bytes)
     about = f"{_ms(smallest)} an answer (median), {_mb(smallest)}"
-    kept = (
-        f", {percent(smallest.kept)} of {device.reference}'s quality"
-        if smallest.kept and smallest.label != device.reference
-        else ""
-    )
+    kept = _kept(device, smallest)
     among = f" Of those whose times cannot be told apart ({_names(tied)}) it is the smallest." if len(tied) > 1 else ""
     yield Finding(kind="best", text=f"Take {smallest.label}: {about}{kept}, over {smallest.measured} samples.{among}")
     least = min(bundles, key=lambda row: row.bytes)
@@ -105,8 +101,13 @@ def _best(device: Device, passing: Sequence[Row]) -> Iterator[Finding]:
         slower = latency(device, smallest.label, least.label)
         yield Finding(
             kind="best",
-            text=f"Where size matters more: {least.label}, {_mb(least)}" + (f", {ratio(slower)} as long." if slower else "."),
+            text=f"Where size matters more: {least.label}, {_mb(least)}{_kept(device, least)}"
+            + (f", {ratio(slower)} as long." if slower else "."),
         )
+
+
+def _kept(device: Device, row: Row) -> str:
+    return f", {percent(row.kept)} of {device.reference}'s quality" if row.kept and row.label != device.reference else ""
 
 
 def _gate(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
@@ -127,8 +128,8 @@ def _gate(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
     if doubted:
         yield Finding(
             kind="noise",
-            text=f"Above the gate of {device.gate:.4g}, which lies inside the interval, so that more samples may say otherwise: "
-            f"{'; '.join(doubted)} {of}.",
+            text=f"Above the gate of {device.gate:.4g} {of}, which lies inside the interval, so that more samples may say otherwise: "
+            f"{'; '.join(doubted)}.",
         )
 
 
@@ -172,7 +173,11 @@ def _budgets(device: Device, bundles: Sequence[Row]) -> Iterator[Finding]:
             assert best.quality is not None
             ties = [row for row in within if row is not best and not _better(device, best, row)]
             also = f"; not to be told from {_names(ties)}" if ties else ""
-            yield Finding(kind="budget", text=f"Best accuracy under {show(limit)}: {best.label}, {percent(best.quality)}{also}.")
+            below = "" if passes(best, device) or not best.kept else ", below the gate"
+            yield Finding(
+                kind="budget",
+                text=f"Best accuracy under {show(limit)}: {best.label}, quality {percent(best.quality)}{below}{also}.",
+            )
             before, lines = best, lines + 1
 
 

@@ -66,6 +66,28 @@ def test_a_failed_bundle_is_said_and_a_failed_reference_ends_comparison():
     assert said(lost, "best") == ""
 
 
+def test_what_failed_follows_the_advice_and_comes_before_all_else():
+    d = device(row("fp32", ms=30), row("int8", ms=10), row("int4", ms=5, quality=0.5), failed("broken", "a reason"))
+    kinds = [f.kind for f in d.verdict]
+    assert list(dict.fromkeys(kinds))[:3] == ["best", "failed", "gate"]
+
+
+def test_a_budget_says_where_its_best_is_below_the_gate():
+    d = device(row("fp32", ms=30, megabytes=40), row("int4", ms=5, quality=0.5, megabytes=5))
+    budgets = said(d, "budget").splitlines()
+    assert "Best accuracy under 5 ms: int4, quality 50.0 % (48.0–52.0), below the gate." in budgets
+    assert "Best accuracy under 30 ms: fp32, quality 90.0 % (88.0–92.0)." in budgets
+
+
+def test_a_smaller_bundle_is_not_named_without_what_it_keeps():
+    d = device(row("fp32", ms=30, megabytes=40), row("fast", ms=5, megabytes=9), row("small", ms=9, megabytes=4, quality=0.895))
+    assert (
+        said(d, "best")
+        .splitlines()[1]
+        .startswith("Where size matters more: small, 4 MB, 99.4 % (97.4–101.4) of fp32's quality, ×1.80")
+    )
+
+
 def test_nothing_that_passes_is_no_advice():
     assert "No bundle keeps" in said(device(row("torch", target="torch"), row("int4", quality=0.2)), "best")
 
