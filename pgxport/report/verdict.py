@@ -93,11 +93,12 @@ def _best(device: Device, passing: Sequence[Row]) -> Iterator[Finding]:
     tied = [row for row in bundles if row is fastest or not _slower(device, fastest, row)]
     smallest = min(tied, key=lambda row: row.bytes)
     about = f"{_ms(smallest)} an answer (median), {_mb(smallest)}"
-    kept = _kept(device, smallest)
+    kept, doubted = _kept(device, smallest), smallest.kept and not _sure(smallest.kept, device.gate)
+    doubt = " The gate lies inside that interval." if doubted and smallest.label != device.reference else ""
     among = f" Of those whose times cannot be told apart ({_names(tied)}) it is the smallest." if len(tied) > 1 else ""
-    yield Finding(kind="best", text=f"Take {smallest.label}: {about}{kept}, over {smallest.measured} samples.{among}")
+    yield Finding(kind="best", text=f"Take {smallest.label}: {about}{kept}, over {smallest.measured} samples.{doubt}{among}")
     least = min(bundles, key=lambda row: row.bytes)
-    if least is not smallest:
+    if least.bytes < smallest.bytes:
         slower = latency(device, smallest.label, least.label)
         yield Finding(
             kind="best",
@@ -117,7 +118,7 @@ def _gate(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
         if row.label == device.reference or row.kept is None:
             continue
         kept, gate = row.kept, device.gate
-        sure = kept.low is not None and kept.high is not None and not kept.low <= gate <= kept.high
+        sure = _sure(kept, gate)
         if kept.value < gate:
             below.append(f"{row.label} {percent(kept)}" + ("" if sure else ", which could be chance"))
         elif not sure:
@@ -131,6 +132,10 @@ def _gate(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
             text=f"Above the gate of {device.gate:.4g} {of}, which lies inside the interval, so that more samples may say otherwise: "
             f"{'; '.join(doubted)}.",
         )
+
+
+def _sure(kept: Interval, gate: float) -> bool:
+    return kept.low is not None and kept.high is not None and not kept.low <= gate <= kept.high
 
 
 def _gains(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
