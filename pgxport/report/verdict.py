@@ -93,8 +93,12 @@ def _best(device: Device, passing: Sequence[Row]) -> Iterator[Finding]:
     tied = [row for row in bundles if row is fastest or not _slower(device, fastest, row)]
     smallest = min(tied, key=lambda row: row.bytes)
     about = f"{_ms(smallest)} an answer (median), {_mb(smallest)}"
-    kept, doubted = _kept(device, smallest), smallest.kept and not _sure(smallest.kept, device.gate)
-    doubt = " The gate lies inside that interval." if doubted and smallest.label != device.reference else ""
+    kept, doubt = _kept(device, smallest), ""
+    if smallest.kept and smallest.label != device.reference:
+        if _too_few(smallest, device.gate):
+            doubt = f" So few cannot tell: up to {_unseen(smallest.measured):.1%} of such samples may still be worse."
+        elif not _sure(smallest.kept, device.gate):
+            doubt = " The gate lies inside that interval."
     among = f" Of those whose times cannot be told apart ({_names(tied)}) it is the smallest." if len(tied) > 1 else ""
     yield Finding(kind="best", text=f"Take {smallest.label}: {about}{kept}, over {smallest.measured} samples.{doubt}{among}")
     least = min(bundles, key=lambda row: row.bytes)
@@ -113,7 +117,7 @@ def _kept(device: Device, row: Row) -> str:
 
 def _gate(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
     """Who is below the gate, and for whom more samples would have to tell."""
-    below, doubted = [], []
+    below, doubted, few = [], [], []
     for row in ok:
         if row.label == device.reference or row.kept is None:
             continue
@@ -121,6 +125,8 @@ def _gate(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
         sure = _sure(kept, gate)
         if kept.value < gate:
             below.append(f"{row.label} {percent(kept)}" + ("" if sure else ", which could be chance"))
+        elif _too_few(row, gate):
+            few.append(row.label)
         elif not sure:
             doubted.append(f"{row.label} {percent(kept)}")
     of = f"of {device.reference}'s quality, over {ok[0].measured} samples" if ok else ""
@@ -132,6 +138,27 @@ def _gate(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
             text=f"Above the gate of {device.gate:.4g} {of}, which lies inside the interval, so that more samples may say otherwise: "
             f"{'; '.join(doubted)}.",
         )
+    if few:
+        n = ok[0].measured
+        yield Finding(
+            kind="noise",
+            text=f"Nothing lost on any of {n} samples, which are too few for a gate of {device.gate:.4g}: up to {_unseen(n):.1%} of such "
+            f"samples may still be worse: {', '.join(few)}.",
+        )
+
+
+def _too_few(row: Row, gate: float) -> bool:
+    """Whether every sample agrees with the reference's, which draws no interval, and there are too few to see what the gate forbids."""
+    return row.kept is not None and row.kept.low == row.kept.high == 1 and _unseen(row.measured) > 1 - gate
+
+
+def _unseen(samples: int) -> float:
+    """The largest share that none of so many samples shows in one of twenty cases (the rule of three, exactly).
+
+    >>> round(_unseen(300), 4)
+    0.0099
+    """
+    return 1 - 0.05 ** (1 / samples)
 
 
 def _sure(kept: Interval, gate: float) -> bool:
