@@ -16,9 +16,18 @@ def findings(device: Device) -> tuple[Finding, ...]:
     rows = {row.label: row for row in device.rows}
     ok = [row for row in device.rows if row.status == "ok"]
     passing = [row for row in ok if passes(row, device)]
-    found = list(_best(device, passing)) if rows[device.reference].status == "ok" else []
-    if rows[device.reference].status == "failed":
+    reference = rows[device.reference]
+    if reference.status == "failed":
         found = [Finding(kind="failed", text=f"The reference {device.reference} failed, so no accuracy is compared.")]
+    elif reference.quality and reference.quality.value <= 0:
+        text = (
+            f"The reference {device.reference} has a quality of 0 on {reference.measured} samples, so no bundle can be advised; "
+        )
+        found = [
+            Finding(kind="failed", text=text + "see where answers differ from what is true, and ask otherwise with --prompt.")
+        ]
+    else:
+        found = list(_best(device, passing))
     found += [Finding(kind="failed", text=f"{row.label} failed: {row.reason}") for row in device.rows if row.status == "failed"]
     found += [*_gate(device, ok), *_budgets(device, [row for row in ok if row.target != "torch"]), *_gains(device, ok)]
     return tuple(found)

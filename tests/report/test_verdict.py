@@ -107,6 +107,12 @@ def test_a_smaller_bundle_is_not_named_without_what_it_keeps():
     )
 
 
+def test_a_reference_that_is_never_right_advises_nothing():
+    d = device(row("fp32", quality=0.0), row("fast", ms=5, quality=0.0))
+    assert said(d, "best") == ""
+    assert said(d, "failed").startswith("The reference fp32 has a quality of 0 on 50 samples, so no bundle can be advised")
+
+
 def test_nothing_that_passes_is_no_advice():
     assert "No bundle keeps" in said(device(row("torch", target="torch"), row("int4", quality=0.2)), "best")
 
