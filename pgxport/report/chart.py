@@ -143,7 +143,7 @@ def _layers(alt: Any, device: Device, *, titled: bool) -> Any:
         line = alt.Chart(alt.Data(values=[{"gate": gate, "name": f"gate, {device.gate:.4g} of the reference's"}]))
         at = alt.Y("gate:Q", scale=y_scale)
         marks += line.mark_rule(color=GREY, strokeDash=[5, 4]).encode(y=at)
-        marks += line.mark_text(color=GREY, align="left", dy=-6, fontSize=11).encode(x=alt.value(4), y=at, text="name:N")
+        marks += line.mark_text(color=GREY, align="left", dy=12, fontSize=11).encode(x=alt.value(4), y=at, text="name:N")
     title = {"title": _label(device.name)} if titled else {}
     return marks.properties(width=WIDTH, height=HEIGHT, **title)
 
