@@ -22,7 +22,7 @@ from pgxport.errors import InputError, UsageError
 from pgxport.report import chart, files, tables
 from pgxport.report.pictures import Album, named
 from pgxport.report.report import merge
-from pgxport.report.schema import PICTURE, Report, schema
+from pgxport.report.schema import PICTURE, Fidelity, Report, schema
 from pgxport.report.words import word_diff
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,11 @@ def test_a_spreadsheet_computes_nothing():
 
 
 def test_the_numbers_of_every_file_are_those_of_the_json():
-    made = report(device(row("fp32", ms=31.4), row("int8", ms=12.3, quality=0.87)))
+    near = Fidelity(
+        identical=0.5, token_agreement=0.9, first_divergence=1.0, diverged=25, answers=50, positions=9, kl=0.25, kl_worst=1.0
+    )
+    more = {"fidelity": near, "load_seconds": {"verify": 0.5, "load": 1.0}, "notes": ("not throttled",)}
+    made = report(device(row("fp32", ms=31.4, fidelity=None), row("int8", ms=12.3, quality=0.87, **more)))
     written = files.rendered(made, {})
     read = Report.model_validate_json(written["report.json"])
     page = Page(written["report.html"].decode())
@@ -149,6 +153,13 @@ def test_the_numbers_of_every_file_are_those_of_the_json():
         assert float(r["answer_p50_seconds"]) == given.seconds["answer"].p50
         assert given.quality is not None
         assert float(r["quality"]) == given.quality.value
+    assert (rows[1]["kl"], rows[1]["identical"], rows[1]["load_seconds"], rows[1]["clocks"]) == (
+        "0.25",
+        "0.5",
+        "1.5",
+        "not throttled",
+    )
+    assert (rows[0]["kl"], rows[0]["clocks"]) == ("", "")  # not measured
 
 
 def test_the_json_has_the_published_schema(written: dict[str, bytes]):
