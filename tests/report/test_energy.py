@@ -188,6 +188,20 @@ def test_nvml_counts_the_gpus_that_can():
     assert meter.joules() == pytest.approx(4.5)
 
 
+def test_a_boards_rails_are_not_added_to_what_its_gpu_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on Thor, whose driver counts the GPU's joules, which the board's input has as well."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+
+    def sources(root: Path) -> list[str]:
+        meters = find_meters(root, engine="cuda")
+        for meter in meters:
+            meter.close()
+        return [meter.source for meter in meters]
+
+    assert sources(tree(tmp_path / "orin", ORIN)) == ["INA3221, VDD_IN"]
+    assert sources(tree(tmp_path / "xeon", XEON)) == ["RAPL, 2 packages", "NVML, 1 GPU"]
+
+
 class Slowed(Driver):
     """As the H100 and the GeForce beside it: the first tells what slows it, the second does not."""
 
