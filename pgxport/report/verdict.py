@@ -105,7 +105,7 @@ def _best(device: Device, passing: Sequence[Row]) -> Iterator[Finding]:
     kept, doubt = _kept(device, smallest), ""
     if smallest.kept and smallest.label != device.reference:
         if _too_few(smallest, device.gate):
-            doubt = f" So few cannot tell: up to {_unseen(smallest.measured):.1%} of such samples may still be worse."
+            doubt = f" So few do not rule out a loss on up to {_unseen(smallest.measured):.1%} of such samples."
         elif not _sure(smallest.kept, device.gate):
             doubt = " The gate lies inside that interval."
     among = f" Of those whose times cannot be told apart ({_names(tied)}) it is the smallest." if len(tied) > 1 else ""
@@ -151,14 +151,15 @@ def _gate(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
         n = ok[0].measured
         yield Finding(
             kind="noise",
-            text=f"Nothing lost on any of {n} samples, which are too few for a gate of {device.gate:.4g}: up to {_unseen(n):.1%} of such "
-            f"samples may still be worse: {', '.join(few)}.",
+            text=f"Above the gate of {device.gate:.4g} with the whole interval, but {n} samples are too few for it: they do not rule out a "
+            f"loss on up to {_unseen(n):.1%} of such samples: {', '.join(few)}.",
         )
 
 
 def _too_few(row: Row, gate: float) -> bool:
-    """Whether every sample agrees with the reference's, which draws no interval, and there are too few to see what the gate forbids."""
-    return row.kept is not None and row.kept.low == row.kept.high == 1 and _unseen(row.measured) > 1 - gate
+    """Whether a loss that the gate forbids may have hit none of the samples: drawing them again cannot show what none of them has."""
+    kept = row.kept
+    return kept is not None and kept.low is not None and kept.low >= gate and _unseen(row.measured) > 1 - gate
 
 
 def _unseen(samples: int) -> float:
