@@ -105,7 +105,7 @@ def _best(device: Device, passing: Sequence[Row]) -> Iterator[Finding]:
     kept, doubt = _kept(device, smallest), ""
     if smallest.kept and smallest.label != device.reference:
         if _too_few(smallest, device.gate):
-            doubt = f" So few do not rule out a loss on up to {_unseen(smallest.measured):.1%} of such samples."
+            doubt = f" So few do not rule out a loss on up to {100 * _unseen(smallest.measured):.1f} % of such samples."
         elif not _sure(smallest.kept, device.gate):
             doubt = " The gate lies inside that interval."
     among = f" Of those whose times cannot be told apart ({_names(tied)}) it is the smallest." if len(tied) > 1 else ""
@@ -152,7 +152,7 @@ def _gate(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
         yield Finding(
             kind="noise",
             text=f"Above the gate of {device.gate:.4g} with the whole interval, but {n} samples are too few for it: they do not rule out a "
-            f"loss on up to {_unseen(n):.1%} of such samples: {', '.join(few)}.",
+            f"loss on up to {100 * _unseen(n):.1f} % of such samples: {', '.join(few)}.",
         )
 
 

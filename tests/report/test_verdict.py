@@ -73,7 +73,7 @@ def test_a_failed_bundle_is_said_and_a_failed_reference_ends_comparison():
     assert said(lost, "best") == ""
 
 
-@pytest.mark.parametrize(("samples", "doubted"), [(5, "45.1%"), (50, "5.8%"), (298, "1.0%"), (300, None)])
+@pytest.mark.parametrize(("samples", "doubted"), [(5, "45.1 %"), (50, "5.8 %"), (298, "1.0 %"), (300, None)])
 @pytest.mark.parametrize("margin", [0.0, 0.001])
 def test_few_samples_are_no_proof_whatever_their_interval(samples: int, doubted: str | None, margin: float):
     """Where a share p of all samples is worse, none of n shows it in (1 - p) ** n of cases; at 5 % they still could be p."""
