@@ -68,7 +68,9 @@ def device(*rows: Row, name: str = "a machine", gate: float = 0.99, margin: floa
     """The first row is the reference; what each keeps of its quality is worked out."""
     base = rows[0].quality
     kept = [
-        r.model_copy(update={"kept": around(r.quality.value / base.value, margin)}) if r.quality and base and i else r
+        r.model_copy(update={"kept": around(r.quality.value / base.value, margin)})
+        if r.quality and base and base.value and i
+        else r
         for i, r in enumerate(rows)
     ]
     ok = [r for r in kept if r.status == "ok"]

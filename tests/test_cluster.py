@@ -444,6 +444,42 @@ def test_many_pictures_are_answered_as_alone(nodes: Nodes, tiny_112: Path, tmp_p
     assert there == here
 
 
+@pytest.fixture
+def dying(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The node of the first result is killed as soon as that is there, and given the next item; yields what was lost with it."""
+    lost, killed, lose, spread = list[Any](), list[str](), pool._Shift._lose, Cluster.spread
+
+    def killing(self: Cluster, *given: Any) -> Iterator[Any]:
+        for done in spread(self, *given):
+            if not killed:
+                killed.append(done.node)
+                nodes.kill(done.node)
+            yield done
+
+    monkeypatch.setattr(pool._Shift, "_lose", lambda self, call, reason: [lost.append(call.order), *lose(self, call, reason)][1:])
+    monkeypatch.setattr(Cluster, "spread", killing)
+    yield lost
+    nodes.add(killed[0])
+
+
+def test_a_killed_nodes_pictures_are_answered_by_another(nodes: Nodes, tiny_112: Path, tmp_path: Path, dying: list[Any]):
+    from pgxport.cluster.pictures import ask_each as ask_there
+    from pgxport.models.tiny.scenes import draw
+    from pgxport.runners.many import Question, ask_each
+
+    pictures = [tmp_path / f"{n}.png" for n in range(6)]
+    for n, path in enumerate(pictures):
+        draw("test", n).image.save(path)
+    question = Question("caption en", threads=1)
+    here = [row.to_json() for row in ask_each(str(tiny_112), pictures, question)]
+    there = [row.to_json() for row in ask_there(str(tiny_112), pictures, question, nodes.address)]
+    assert any(dying)
+    assert {row.pop("node") for row in there} == {"one", "two"}
+    for row in (*here, *there):
+        del row["timings"]
+    assert there == here
+
+
 # pgx tune -----------------------------------------------------------------------------------------------------------
 
 
@@ -472,6 +508,24 @@ def test_a_candidates_score_is_that_of_one_machine(nodes: Nodes, tmp_path: Path)
     assert features["alone"] == features["spread"] != []
     for name in ("one", "two"):
         assert not list((nodes.cache(name) / "bundles").glob("passing-*"))
+
+
+def test_a_killed_nodes_samples_of_a_candidate_are_scored_by_another(nodes: Nodes, tmp_path: Path, dying: list[Any]):
+    from pgxport.tune.bundles import Bundles
+    from pgxport.tune.candidates import groups, recipe
+    from pgxport.tune.tune import TuneOptions, _subject
+
+    subject = _subject(TuneOptions(size="tiny", res=112, samples=1, threads=1))
+    every = groups(subject.spec)
+    tried = recipe("tuned", every, {every[-1].name: "w8-dynamic"})
+    found = []
+    with Cluster(nodes.address) as cluster:
+        for name, where in (("alone", None), ("spread", cluster)):
+            with Bundles(subject, tmp_path / name, lambda what: None, where) as bundles:
+                made = bundles.measure("last", tried).to_json()
+                found.append({key: value for key, value in made.items() if key not in ("ms", "stages")})
+    assert any(dying)
+    assert found[0] == found[1]
 
 
 @pytest.mark.nightly

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from PIL import Image
@@ -30,6 +31,11 @@ from pgxport.report.throughput import sizes
 ROOT = Path(__file__).parent.parent
 MAX_BYTES = 1_000_000  # of all that is committed
 WRITTEN = ("report.html", "report.md", "report.json", "results.csv", "chart.svg", "chart.png")
+# Without a window, a network, and whatever a browser does on its own.
+QUIET = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND",
+)  # fmt: skip
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -74,9 +80,10 @@ def screenshots(page: Path, output: Path) -> None:
         for mode, flags in {"light": [], "dark": dark}.items():
             file = output / f"screenshot-{width}-{mode}.png"
             file.unlink(missing_ok=True)
-            command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *flags]
-            command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--window-size={width},{height}", f"--screenshot={file}"]
-            done = subprocess.run([*command, page.absolute().as_uri()], capture_output=True, text=True, timeout=120, check=False)
+            command = [browser, *QUIET, "--hide-scrollbars", *flags, f"--window-size={width},{height}", f"--screenshot={file}"]
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+                command += [f"--user-data-dir={profile}", page.absolute().as_uri()]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
             if done.returncode or not file.exists():
                 sys.exit(f"{browser} made no screenshot (it ended with {done.returncode}): {done.stderr[-500:]}")
             Image.open(file).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)

@@ -42,6 +42,33 @@ class Difference(Estimate):
     verdict: Verdict
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A curve's value on all samples, and on each draw of them; with fewer than two pictures there is nothing to draw."""
+
+    value: float
+    values: np.ndarray | None
+    samples: int
+
+    def estimate(self, *, biased: bool = False) -> Estimate:
+        """The value and its interval. Where all agree the interval is a point: it knows only what was drawn.
+
+        Args:
+            biased: Drawing a picture twice moves the metric itself, as it does mAP; the interval is moved back by the mean of that.
+        """
+        return Estimate(self.value, *_interval(self.value, self.values, biased=biased), self.samples)
+
+    def change(self, reference: "Drawn", *, higher_is_better: bool = True, biased: bool = False) -> Difference:
+        """The change from the reference, both drawn on the same samples, which takes their difficulty out."""
+        values = None if self.values is None or reference.values is None else self.values - reference.values
+        found = Drawn(self.value - reference.value, values, self.samples).estimate(biased=biased)
+        if found.low is None or found.high is None or found.low <= 0 <= found.high:
+            verdict = Verdict.NOISE
+        else:
+            verdict = Verdict.BETTER if (found.low > 0) == higher_is_better else Verdict.WORSE
+        return Difference(found.value, found.low, found.high, found.samples, verdict)
+
+
 def resamples(groups: Sequence[Hashable], draws: int = DRAWS, seed: int = 0) -> Iterator[np.ndarray]:
     """How often each sample is drawn, float64 [R, N] in blocks of R; the samples of one group are drawn together.
 
@@ -61,37 +88,24 @@ def resamples(groups: Sequence[Hashable], draws: int = DRAWS, seed: int = 0) -> 
         left -= rows
 
 
-def estimate(curve: Curve, groups: Sequence[Hashable], *, biased: bool = False, draws: int = DRAWS, seed: int = 0) -> Estimate:
-    """The value on all samples and its interval. Where all agree the interval is a point: it knows only what was drawn.
+def draw(curve: Curve, groups: Sequence[Hashable], draws: int = DRAWS, seed: int = 0) -> Drawn:
+    """The curve on all samples and on draws of them.
 
     Args:
         curve: The metric.
         groups: What is drawn together, a key for each sample.
-        biased: Drawing a picture twice moves the metric itself, as it does mAP; the interval is moved back by the mean of that.
         draws: How many.
-        seed: Of the draws; two runs with the same groups and seed are drawn alike.
+        seed: Of the draws; two runs with the same groups and seed are drawn alike, and may be compared.
     """
-    value, low, high = _interval(curve, groups, draws, seed, biased=biased)
-    return Estimate(value, low, high, len(groups))
+    value = float(curve(np.ones((1, len(groups))))[0])
+    if len(set(groups)) < 2:
+        return Drawn(value, None, len(groups))
+    return Drawn(value, np.concatenate([curve(weights) for weights in resamples(groups, draws, seed)]), len(groups))
 
 
-def difference(
-    curve: Curve,
-    reference: Curve,
-    groups: Sequence[Hashable],
-    *,
-    higher_is_better: bool = True,
-    biased: bool = False,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> Difference:
-    """The change from the reference and its interval, both drawn on the same samples, which takes their difficulty out."""
-    value, low, high = _interval(lambda weights: curve(weights) - reference(weights), groups, draws, seed, biased=biased)
-    if low is None or high is None or low <= 0 <= high:
-        verdict = Verdict.NOISE
-    else:
-        verdict = Verdict.BETTER if (low > 0) == higher_is_better else Verdict.WORSE
-    return Difference(value, low, high, len(groups), verdict)
+def estimate(curve: Curve, groups: Sequence[Hashable], *, biased: bool = False, draws: int = DRAWS, seed: int = 0) -> Estimate:
+    """The value on all samples and its interval, where nothing else is compared with it."""
+    return draw(curve, groups, draws, seed).estimate(biased=biased)
 
 
 def mean(values: Sequence[float] | np.ndarray) -> Curve:
@@ -110,18 +124,12 @@ def ratio(parts: Sequence[float] | np.ndarray, wholes: Sequence[float] | np.ndar
     return curve
 
 
-def _interval(
-    curve: Curve, groups: Sequence[Hashable], draws: int, seed: int, *, biased: bool
-) -> tuple[float, float | None, float | None]:
-    value = float(curve(np.ones((1, len(groups))))[0])
-    if len(set(groups)) < 2:
-        return value, None, None
-    values = np.concatenate([curve(weights) for weights in resamples(groups, draws, seed)])
+def _interval(value: float, values: np.ndarray | None, *, biased: bool) -> tuple[float | None, float | None]:
     # A draw may hold no sample that counts, such as none with a true box.
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return value, None, None
+    values = None if values is None else values[~np.isnan(values)]
+    if values is None or not len(values):
+        return None, None
     if biased:
-        values += value - values.mean()
+        values = values + (value - values.mean())
     low, high = np.percentile(values, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
-    return value, float(low), float(high)
+    return float(low), float(high)

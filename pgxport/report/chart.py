@@ -20,6 +20,7 @@ WIDTH, HEIGHT = 620, 340
 COLOURS = ("#0e7fa3", "#c2620a", "#8a63c4", "#1a8a50", "#d0447c", "#8a7415", "#4a78d6", "#7a7a7a", "#b0593f", "#2f8a8a")
 GREY = "#808080"  # is legible on white and on black
 LABEL = 28  # characters
+GATE, UNDER = "gate, {:.4g} of the reference's", 12  # the name of its line, and how far below that it stands
 SHIFTS = (-10, 14, -26, 30, -42, 46, -58, 62, -74, 78)  # of a name, in pixels
 
 
@@ -71,10 +72,18 @@ def points(device: Device) -> list[dict[str, Any]]:
     return found
 
 
+def gate_line(device: Device) -> float | None:
+    """The quality in percent below which a bundle fails the gate; None where the reference has none."""
+    reference = next(row for row in device.rows if row.label == device.reference)
+    return 100 * device.gate * reference.quality.value if reference.quality else None
+
+
 def describe(device: Device) -> str:
     """The chart in words, for who cannot see it."""
     said = [f"{p['label']}: {p['ms']:.3g} ms, {p['quality']:.1f} %, {p['MB']:.3g} MB" for p in points(device)]
-    return "Median time of an answer against quality. " + "; ".join(said)
+    gate = gate_line(device)
+    below = "" if gate is None else f" The gate is at {gate:.1f} %."
+    return f"Median time of an answer against quality.{below} {'; '.join(said)}"
 
 
 def metric_title(row: Row) -> str:
@@ -111,7 +120,9 @@ def _layers(alt: Any, device: Device, *, titled: bool) -> Any:
     ok = next(row for row in device.rows if row.status == "ok")
     base = alt.Chart(alt.Data(values=drawn))
     x_domain = (min(p["ms_low"] for p in drawn) / 1.1, max(p["ms_high"] for p in drawn) * 1.4)  # names stand to the right
-    low, high = min(p["quality_low"] for p in drawn), max(p["quality_high"] for p in drawn)
+    gate = gate_line(device)
+    seen = [p[end] for p in drawn for end in ("quality_low", "quality_high")] + ([] if gate is None else [gate])
+    low, high = min(seen), max(seen)
     y_domain = (low - 0.06 * (high - low) - 0.1, high + 0.06 * (high - low) + 0.1)
     x_scale = alt.Scale(type="log", domain=list(x_domain), nice=False)
     x = alt.X("ms:Q", scale=x_scale, title="whole answer, median, ms (logarithmic)")
@@ -126,16 +137,25 @@ def _layers(alt: Any, device: Device, *, titled: bool) -> Any:
         + base.mark_rule(strokeWidth=1.5).encode(x=alt.X("ms_low:Q", scale=x_scale), x2="ms_high:Q", y=y, color=colour)
         + base.mark_circle(opacity=0.75).encode(x=x, y=y, size=area, color=colour)
     )
-    for point, dy in zip(drawn, _places(drawn, x_domain, y_domain), strict=True):
+    for point, dy in zip(drawn, _places(drawn, x_domain, y_domain, gate), strict=True):
         name = alt.Chart(alt.Data(values=[point])).mark_text(align="left", dx=10, dy=dy, fontSize=12)
         marks += name.encode(x=x, y=y, text="label:N", color=colour)
+    if gate is not None:
+        line = alt.Chart(alt.Data(values=[{"gate": gate, "name": GATE.format(device.gate)}]))
+        at = alt.Y("gate:Q", scale=y_scale)
+        marks += line.mark_rule(color=GREY, strokeDash=[5, 4]).encode(y=at)
+        marks += line.mark_text(color=GREY, align="left", dy=UNDER, fontSize=11).encode(x=alt.value(4), y=at, text="name:N")
     title = {"title": _label(device.name)} if titled else {}
     return marks.properties(width=WIDTH, height=HEIGHT, **title)
 
 
-def _places(drawn: list[dict[str, Any]], x_domain: tuple[float, float], y_domain: tuple[float, float]) -> list[int]:
-    """How far under its dot each name stands, so that no two names meet."""
+def _places(
+    drawn: list[dict[str, Any]], x_domain: tuple[float, float], y_domain: tuple[float, float], gate: float | None
+) -> list[int]:
+    """How far under its dot each name stands, so that no two names meet, nor the gate's."""
     taken: list[tuple[float, float, float]] = []  # left, right, middle
+    if gate is not None:
+        taken.append((4, 4 + 6 * len(GATE), HEIGHT * (y_domain[1] - gate) / (y_domain[1] - y_domain[0]) + UNDER))
     found = []
     for point in drawn:
         left = WIDTH * math.log(point["ms"] / x_domain[0]) / math.log(x_domain[1] / x_domain[0]) + 10

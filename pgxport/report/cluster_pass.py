@@ -16,6 +16,7 @@ from pgxport.cluster.pool import Cluster, Lanes, Site
 from pgxport.errors import DiskError, EngineError, PgxError, UsageError
 from pgxport.report import schema
 from pgxport.report.bench import machine
+from pgxport.report.clocks import find_gpus
 from pgxport.report.energy import find_meters
 from pgxport.report.environment import board, environment
 from pgxport.report.samples import Sample
@@ -71,6 +72,8 @@ class Station:
         meters = find_meters(engine=self.engine)
         for meter in meters:
             site.stack.callback(meter.close)
+        if gpus := find_gpus(self.engine):
+            site.stack.callback(gpus.close)
         logits = Path(site.stack.enter_context(tempfile.TemporaryDirectory(prefix="pgx-report-"))) / "logits.npy"
         here = machine()
         about = environment(self.engine, self.threads, here).model_dump(mode="json")
@@ -78,7 +81,7 @@ class Station:
         askers = []
         for subject, digest in zip(self.subjects, self.digests, strict=True):
             path = site.fetch(digest) if digest else None
-            asker = Asker(replace(subject, request={**subject.request, "bundle": str(path)}), _Notes(), meters)
+            asker = Asker(replace(subject, request={**subject.request, "bundle": str(path)}), _Notes(), meters, gpus)
             if path:
                 site.stack.enter_context(asker.process())
                 asker.open(about)

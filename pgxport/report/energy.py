@@ -122,15 +122,15 @@ class Nvml:
 
 
 def find_meters(sys: Path = SYS, *, engine: str = "cpu") -> list[Meter]:
-    """All that can be read here; the GPU's only where the engine runs on it."""
-    meters: list[Meter] = []
+    """All that can be read here, nothing of it twice; the GPU's only where the engine runs on it, and no rail of a board has it."""
+    meters, rails = list[Meter](), dict[str, tuple[Path, ...]]()
     with suppress(OSError, ValueError):
         if zones := rapl_zones(sys):
             meters.append(Rapl(zones))
     with suppress(OSError, ValueError):
         if rails := ina3221_rails(sys):
             meters.append(Ina3221(rails))
-    if engine != "cpu":
+    if engine != "cpu" and not rails:
         with suppress(OSError, AttributeError):
             meters.append(Nvml(ctypes.CDLL("libnvidia-ml.so.1")))
     return meters

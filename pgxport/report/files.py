@@ -12,12 +12,14 @@ from pydantic import ValidationError
 
 from pgxport.errors import DiskError, InputError, UsageError
 from pgxport.report import chart, markdown, page
+from pgxport.report.pictures import named
 from pgxport.report.schema import Report, Row
 from pgxport.report.store import FOLDER
 
 PICTURES = "pictures"
 MAX_REPORT = 256 << 20
 MAX_PICTURE = 1 << 20
+FIDELITY = ("identical", "token_agreement", "first_divergence", "diverged", "top1", "kl", "kl_worst", "kl_located")
 # A cell that begins so is a formula to a spreadsheet.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -81,10 +83,8 @@ def read(path: Path) -> Report:
 
 def read_pictures(report: Report, folder: Path) -> dict[str, bytes]:
     """The pictures that a report names, from beside it. One that is missing, or is no WebP of its own, is left out."""
-    shown = [d for device in report.devices for d in device.disagreements]
-    names = {name for d in shown for name in (d.picture, *(said.picture for said in d.answers)) if name}
     found = {}
-    for name in sorted(names):
+    for name in sorted(named([d for device in report.devices for d in device.disagreements])):
         file = folder / PICTURES / name
         try:
             status = file.lstat()
@@ -127,6 +127,9 @@ def results_csv(report: Report) -> str:
         "peak_resident_bytes",
         "peak_vram_bytes",
         "joules_per_answer",
+        *FIDELITY,
+        "load_seconds",
+        "clocks",
     ]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -156,6 +159,8 @@ def _values(row: Row, scores: list[tuple[str, str]], stages: list[str]) -> list[
     values += [row.peak.private, row.peak.mapped, row.peak.resident] if row.peak else [None] * 3
     values.append(row.peak_vram)
     values.append(sum(e.joules.p50 for e in row.energy) if row.energy else None)
+    values += [getattr(row.fidelity, name) if row.fidelity else None for name in FIDELITY]
+    values += [sum(row.load_seconds.values()) if row.load_seconds else None, "; ".join(row.notes) or None]
     return values
 
 

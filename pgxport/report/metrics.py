@@ -9,7 +9,7 @@ import numpy as np
 
 from pgxport.errors import choose
 from pgxport.report import bootstrap, cider, regions, text
-from pgxport.report.bootstrap import Curve, Difference, Estimate
+from pgxport.report.bootstrap import Curve
 from pgxport.report.extras import require
 from pgxport.report.samples import Sample
 from pgxport.runners.outputs import Answer
@@ -44,7 +44,7 @@ class Metric:
     corpus: Corpus | None = None
     higher_is_better: bool = True
     scale: float = 1.0  # the best value
-    biased: bool = False  # see bootstrap.estimate
+    biased: bool = False  # see bootstrap.Drawn
 
 
 def score(sample: Sample, answer: Answer) -> Share | None:
@@ -78,18 +78,6 @@ def tally(name: str, samples: Sequence[Sample], answers: Sequence[Answer]) -> Ta
     part, whole = shares[:, 0], shares[:, 1]
     each = np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
     return Tally(each, bootstrap.ratio(part, whole))
-
-
-def estimate(name: str, samples: Sequence[Sample], answers: Sequence[Answer]) -> Estimate:
-    """A metric on all samples with its 95 % interval; questions about one picture are drawn together."""
-    return bootstrap.estimate(tally(name, samples, answers).curve, groups(samples), biased=METRICS[name].biased)
-
-
-def compare(name: str, samples: Sequence[Sample], answers: Sequence[Answer], reference: Sequence[Answer]) -> Difference:
-    """A metric's change from the reference's answers to the same samples, with its interval and verdict."""
-    curve, before = (tally(name, samples, run).curve for run in (answers, reference))
-    metric = METRICS[name]
-    return bootstrap.difference(curve, before, groups(samples), higher_is_better=metric.higher_is_better, biased=metric.biased)
 
 
 def groups(samples: Sequence[Sample]) -> list[Hashable]:

@@ -8,7 +8,7 @@ vl-convert escapes. The page's own policy lets no script run and nothing be fetc
 import base64
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 from pgxport.report import chart, tables
@@ -20,6 +20,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri
 KINDS = {
     "best": "Advice", "budget": "Budget", "gate": "Accuracy", "noise": "In doubt", "no gain": "Cost", "failed": "Failed",
 }  # fmt: skip
+LONG = 32  # characters of a cell in one line
 # What a cell says -> how it is coloured as well; the words stay, for who does not see the colour.
 TONES = {"passes": "good", "better": "good", "worse": "bad", "inside the noise": "doubt"}
 
@@ -90,22 +91,30 @@ def _chart(device: Device) -> str:
     drawn = re.sub(r' (?:role|aria-[a-z]+)="[^"]*"', "", drawn[drawn.index("<svg") :])
     return (
         f'<figure class="chart" role="img" aria-label="{esc(chart.describe(device))}" tabindex="0">\n{drawn}\n'
-        f"<figcaption>Up and to the left is better. The lines are 95 % intervals, a dot's area is the bundle's size; "
-        f"the numbers are in the table below.</figcaption></figure>\n"
+        f"<figcaption>Up and to the left is better. The lines are 95 % intervals, a dot's area is the bundle's size, and what lies "
+        f"below the dashed line fails the gate; the numbers are in the table below.</figcaption></figure>\n"
     )
 
 
 def _table(table: tables.Table, n: int, device: Device) -> str:
     name = f"{table.id}-{n}"
-    head = "".join(f'<th scope="col">{esc(cell)}</th>' for cell in table.head)
+    first, *others = table.head
+    columns = zip(others, *(row[1:] for row in table.rows), strict=True)
+    head = f'<th scope="col">{esc(first)}</th>' + "".join(_head(name, cells) for name, *cells in columns)
     rows = "".join(f"<tr>{_row(row, device)}</tr>\n" for row in table.rows)
     wide = ' class="wide"' if table.id == "environment" else ""
     title, _, rest = table.caption.partition(": ")
-    caption = f"<caption>{esc(rest)}</caption>" if rest else ""  # what has no more to say is in the heading
+    caption = f"<caption><span>{esc(rest)}</span></caption>" if rest else ""  # what has no more to say is in the heading
     return (
         f'<h3 id="{name}">{esc(title)}</h3>\n<div class="scroll" role="region" aria-labelledby="{name}" tabindex="0">\n'
         f"<table{wide}>{caption}<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>\n"
     )
+
+
+def _head(name: str, cells: Sequence[str]) -> str:
+    """Over its column's words, or over its numbers."""
+    words = ' class="words"' if all(_is_words(cell) for cell in cells) else ""
+    return f'<th scope="col"{words}>{esc(name)}</th>'
 
 
 def _row(row: tuple[str, ...], device: Device) -> str:
@@ -115,14 +124,18 @@ def _row(row: tuple[str, ...], device: Device) -> str:
 
 def _classes(cell: str) -> str:
     """
-    >>> _classes("inside the noise"), _classes("12.5")
-    (' class="words doubt"', '')
+    >>> _classes("inside the noise"), _classes("12.5"), _classes("FAILED: " + "a " * 50)
+    (' class="words doubt"', '', ' class="words long bad"')
     """
     tone = next((tone for end, tone in TONES.items() if cell.endswith(end)), "")
     tone = "bad" if cell.startswith(("FAILED", "below ")) else tone
-    words = "words" if cell[:1].isalpha() else ""  # to the left; numbers stand to the right
+    words = ("words long" if len(cell) > LONG else "words") if _is_words(cell) else ""  # to the left; numbers stand to the right
     found = f"{words} {tone}".strip()
     return f' class="{found}"' if found else ""
+
+
+def _is_words(cell: str) -> bool:
+    return cell[:1].isalpha()
 
 
 def _diff_key(device: Device) -> str:

@@ -49,12 +49,37 @@ def disagreements(
     for i in _worst(samples, answers, reference, count):
         of_this = Album()
         shown = _shown(samples[i], {label: given[i] for label, given in answers.items()}, reference, of_this)
-        spent += BASE64 * sum(map(len, of_this.files.values())) + MARKUP * len(shown.model_dump_json())
+        spent += _bytes(shown, of_this.files)
         if spent > BUDGET:
             break
         album.files |= of_this.files
         found.append(shown)
     return tuple(found)
+
+
+def within_budget(devices: Sequence[schema.Device], files: Mapping[str, bytes]) -> tuple[schema.Device, ...]:
+    """Devices that share one page, each with as many of its disagreements as its part of the page holds."""
+    parts = max(1, sum(bool(device.disagreements) for device in devices))
+    found = []
+    for device in devices:
+        kept, spent = list[schema.Disagreement](), 0.0
+        for shown in device.disagreements:
+            spent += _bytes(shown, {name: files[name] for name in named([shown]) if name in files})
+            if spent > BUDGET / parts:
+                break
+            kept.append(shown)
+        found.append(device.model_copy(update={"disagreements": tuple(kept)}))
+    return tuple(found)
+
+
+def named(shown: Sequence[schema.Disagreement]) -> set[str]:
+    """The pictures they name."""
+    return {name for d in shown for name in (d.picture, *(said.picture for said in d.answers)) if name}
+
+
+def _bytes(shown: schema.Disagreement, files: Mapping[str, bytes]) -> float:
+    """Of the page."""
+    return BASE64 * sum(map(len, files.values())) + MARKUP * len(shown.model_dump_json())
 
 
 def _worst(samples: Sequence[Sample], answers: Mapping[str, Sequence[Answer]], reference: str, count: int) -> list[int]:

@@ -25,6 +25,8 @@ from pgxport.report.throughput import Batches
 from pgxport.report.worker import Measurement, Progress
 
 GATE = 0.99
+FOLLOW = 100
+PICTURES = 12
 REPETITIONS = 3  # of each batch size
 EXACT = ("float32", "float16", "bfloat16")  # as the first choice of a reference, in this order
 
@@ -48,8 +50,8 @@ class ReportOptions:
     data: DataOptions = DataOptions()  # noqa: RUF009
     reference: Path | None = None
     gate: float = GATE
-    follow: int = 100
-    pictures: int = 12
+    follow: int = FOLLOW
+    pictures: int = PICTURES
     max_new_tokens: int | None = None
     engine: str = "cpu"
     threads: int | None = None
@@ -239,6 +241,8 @@ def _command(options: ReportOptions) -> str:
     flags = {
         "--data": d.data, "--format": d.format, "--images": d.images, "--split": d.split, "--prompt": d.prompt, "--limit": d.limit,
         "--reference": options.reference, "--gate": options.gate if options.gate != GATE else None,
+        "--follow": options.follow if options.follow != FOLLOW else None,
+        "--pictures": options.pictures if options.pictures != PICTURES else None,
         "--max-new-tokens": options.max_new_tokens, "--engine": options.engine if options.engine != "cpu" else None,
         "--threads": options.threads, "--batch": ",".join(map(str, options.batch)) or None, "--cluster": options.cluster,
     }  # fmt: skip
@@ -267,8 +271,10 @@ def merge(paths: Sequence[Path], output: Path) -> schema.Report:
     read = [files.read(path) for path in paths]
     album: dict[str, bytes] = {}
     for path, one in zip(paths, read, strict=True):
-        album |= files.read_pictures(one, path.parent)
-    made = schema.Report(pgxport=__version__, created=_now(), devices=tuple(device for one in read for device in one.devices))
+        album |= files.read_pictures(one, path if path.is_dir() else path.parent)
+    devices = pictures.within_budget([device for one in read for device in one.devices], album)
+    made = schema.Report(pgxport=__version__, created=_now(), devices=devices)
+    shown = pictures.named([d for device in devices for d in device.disagreements])
     files.check_output(output)
-    files.write(made, album, output)
+    files.write(made, {name: content for name, content in album.items() if name in shown}, output)
     return made

@@ -3,13 +3,14 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pgxport.report import bootstrap, fidelity, schema
-from pgxport.report.bootstrap import Curve
+from pgxport.report.bootstrap import Curve, Drawn
 from pgxport.report.metrics import METRICS, groups, metrics_for, tally
 from pgxport.report.samples import Sample
 from pgxport.report.shared_pass import Run
@@ -65,6 +66,7 @@ def rows(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[Run], re
     whole = [run.reason is None and all(key in run.asked for key in keys) for run in runs]
     theirs = _answers(runs[reference], keys) if whole[reference] else None
     judged = judge(samples, theirs, parts) if theirs else None
+    before = _drawn(judged, drawn) if judged else None
     found = []
     for i, (run, complete) in enumerate(zip(runs, whole, strict=True)):
         if not complete:
@@ -72,8 +74,8 @@ def rows(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[Run], re
             continue
         answers = _answers(run, keys)
         mine = judge(samples, answers, parts)
-        against = judged if i != reference else None
-        scores = [_score(part, mine, against, [drawn[at] for at in part.at]) for part in parts]
+        now = before if before and i == reference else _drawn(mine, drawn)
+        scores = [_score(part, now[part], before[part] if before and i != reference else None) for part in parts]
         kept = _kept(mine, judged, drawn) if judged else None
         near = _fidelity(run, answers, theirs, keys) if theirs and i != reference else None
         found.append(_row(run, keys, samples, answers).model_copy(update={
@@ -86,11 +88,11 @@ def pairs(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[Run]) -
     """Every two runs that came to their end: how far their qualities and their times can be told apart."""
     whole = [run for run in runs if run.reason is None and all(key in run.asked for key in keys)]
     parts, drawn = [part for part in subsets(samples) if part.decides], groups(samples)
-    curves = {run.label: judge(samples, _answers(run, keys), parts).quality for run in whole}
+    quality = {run.label: bootstrap.draw(judge(samples, _answers(run, keys), parts).quality, drawn) for run in whole}
     found = []
     for n, first in enumerate(whole):
         for second in whole[n + 1 :]:
-            change = bootstrap.difference(curves[second.label], curves[first.label], drawn)
+            change = quality[second.label].change(quality[first.label])
             found.append(
                 schema.Pair(
                     first=first.label, second=second.label, quality=_interval(change), latency=_ratio(first, second, keys)
@@ -105,16 +107,18 @@ def _restricted(samples: Sequence[Sample], answers: Sequence[Answer], part: Subs
     return lambda weights: inner(weights[:, at])
 
 
-def _score(part: Subset, mine: Judged, reference: Judged | None, drawn: Sequence[Hashable]) -> schema.Score | None:
-    metric, curve = METRICS[part.metric], mine.curves[part]
-    spread = _over(part, curve)
-    change = None
+def _drawn(judged: Judged, groups: Sequence[Hashable]) -> dict[Subset, Drawn]:
+    """Each metric on all draws of its own samples, once: for its interval, and for the difference to another run's."""
+    return {part: bootstrap.draw(_over(part, curve), [groups[at] for at in part.at]) for part, curve in judged.curves.items()}
+
+
+def _score(part: Subset, mine: Drawn, reference: Drawn | None) -> schema.Score | None:
+    metric, change = METRICS[part.metric], None
     if reference is not None:
-        before = _over(part, reference.curves[part])
-        d = bootstrap.difference(spread, before, drawn, higher_is_better=metric.higher_is_better, biased=metric.biased)
+        d = mine.change(reference, higher_is_better=metric.higher_is_better, biased=metric.biased)
         if changed := _interval(d):
             change = schema.Change(**changed.model_dump(), verdict=d.verdict.value)
-    value = _interval(bootstrap.estimate(spread, drawn, biased=metric.biased))
+    value = _interval(mine.estimate(biased=metric.biased))
     if value is None:
         return None
     return schema.Score(
@@ -241,13 +245,18 @@ def spread(values: Sequence[float]) -> schema.Spread:
 
 
 def notes(asked: Sequence[Asked]) -> list[str]:
-    """What the clocks did, in words; nothing where they did nothing or are not told."""
+    """What the clocks did, in words, whether they were held back first; that is said too where it did not happen or is not told."""
     found = []
     if times := sum(a.throttled or 0 for a in asked):
         found.append(f"throttled {times} times")
-    clocks = [a.mhz for a in asked if a.mhz]
-    if clocks and min(clocks) < 0.9 * max(clocks):
-        found.append(f"clock between {min(clocks):.0f} and {max(clocks):.0f} MHz")
+    slowed = Counter(reason for a in asked for reason in a.slowed)
+    found += [f"{reason} at the end of {count} of {len(asked)} answers" for reason, count in slowed.items()]
+    if not found:
+        told = any(a.throttled is not None or a.gpu_mhz is not None for a in asked)
+        found.append("not throttled" if told else "throttling not told")
+    for name, clocks in (("clock", [a.mhz for a in asked if a.mhz]), ("GPU clock", [a.gpu_mhz for a in asked if a.gpu_mhz])):
+        if clocks and min(clocks) < 0.9 * max(clocks):
+            found.append(f"{name} between {min(clocks):.0f} and {max(clocks):.0f} MHz")
     if heat := [a.celsius for a in asked if a.celsius]:
         found.append(f"up to {max(heat):.0f} °C")
     return found

@@ -17,7 +17,7 @@ from typing import Any
 
 from pgxport.errors import PgxError
 from pgxport.report.asking import picture_of
-from pgxport.report.clocks import look
+from pgxport.report.clocks import Gpus, find_gpus, look
 from pgxport.report.energy import Meter, find_meters
 from pgxport.report.samples import Sample
 from pgxport.report.store import Asked, Conditions, Folder, Followed, Held, Measured, Opened, Store
@@ -67,9 +67,11 @@ def shared_pass(
         meters = find_meters(engine=engine)
         for meter in meters:
             stack.callback(meter.close)
+        if gpus := find_gpus(engine):
+            stack.callback(gpus.close)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgx-report-")))
         stores = [Store(folder.path, subject.conditions) if subject.conditions else None for subject in subjects]
-        askers = [Asker(subject, store, meters) for subject, store in zip(subjects, stores, strict=True)]
+        askers = [Asker(subject, store, meters, gpus) for subject, store in zip(subjects, stores, strict=True)]
         reference, needed = askers[work.reference], demand(askers, work)
         clock = Clock(sum(asks for asks, _ in needed) + needed[work.reference][1], progress)
         for asker, lacking in zip(askers, needed, strict=True):
@@ -140,8 +142,8 @@ def follow(turn: "Sequence[Asker]", reference: "Asker", key: str, sample: Sample
 class Asker:
     """A subject, its process if it has one here, and what is kept of it. What failed is not asked again."""
 
-    def __init__(self, subject: Subject, store: Measured | None, meters: Sequence[Meter] = ()):
-        self.label, self._subject, self._meters, self.store = subject.label, subject, meters, store
+    def __init__(self, subject: Subject, store: Measured | None, meters: Sequence[Meter] = (), gpus: Gpus | None = None):
+        self.label, self._subject, self._meters, self._gpus, self.store = subject.label, subject, meters, gpus, store
         self.failed: PgxError | None = None  # elsewhere
         self._worker: Worker | None = None
 
@@ -177,16 +179,17 @@ class Asker:
             return
         assert self._worker is not None
         assert self.store is not None
-        before, clocks = [meter.joules() for meter in self._meters], look()
+        before, clocks = [meter.joules() for meter in self._meters], look(gpus=self._gpus)
         found = self.tell({"image": picture_of(sample), "prompt": sample.prompt, "max_new_tokens": max_new_tokens})
         if found is None:
             return
         joules = {meter.source: meter.joules() - start for meter, start in zip(self._meters, before, strict=True)}
-        now = look()
+        now = look(gpus=self._gpus)
         throttled = None if now.throttled is None or clocks.throttled is None else now.throttled - clocks.throttled
         line = Asked(
-            sample=key, joules=joules, mhz=now.mhz, celsius=now.celsius, throttled=throttled, peak=_held(self._worker.peak)
-        )
+            sample=key, joules=joules, mhz=now.mhz, celsius=now.celsius, throttled=throttled, gpu_mhz=now.gpu_mhz, slowed=now.hot,
+            peak=_held(self._worker.peak),
+        )  # fmt: skip
         self.store.add(line.model_copy(update=found))
 
     def tell(self, request: dict[str, Any]) -> dict[str, Any] | None:

@@ -72,6 +72,8 @@ class Asked(_Model):
     mhz: float | None = None
     celsius: float | None = None
     throttled: int | None = None  # times, meanwhile
+    gpu_mhz: float | None = None
+    slowed: tuple[str, ...] = ()  # what held the clocks back at its end
     peak: Held | None = None  # of the process, until then
     vram: int | None = None  # bytes of GPU memory that the process holds after it
 

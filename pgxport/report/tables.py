@@ -59,7 +59,7 @@ def bundles(device: Device) -> Table:
         "malformed": lambda row: str(row.malformed),
         "cut off": lambda row: str(row.truncated),
         "refused": lambda row: str(row.refused),
-        "clocks": lambda row: "; ".join(row.notes) or "nothing noted",
+        "clocks": lambda row: "; ".join(row.notes) or "not told",
     }
     rows = []
     for row in device.rows:
@@ -68,7 +68,10 @@ def bundles(device: Device) -> Table:
             rows.append((row.label, columns["status"](row), *[""] * (len(columns) - 1)))
         else:
             rows.append((row.label, *(show(row) for show in columns.values())))
-    caption = f"Bundles: {device.data.samples} samples, median and its 95 % interval; baseline {device.reference}"
+    caption = (
+        f"Bundles: {device.data.samples} samples, medians with their 95 % intervals. Quality is the mean over tasks of the metric that "
+        f"decides, each as a share of its best; the baseline of what is kept and of times as long is {device.reference}"
+    )
     return Table("bundles", caption, ("bundle", *columns), tuple(rows))
 
 
@@ -132,12 +135,16 @@ def fidelity(device: Device) -> Table:
         "bundle",
         "same answer",
         "same tokens",
-        "first other token",
+        "first other token, median place",
         "top-1 along its answers",
         "KL, nats",
         "KL of loc and seg",
     )
-    return Table("fidelity", f"Fidelity to {device.reference}", head, tuple(rows))
+    caption = (
+        f"Fidelity to {device.reference}: how far its answers stay the same, right or not, and what each thinks of the next token "
+        f"along them (KL of the reference from the bundle)"
+    )
+    return Table("fidelity", caption, head, tuple(rows))
 
 
 def memory(device: Device) -> Table:

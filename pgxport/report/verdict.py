@@ -12,15 +12,24 @@ STEPS = 4  # lines on budgets of one kind
 
 
 def findings(device: Device) -> tuple[Finding, ...]:
-    """The sentences, the advice first."""
+    """The sentences: the advice, what failed, what is below the gate, and then the rest."""
     rows = {row.label: row for row in device.rows}
     ok = [row for row in device.rows if row.status == "ok"]
     passing = [row for row in ok if passes(row, device)]
-    found = list(_best(device, passing)) if rows[device.reference].status == "ok" else []
-    found += [*_budgets(device, [row for row in ok if row.target != "torch"]), *_gate(device, ok), *_gains(device, ok)]
-    if rows[device.reference].status == "failed":
-        found.insert(0, Finding(kind="failed", text=f"The reference {device.reference} failed, so no accuracy is compared."))
+    reference = rows[device.reference]
+    if reference.status == "failed":
+        found = [Finding(kind="failed", text=f"The reference {device.reference} failed, so no accuracy is compared.")]
+    elif reference.quality and reference.quality.value <= 0:
+        text = (
+            f"The reference {device.reference} has a quality of 0 on {reference.measured} samples, so no bundle can be advised; "
+        )
+        found = [
+            Finding(kind="failed", text=text + "see where answers differ from what is true, and ask otherwise with --prompt.")
+        ]
+    else:
+        found = list(_best(device, passing))
     found += [Finding(kind="failed", text=f"{row.label} failed: {row.reason}") for row in device.rows if row.status == "failed"]
+    found += [*_gate(device, ok), *_budgets(device, [row for row in ok if row.target != "torch"]), *_gains(device, ok)]
     return tuple(found)
 
 
@@ -93,32 +102,40 @@ def _best(device: Device, passing: Sequence[Row]) -> Iterator[Finding]:
     tied = [row for row in bundles if row is fastest or not _slower(device, fastest, row)]
     smallest = min(tied, key=lambda row: row.bytes)
     about = f"{_ms(smallest)} an answer (median), {_mb(smallest)}"
-    kept = (
-        f", {percent(smallest.kept)} of {device.reference}'s quality"
-        if smallest.kept and smallest.label != device.reference
-        else ""
-    )
+    kept, doubt = _kept(device, smallest), ""
+    if smallest.kept and smallest.label != device.reference:
+        if _too_few(smallest, device.gate):
+            doubt = f" So few do not rule out a loss on up to {100 * _unseen(smallest.measured):.1f} % of such samples."
+        elif not _sure(smallest.kept, device.gate):
+            doubt = " The gate lies inside that interval."
     among = f" Of those whose times cannot be told apart ({_names(tied)}) it is the smallest." if len(tied) > 1 else ""
-    yield Finding(kind="best", text=f"Take {smallest.label}: {about}{kept}, over {smallest.measured} samples.{among}")
+    yield Finding(kind="best", text=f"Take {smallest.label}: {about}{kept}, over {smallest.measured} samples.{doubt}{among}")
     least = min(bundles, key=lambda row: row.bytes)
-    if least is not smallest:
+    if least.bytes < smallest.bytes:
         slower = latency(device, smallest.label, least.label)
         yield Finding(
             kind="best",
-            text=f"Where size matters more: {least.label}, {_mb(least)}" + (f", {ratio(slower)} as long." if slower else "."),
+            text=f"Where size matters more: {least.label}, {_mb(least)}{_kept(device, least)}"
+            + (f", {ratio(slower)} as long." if slower else "."),
         )
+
+
+def _kept(device: Device, row: Row) -> str:
+    return f", {percent(row.kept)} of {device.reference}'s quality" if row.kept and row.label != device.reference else ""
 
 
 def _gate(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
     """Who is below the gate, and for whom more samples would have to tell."""
-    below, doubted = [], []
+    below, doubted, few = [], [], []
     for row in ok:
         if row.label == device.reference or row.kept is None:
             continue
         kept, gate = row.kept, device.gate
-        sure = kept.low is not None and kept.high is not None and not kept.low <= gate <= kept.high
+        sure = _sure(kept, gate)
         if kept.value < gate:
             below.append(f"{row.label} {percent(kept)}" + ("" if sure else ", which could be chance"))
+        elif _too_few(row, gate):
+            few.append(row.label)
         elif not sure:
             doubted.append(f"{row.label} {percent(kept)}")
     of = f"of {device.reference}'s quality, over {ok[0].measured} samples" if ok else ""
@@ -127,9 +144,35 @@ def _gate(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
     if doubted:
         yield Finding(
             kind="noise",
-            text=f"Above the gate of {device.gate:.4g}, which lies inside the interval, so that more samples may say otherwise: "
-            f"{'; '.join(doubted)} {of}.",
+            text=f"Above the gate of {device.gate:.4g} {of}, which lies inside the interval, so that more samples may say otherwise: "
+            f"{'; '.join(doubted)}.",
         )
+    if few:
+        n = ok[0].measured
+        yield Finding(
+            kind="noise",
+            text=f"Above the gate of {device.gate:.4g} with the whole interval, but {n} samples are too few for it: they do not rule out a "
+            f"loss on up to {100 * _unseen(n):.1f} % of such samples: {', '.join(few)}.",
+        )
+
+
+def _too_few(row: Row, gate: float) -> bool:
+    """Whether a loss that the gate forbids may have hit none of the samples: drawing them again cannot show what none of them has."""
+    kept = row.kept
+    return kept is not None and kept.low is not None and kept.low >= gate and _unseen(row.measured) > 1 - gate
+
+
+def _unseen(samples: int) -> float:
+    """The largest share that none of so many samples shows in one of twenty cases (the rule of three, exactly).
+
+    >>> round(_unseen(300), 4)
+    0.0099
+    """
+    return 1 - 0.05 ** (1 / samples)
+
+
+def _sure(kept: Interval, gate: float) -> bool:
+    return kept.low is not None and kept.high is not None and not kept.low <= gate <= kept.high
 
 
 def _gains(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
@@ -172,7 +215,11 @@ def _budgets(device: Device, bundles: Sequence[Row]) -> Iterator[Finding]:
             assert best.quality is not None
             ties = [row for row in within if row is not best and not _better(device, best, row)]
             also = f"; not to be told from {_names(ties)}" if ties else ""
-            yield Finding(kind="budget", text=f"Best accuracy under {show(limit)}: {best.label}, {percent(best.quality)}{also}.")
+            below = "" if passes(best, device) or not best.kept else ", below the gate"
+            yield Finding(
+                kind="budget",
+                text=f"Best accuracy under {show(limit)}: {best.label}, quality {percent(best.quality)}{below}{also}.",
+            )
             before, lines = best, lines + 1
 
 

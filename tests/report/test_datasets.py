@@ -4,6 +4,7 @@
 import io
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -700,3 +701,41 @@ def test_numbers_of_a_box_have_to_be_finite(tmp_path):
     with pytest.raises(InputError, match=r"coco objects 101: 'bbox' is \[0, 0, 5, nan\], and has to be 4 finite numbers"):
         read(tmp_path)
     assert np.isnan(json.loads(file.read_text())["annotations"][1]["bbox"][3])
+
+
+# The page that documents them ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page() -> str:
+    file = Path(__file__).parents[2] / "docs" / "reference" / "data.md"
+    if not file.exists():
+        pytest.skip("the wheel is tested without docs/")
+    return file.read_text()
+
+
+def table(page: str, title: str) -> list[list[str]]:
+    """The cells of the table below a heading, without its head."""
+    section = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_page_has_every_format_task_and_metric_as_they_are(page):
+    formats = {cells[0].strip("`"): cells for cells in table(page, "As they are distributed")}
+    assert formats.keys() == FORMATS.keys()
+    for name, known in FORMATS.items():
+        if name not in ("jsonl", "scienceqa"):
+            assert formats[name][2:] == [f"`{known.prompt}`", f"`{known.task}`"]
+    tasks = {cells[0].strip("`"): tuple(re.findall(r"`(\w+)`", cells[1])) for cells in table(page, "Tasks")}
+    assert tasks == TASKS
+    assert {name for cells in table(page, "Metrics") for name in re.findall(r"`(\w+)`", cells[0])} == METRICS.keys()
+
+
+def test_the_pages_own_records_are_read(page, tmp_path):
+    (tmp_path / "data.jsonl").write_text(re.findall(r"```json\n(.*?)```", page, re.DOTALL)[0])
+    for name in ("cats/1.png", "cats/2.png"):
+        picture(tmp_path / name)
+    caption, count, detect = load(DataOptions(tmp_path / "data.jsonl")).samples
+    assert (caption.task, count.metric, detect.task) == ("caption", "vqa_accuracy", "detect")
+    assert [region.label for region in detect.regions] == ["cat", "dog"]

@@ -10,7 +10,7 @@ from machines import MACHINES
 from machines import tree as machine
 from made_up_report import device, row
 
-from pgxport.report.clocks import look, power_mode
+from pgxport.report.clocks import REASONS, SM_CLOCK, Gpus, find_gpus, look, power_mode
 from pgxport.report.energy import Ina3221, Nvml, Rapl, find_meters, ina3221_rails, rapl_zones
 from pgxport.report.environment import settings
 from pgxport.report.schema import Board
@@ -186,6 +186,62 @@ def test_nvml_counts_the_gpus_that_can():
     driver.millijoules = 4_500
     assert meter.source == "NVML, 1 GPU"
     assert meter.joules() == pytest.approx(4.5)
+
+
+def test_a_boards_rails_are_not_added_to_what_its_gpu_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on Thor, whose driver counts the GPU's joules, which the board's input has as well."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+
+    def sources(root: Path) -> list[str]:
+        meters = find_meters(root, engine="cuda")
+        for meter in meters:
+            meter.close()
+        return [meter.source for meter in meters]
+
+    assert sources(tree(tmp_path / "orin", ORIN)) == ["INA3221, VDD_IN"]
+    assert sources(tree(tmp_path / "xeon", XEON)) == ["RAPL, 2 packages", "NVML, 1 GPU"]
+
+
+class Slowed(Driver):
+    """As the H100 and the GeForce beside it: the first tells what slows it, the second does not."""
+
+    reasons = 0x01  # idle
+    mhz = 1980
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, device: ctypes.c_void_p, value: Any) -> int:
+        value._obj.value = self.reasons
+        return 0 if device.value == 100 else 3
+
+    def nvmlDeviceGetClockInfo(self, device: ctypes.c_void_p, which: int, value: Any) -> int:
+        value._obj.value = self.mhz
+        return 0 if (device.value, which) == (100, 1) else 3
+
+
+def test_what_slows_a_gpu_is_noted_and_what_somebody_chose_is_not(tmp_path: Path):
+    driver = Slowed()
+    gpus = Gpus(driver)
+    assert look(tmp_path, gpus).hot == ()
+    driver.reasons, driver.mhz = (
+        0x02 | 0x04 | 0x20 | 0x40,
+        1200,
+    )  # a chosen clock, the power limit, heat by software and by hardware
+    found = look(tmp_path, gpus)
+    assert (found.gpu_mhz, found.hot) == (1200.0, ("GPU at its power limit", "GPU slowed by heat"))
+
+
+def test_a_gpu_that_does_not_tell_is_not_asked():
+    driver = Slowed()
+    driver.nvmlDeviceGetCurrentClocksThrottleReasons = lambda device, value: 3  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="no GPU tells what slows it"):
+        Gpus(driver)
+    assert find_gpus("cpu") is None
+
+
+def test_the_reasons_are_those_of_the_library():
+    pynvml = pytest.importorskip("pynvml")
+    names = ("SwPowerCap", "HwSlowdown", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown")
+    assert set(REASONS) == {getattr(pynvml, f"nvmlClocksEventReason{name}") for name in names}
+    assert pynvml.NVML_CLOCK_SM == SM_CLOCK
 
 
 def test_clocks_are_read_as_linux_tells_them(tmp_path: Path):

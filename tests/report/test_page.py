@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hostile import MARK, PAYLOADS, Page, assert_harmless
 from made_up_report import device, disagreement, failed, report, row
@@ -19,8 +20,9 @@ pytest.importorskip("vl_convert")
 
 from pgxport.errors import InputError, UsageError
 from pgxport.report import chart, files, tables
-from pgxport.report.pictures import Album
-from pgxport.report.schema import PICTURE, Report, schema
+from pgxport.report.pictures import Album, named
+from pgxport.report.report import merge
+from pgxport.report.schema import PICTURE, Fidelity, Report, schema
 from pgxport.report.words import word_diff
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +109,16 @@ def test_the_charts_texts_are_texts(written: dict[str, bytes]):
     assert written["chart.png"][:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_the_gate_is_drawn_where_a_bundle_would_fail_it():
+    d = device(row("fp32", quality=0.9), row("int8", quality=0.891))  # 99 % of 0.9
+    assert chart.gate_line(d) == pytest.approx(89.1)
+    assert "gate, 0.99 of the reference's" in str(chart.device_svg(d))
+    assert "The gate is at 89.1 %." in chart.describe(d)
+    lost = device(failed("fp32", "gone"), row("int8"))
+    assert chart.gate_line(lost) is None
+    assert "gate" not in str(chart.device_svg(lost))
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_the_chart_is_one_that_vega_lite_knows(devices: int):
     import altair
@@ -123,7 +135,11 @@ def test_a_spreadsheet_computes_nothing():
 
 
 def test_the_numbers_of_every_file_are_those_of_the_json():
-    made = report(device(row("fp32", ms=31.4), row("int8", ms=12.3, quality=0.87)))
+    near = Fidelity(
+        identical=0.5, token_agreement=0.9, first_divergence=1.0, diverged=25, answers=50, positions=9, kl=0.25, kl_worst=1.0
+    )
+    more = {"fidelity": near, "load_seconds": {"verify": 0.5, "load": 1.0}, "notes": ("not throttled",)}
+    made = report(device(row("fp32", ms=31.4, fidelity=None), row("int8", ms=12.3, quality=0.87, **more)))
     written = files.rendered(made, {})
     read = Report.model_validate_json(written["report.json"])
     page = Page(written["report.html"].decode())
@@ -137,6 +153,13 @@ def test_the_numbers_of_every_file_are_those_of_the_json():
         assert float(r["answer_p50_seconds"]) == given.seconds["answer"].p50
         assert given.quality is not None
         assert float(r["quality"]) == given.quality.value
+    assert (rows[1]["kl"], rows[1]["identical"], rows[1]["load_seconds"], rows[1]["clocks"]) == (
+        "0.25",
+        "0.5",
+        "1.5",
+        "not throttled",
+    )
+    assert (rows[0]["kl"], rows[0]["clocks"]) == ("", "")  # not measured
 
 
 def test_the_json_has_the_published_schema(written: dict[str, bytes]):
@@ -159,6 +182,40 @@ def test_a_picture_is_a_plain_file_beside_the_report_or_left_out(tmp_path: Path)
     (tmp_path / "pictures" / name).unlink()
     (tmp_path / "pictures" / name).symlink_to("/etc/passwd")
     assert files.read_pictures(made, tmp_path) == {}
+
+
+def saved(made: Report, pictures: dict[str, bytes], folder: Path) -> Path:
+    """What `merge` reads of a report."""
+    (folder / "pictures").mkdir(parents=True)
+    (folder / "report.json").write_text(made.model_dump_json())
+    for name, content in pictures.items():
+        (folder / "pictures" / name).write_bytes(content)
+    return folder
+
+
+def test_joined_reports_are_at_most_5_mb_and_every_device_shows_its_worst(tmp_path: Path):
+    random, paths, album = np.random.default_rng(0), [], Album()
+    noise = [album.add(Image.fromarray(random.integers(0, 255, (320, 320, 3), np.uint8))) for _ in range(30)]
+    shown = [disagreement({"fp32": "a", "int8": "b"}, sample=f"s{i}", picture=name) for i, name in enumerate(noise)]
+    for n in range(3):
+        one = report(device(row("fp32"), row("int8"), name=f"device {n}", disagreements=tuple(shown)))
+        paths.append(saved(one, album.files, tmp_path / str(n)) / "report.json")
+    made = merge(paths, tmp_path / "all")
+    assert 3_000_000 < (tmp_path / "all" / "report.html").stat().st_size <= 5_000_000
+    for given in made.devices:
+        assert [d.sample for d in given.disagreements] == [f"s{i}" for i in range(len(given.disagreements))]
+        assert len(given.disagreements) > 5
+    written = {file.name for file in (tmp_path / "all" / "pictures").iterdir()}
+    assert written == named([d for m in made.devices for d in m.disagreements])
+
+
+def test_a_folder_that_is_joined_brings_its_pictures(tmp_path: Path):
+    album = Album()
+    shown = disagreement({"fp32": "a", "int8": "b"}, picture=album.add(Image.new("RGB", (40, 30), "red")))
+    one = report(device(row("fp32"), row("int8"), disagreements=(shown,)))
+    merge([saved(one, album.files, tmp_path / "a"), saved(one, {}, tmp_path / "b")], tmp_path / "both")
+    assert (tmp_path / "both" / "report.html").read_text().count("data:image/webp") == 2
+    assert {file.name for file in (tmp_path / "both" / "pictures").iterdir()} == set(album.files)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a.webp", "0123456789abcdef.svg", "0123456789abcdef.webp\n"])

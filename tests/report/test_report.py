@@ -20,6 +20,7 @@ from pgxport import cli
 from pgxport.bundle import MANIFEST, file_sha256
 from pgxport.errors import IntegrityError, UsageError
 from pgxport.report import files
+from pgxport.report.clocks import Clocks
 from pgxport.report.datasets import DataOptions
 from pgxport.report.schema import Device, Report
 
@@ -292,6 +293,13 @@ def test_a_sample_that_cannot_be_asked_is_counted_and_the_rest_go_on(tiny_112: P
     made = report(options(tmp_path / "report", tiny_112, data=DataOptions(tmp_path / "data.jsonl")))
     (row,) = made.devices[0].rows
     assert (row.status, row.measured, row.refused) == ("ok", 2, 1)
+
+
+def test_a_board_that_was_slowed_by_heat_says_so_in_its_row(tiny_112: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hot = Clocks(None, None, None, None, None, gpu_mhz=600.0, hot=("gpu-throttle-alert",))
+    monkeypatch.setattr("pgxport.report.shared_pass.look", lambda gpus=None: hot)
+    made = report(options(tmp_path / "report", tiny_112, data=DataOptions(limit=1)))
+    assert made.devices[0].rows[0].notes == ("gpu-throttle-alert at the end of 5 of 5 answers",)
 
 
 def test_names_prompts_and_answers_of_strangers_are_text(two: tuple[Path, Path], tmp_path: Path):

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From answers and times to rows: by hand where a hand can, and intervals that hold what they promise."""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from pgxport.report.metrics import Tally, tally
 from pgxport.report.results import notes, pairs, rows, spread, subsets
 from pgxport.report.samples import Sample
 from pgxport.report.shared_pass import Run
@@ -70,6 +73,29 @@ def test_what_is_kept_is_a_share_of_the_reference_on_the_same_samples():
     assert (pair.latency.value, pair.latency.low, pair.latency.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
+def test_a_metric_is_drawn_once_for_a_run_and_not_again_for_each_comparison(monkeypatch: pytest.MonkeyPatch):
+    """mAP of 5,000 pictures takes minutes to draw."""
+    drawn: Counter[str] = Counter()
+
+    def counted(name: str, *given: Any) -> Tally:
+        found = tally(name, *given)
+
+        def curve(weights: np.ndarray) -> np.ndarray:
+            drawn[name] += len(weights) > 1
+            return found.curve(weights)
+
+        return Tally(found.per_sample, curve)
+
+    monkeypatch.setattr("pgxport.report.results.tally", counted)
+    asked = samples(*["ocr"] * 4)
+    runs = [run(f"r{i}", ["abcd", "abcx", "x", "abcd"]) for i in range(4)]
+    assert len(rows(asked, keys(4), runs, 0)) == 4
+    assert drawn["exact_match"] == 4
+    before = drawn["character_error_rate"]
+    assert len(pairs(asked, keys(4), runs)) == 6
+    assert drawn["character_error_rate"] - before == 4
+
+
 def test_of_nothing_nothing_is_kept():
     asked = samples(*["answer"] * 3)
     assert rows(asked, keys(3), [run("a", ["x"] * 3), run("b", ["abcd"] * 3)], 0)[1].kept is None
@@ -130,13 +156,20 @@ def test_the_interval_of_a_median_covers_what_it_promises():
 
 def test_clocks_are_noted_where_they_moved():
     steady = [Asked(sample="a", mhz=2000.0, celsius=50.0, throttled=0)] * 3
-    assert notes(steady) == ["up to 50 °C"]
+    assert notes(steady) == ["not throttled", "up to 50 °C"]
     assert notes([*steady, Asked(sample="b", mhz=1500.0, celsius=81.0, throttled=2)]) == [
         "throttled 2 times",
         "clock between 1500 and 2000 MHz",
         "up to 81 °C",
     ]
-    assert notes([Asked(sample="a")]) == []
+
+
+def test_what_slowed_a_gpu_is_noted_and_silence_is_not_taken_for_none():
+    assert notes([Asked(sample="a")]) == ["throttling not told"]
+    cool = Asked(sample="a", gpu_mhz=900.0)
+    assert notes([cool, cool]) == ["not throttled"]
+    hot = Asked(sample="b", gpu_mhz=600.0, slowed=("gpu-throttle-alert",))
+    assert notes([cool, hot]) == ["gpu-throttle-alert at the end of 1 of 2 answers", "GPU clock between 600 and 900 MHz"]
 
 
 def test_joules_and_memory_are_of_the_samples():

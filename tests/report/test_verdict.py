@@ -27,6 +27,13 @@ def test_times_that_overlap_are_never_ranked_and_the_smaller_is_advised():
 def test_a_gate_inside_the_interval_is_a_doubt():
     d = device(row("fp32"), row("int8", quality=0.9))
     assert "lies inside the interval" in said(d, "noise")
+    fast = device(row("fp32", ms=30), row("int8", ms=10))
+    assert said(fast, "best") == (  # and not that fp32, of the same size, is for where size matters
+        "Take int8: 10 ms an answer (median), 10 MB, 100.0 % (98.0–102.0) of fp32's quality, over 50 samples. "
+        "The gate lies inside that interval."
+    )
+    known = device(row("fp32", ms=30), row("int8", ms=10), margin=0.001)
+    assert "interval" not in said(known, "best")
     below = device(row("fp32"), row("int8", quality=0.885))
     assert "could be chance" in said(below, "gate")
     sure = device(row("fp32"), row("int8", quality=0.6))
@@ -64,6 +71,47 @@ def test_a_failed_bundle_is_said_and_a_failed_reference_ends_comparison():
     lost = device(failed("fp32", "no such file"), row("int8"))
     assert "The reference fp32 failed, so no accuracy is compared." in said(lost, "failed")
     assert said(lost, "best") == ""
+
+
+@pytest.mark.parametrize(("samples", "doubted"), [(5, "45.1 %"), (50, "5.8 %"), (298, "1.0 %"), (300, None)])
+@pytest.mark.parametrize("margin", [0.0, 0.001])
+def test_few_samples_are_no_proof_whatever_their_interval(samples: int, doubted: str | None, margin: float):
+    """Where a share p of all samples is worse, none of n shows it in (1 - p) ** n of cases; at 5 % they still could be p."""
+    d = device(row("fp32", ms=30, measured=samples), row("int8", ms=10, measured=samples), margin=margin)
+    if doubted is None:
+        assert said(d, "noise") == ""
+        assert "So few" not in said(d, "best")
+    else:
+        assert f"do not rule out a loss on up to {doubted} of such samples: int8." in said(d, "noise")
+        assert f"So few do not rule out a loss on up to {doubted} of such samples." in said(d, "best")
+
+
+def test_what_failed_follows_the_advice_and_comes_before_all_else():
+    d = device(row("fp32", ms=30), row("int8", ms=10), row("int4", ms=5, quality=0.5), failed("broken", "a reason"))
+    kinds = [f.kind for f in d.verdict]
+    assert list(dict.fromkeys(kinds))[:3] == ["best", "failed", "gate"]
+
+
+def test_a_budget_says_where_its_best_is_below_the_gate():
+    d = device(row("fp32", ms=30, megabytes=40), row("int4", ms=5, quality=0.5, megabytes=5))
+    budgets = said(d, "budget").splitlines()
+    assert "Best accuracy under 5 ms: int4, quality 50.0 % (48.0–52.0), below the gate." in budgets
+    assert "Best accuracy under 30 ms: fp32, quality 90.0 % (88.0–92.0)." in budgets
+
+
+def test_a_smaller_bundle_is_not_named_without_what_it_keeps():
+    d = device(row("fp32", ms=30, megabytes=40), row("fast", ms=5, megabytes=9), row("small", ms=9, megabytes=4, quality=0.895))
+    assert (
+        said(d, "best")
+        .splitlines()[1]
+        .startswith("Where size matters more: small, 4 MB, 99.4 % (97.4–101.4) of fp32's quality, ×1.80")
+    )
+
+
+def test_a_reference_that_is_never_right_advises_nothing():
+    d = device(row("fp32", quality=0.0), row("fast", ms=5, quality=0.0))
+    assert said(d, "best") == ""
+    assert said(d, "failed").startswith("The reference fp32 has a quality of 0 on 50 samples, so no bundle can be advised")
 
 
 def test_nothing_that_passes_is_no_advice():
