@@ -116,9 +116,11 @@ def compile_bundle(options: CompileOptions, *, progress: Progress | None = None)
         _timing_cache(options, here, folder.parent) as timings,
         EntryWriter(folder.parent, bundle.digest(), here, flags) as writer,
     ):
+        device, room = load_cuda() if engine == "tensorrt" else None, None
         if not options.force:
-            check_memory(bundle, count, workspace, load_cuda() if engine == "tensorrt" else None)
-        builder = _Builder(trt, here, flags, timings, progress)
+            check_memory(bundle, count, workspace, device)
+            room = room_for_tactics(device)
+        builder = _Builder(trt, here, flags, timings, progress, room)
         for name in bundle.manifest.graphs:
             plan = builder.build(bundle, name)
             writer.write(f"{name}.plan", memoryview(plan))
@@ -196,6 +198,14 @@ def check_memory(bundle: Bundle, count: int, workspace: int, cuda: Cuda | None) 
         )
 
 
+def room_for_tactics(cuda: Cuda | None) -> int | None:
+    """What a board has for the kernels that are tried: by itself TensorRT takes three quarters of its memory, whatever else is in use."""
+    free = available_memory()
+    if cuda is None or free is None or not cuda.attribute("Integrated"):
+        return None
+    return free - BUILDER_BYTES
+
+
 def weight_bytes(bundle: Bundle, name: str) -> int:
     """Of the files that a graph's weights are in."""
     read = messages("model", memoryview(bundle.graph(name).read_bytes()))
@@ -207,8 +217,17 @@ def weight_bytes(bundle: Bundle, name: str) -> int:
 class _Builder:
     """TensorRT's builder, and all that the graphs of a bundle share."""
 
-    def __init__(self, trt: ModuleType, here: Machine, flags: Flags, timings: "_Timings | None", progress: Progress | None):
+    def __init__(
+        self,
+        trt: ModuleType,
+        here: Machine,
+        flags: Flags,
+        timings: "_Timings | None",
+        progress: Progress | None,
+        room: int | None,
+    ):
         self._trt, self._machine, self._flags, self._timings, self._progress = trt, here, flags, timings, progress
+        self._room = room
         self._log = logger(trt)
 
     def build(self, bundle: Bundle, name: str) -> Any:
@@ -227,6 +246,9 @@ class _Builder:
             raise self._unread(bundle, name, parser)
         config = builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self._flags["workspace"])
+        if self._room is not None:
+            tactics = trt.MemoryPoolType.TACTIC_DRAM
+            config.set_memory_pool_limit(tactics, min(self._room, config.get_memory_pool_limit(tactics)))
         self._aim(config)
         for lengths in profiles(bundle.manifest, name, self._flags["profiles"]):
             config.add_optimization_profile(_profile(builder, bundle, name, lengths))

@@ -277,6 +277,26 @@ def test_a_board_without_the_memory_is_told_so_before_the_build(trt: FakeTensorr
     assert compile_bundle(CompileOptions(for_10, force=True)).built
 
 
+@pytest.mark.parametrize(("free", "limit"), [(4 << 30, (4 << 30) - 500_000_000), (8 << 30, 6 << 30)])
+def test_on_a_board_kernels_are_tried_in_what_is_free_and_no_more_than_tensorrt_would_take(
+    trt: FakeTensorrt, for_10: Path, monkeypatch: pytest.MonkeyPatch, free: int, limit: int
+):
+    monkeypatch.setattr(compiling, "available_memory", lambda: free)
+    compile_bundle(CompileOptions(for_10, workspace=256))
+    assert trt.pools == [{"workspace": 256 << 20, "tactics": limit}] * len(GRAPHS)
+
+
+def test_a_graphics_card_and_a_forced_build_keep_tensorrts_own_limit(
+    trt: FakeTensorrt, for_10: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(compiling, "available_memory", lambda: 4 << 30)
+    compile_bundle(CompileOptions(for_10, force=True))
+    trt.cudart.attributes["integrated"] = 0
+    compile_bundle(CompileOptions(for_10, workspace=256))
+    assert {pools["tactics"] for pools in trt.pools} == {6 << 30}
+    assert len(trt.pools) == 2 * len(GRAPHS)
+
+
 def test_the_weights_of_a_graph_are_the_files_it_names(for_10: Path):
     bundle = Bundle.open(for_10)
     expected = {name: (for_10 / f"{name}.data").stat().st_size for name in GRAPHS}
