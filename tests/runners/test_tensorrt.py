@@ -277,6 +277,18 @@ def test_a_runner_that_cannot_be_opened_leaves_nothing(bundle: Path, cudart: Fak
     assert cudart.nothing_is_left()
 
 
+def test_a_driver_that_is_not_there_is_an_error_of_ours_with_cuda_python_12_too(bundle: Path, cudart: FakeCudart):
+    def missing(*args: object) -> None:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")  # what 12.6.2 does; 13 gives a code
+
+    cudart.cudaDeviceGetAttribute = missing  # type: ignore[method-assign]
+    with pytest.raises(
+        EngineError, match=r"Failed to dlopen libcuda\.so\.1; is there an NVIDIA driver\? this process sees no GPU"
+    ) as raised:
+        Runner.from_pretrained(bundle, engine="tensorrt")
+    assert raised.value.exit_code == 7
+
+
 @pytest.mark.parametrize("refused", ["deserialize", "context", "profile"])
 def test_an_engine_that_does_not_load_says_what_tensorrt_said(bundle: Path, trt: FakeTensorrt, cudart: FakeCudart, refused: str):
     trt.refuse = {refused: "the reason"}
