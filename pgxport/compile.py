@@ -108,7 +108,7 @@ def compile_bundle(options: CompileOptions, *, progress: Progress | None = None)
         check_file(bundle.graph(name), _generation(engine, trt.__version__), here.sm)
     workspace = WORKSPACE_BYTES if options.workspace is None else options.workspace << 20
     count = options.profiles or (1 if engine == "tensorrt-rtx" else 2)
-    flags: Flags = {"profiles": count, "workspace": workspace, "block": BLOCK, "prompt": PROMPT, "answer": ANSWER}
+    flags: Flags = {"profiles": count, "workspace": workspace, "block": BLOCK, "prompt": PROMPT, "answer": ANSWER, "tf32": 0}
     folder = entry_folder(cache_folder(options.cache), bundle.digest(), here)
     if found := _there(folder, key(bundle.digest(), here, flags)):
         return Compiled(folder, found, built=False)
@@ -245,6 +245,8 @@ class _Builder:
         if not parser.parse_from_file(os.fspath(bundle.graph(name))):
             raise self._unread(bundle, name, parser)
         config = builder.create_builder_config()
+        # What is float32 in the graph is computed in float32: by itself TensorRT rounds its products to ten bits from Ampere on.
+        config.clear_flag(trt.BuilderFlag.TF32)
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self._flags["workspace"])
         if self._room is not None:
             tactics = trt.MemoryPoolType.TACTIC_DRAM

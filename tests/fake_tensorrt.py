@@ -225,10 +225,12 @@ class FakeTensorrt(ModuleType):
         self.spoil: Callable[[dict[str, np.ndarray]], None] = lambda outputs: None
         self.builds: list[str] = []
         self.pools: list[dict[str, int]] = []  # the limits of each build
+        self.flags: list[set[str]] = []  # those that each build had on
         self.slowly = 1  # times that a build's first step is done
         self.TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
         self.ExecutionContextAllocationStrategy = SimpleNamespace(ON_PROFILE_CHANGE="profile")
         self.MemoryPoolType = SimpleNamespace(WORKSPACE="workspace", TACTIC_DRAM="tactics")
+        self.BuilderFlag = SimpleNamespace(TF32="tf32")
         self.NetworkDefinitionCreationFlag = IntEnum("Flags", {"STRONGLY_TYPED": 0})
         outer = self
 
@@ -384,6 +386,7 @@ class Builder:
         self.trt.builds.append(Path(network.graph).stem)
         config.timing.content += b"."
         self.trt.pools.append(config.pools)
+        self.trt.flags.append(config.on)
         return json.dumps({"graph": network.graph, "profiles": [p.shapes for p in config.profiles]}).encode()
 
 
@@ -392,7 +395,11 @@ class Config:
         self.profiles: list[Profile] = []
         self.progress_monitor: Any = None
         self.timing: Any = None
+        self.on = {"tf32"}  # as in all versions
         self.pools = {"workspace": 8 << 30, "tactics": 6 << 30}  # of a board of 8 GiB: all, and three quarters
+
+    def clear_flag(self, flag: str) -> None:
+        self.on.remove(flag)
 
     def get_memory_pool_limit(self, pool: str) -> int:
         return self.pools[pool]

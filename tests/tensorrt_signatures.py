@@ -23,7 +23,7 @@ CLASSES = (
     "IRuntimeConfig", "ITimingCache", "OnnxParser", "ParserError", "Runtime",
 )  # fmt: skip
 ENUMERATIONS = (
-    "CudaGraphStrategy", "DataType", "ExecutionContextAllocationStrategy", "MemoryPoolType", "NetworkDefinitionCreationFlag",
+    "BuilderFlag", "CudaGraphStrategy", "DataType", "ExecutionContextAllocationStrategy", "MemoryPoolType", "NetworkDefinitionCreationFlag",
     "TensorIOMode",
 )  # fmt: skip
 FUNCTIONS = (

@@ -78,6 +78,11 @@ def test_other_flags_replace_the_plans(made: Compiled, trt: FakeTensorrt, for_10
     assert os.listdir(made.folder.parent).count(made.folder.name) == 1
 
 
+def test_float32_is_not_rounded_to_the_ten_bits_that_tensorrt_would_take(made: Compiled, trt: FakeTensorrt):
+    assert trt.flags == [set()] * len(GRAPHS)
+    assert made.entry.flags["tf32"] == 0
+
+
 def test_whatever_a_plan_depends_on_gives_it_another_key():
     machine, flags = Machine("tensorrt", "11.4", "8.7", "13020", "13020 580.1"), {"workspace": 1}
     keys = {key("a" * 64, machine, flags), key("b" * 64, machine, flags), key("a" * 64, machine, {"workspace": 2})}

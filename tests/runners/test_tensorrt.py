@@ -406,7 +406,7 @@ ALSO = {
     "IProgressMonitor": ["phase_start(phase_name, parent_phase, num_steps)", "phase_finish(phase_name)", "step_complete(phase_name, step)"],
     "OnnxParser": ["__init__(network, logger)", "num_errors"], "ParserError": ["desc()", "node_name()", "node_operator()"],
     "Runtime": ["__init__(logger)", "deserialize_cuda_engine(serialized_engine)"], "DataType": sorted(DTYPES),
-    "ExecutionContextAllocationStrategy": ["ON_PROFILE_CHANGE"], "MemoryPoolType": ["TACTIC_DRAM", "WORKSPACE"], "TensorIOMode": ["INPUT"],
+    "BuilderFlag": ["TF32"], "ExecutionContextAllocationStrategy": ["ON_PROFILE_CHANGE"], "MemoryPoolType": ["TACTIC_DRAM", "WORKSPACE"], "TensorIOMode": ["INPUT"],
     "NetworkDefinitionCreationFlag": ["STRONGLY_TYPED"],
 }  # fmt: skip
 OF_RTX = {
