@@ -169,6 +169,16 @@ def profiles(manifest: Manifest, graph: str, count: int = 2) -> list[dict[str, R
     return found
 
 
+def build_memory(weights: int, count: int, workspace: int) -> tuple[int, int]:
+    """Bytes that a build of a graph may take of the host and of the device it times kernels on; a board has one memory for both.
+
+    Args:
+        weights: Bytes of the graph's.
+        count: Profiles.
+    """
+    return int(COPIES[count] * weights) + BUILDER_BYTES, weights + workspace
+
+
 def check_memory(bundle: Bundle, count: int, workspace: int, cuda: Cuda | None) -> None:
     """Refuse what would not fit: on a board, running out of memory ends more than this process.
 
@@ -180,7 +190,8 @@ def check_memory(bundle: Bundle, count: int, workspace: int, cuda: Cuda | None) 
         NumericError: the estimate is more than what is free.
     """
     weights = max(weight_bytes(bundle, name) for name in bundle.manifest.graphs)  # they are built one after the other
-    host, device = int(COPIES[count] * weights) + BUILDER_BYTES, weights + workspace if cuda else 0
+    host, device = build_memory(weights, count, workspace)
+    device = device if cuda else 0
     sums = f"{COPIES[count]} times the largest graph's {weights / 1e9:.1f} GB and {BUILDER_BYTES / 1e9:.1f} GB for the builder"
     if cuda is not None and cuda.attribute("Integrated"):  # the device's memory is the host's
         host, device, sums = host + device, 0, f"{sums}, and the graph once more with {workspace / 1e9:.1f} GB of workspace"
