@@ -105,7 +105,8 @@ def compile_bundle(options: CompileOptions, *, progress: Progress | None = None)
     trt = load_engine(engine)
     here = machine(engine, trt, load_cuda, sm=options.sm)
     for name in bundle.manifest.graphs:
-        check_file(bundle.graph(name), _generation(engine, trt.__version__), here.sm)
+        installed = trt.__version__ if engine == "tensorrt" else None
+        check_file(bundle.graph(name), _generation(engine, trt.__version__), here.sm, installed=installed)
     workspace = WORKSPACE_BYTES if options.workspace is None else options.workspace << 20
     count = options.profiles or (1 if engine == "tensorrt-rtx" else 2)
     flags: Flags = {"profiles": count, "workspace": workspace, "block": BLOCK, "prompt": PROMPT, "answer": ANSWER, "tf32": 0}

@@ -319,6 +319,15 @@ def test_a_graphics_card_has_memory_of_its_own(trt: FakeTensorrt, for_10: Path):
 # What is asked for
 
 
+def test_a_bundle_for_10_3_is_compiled_on_thor_by_the_10_13_of_its_first_jetpacks(trt: FakeTensorrt, for_10: Path):
+    trt.__version__ = "10.13.3.9"
+    trt.cudart.attributes |= {"major": 11, "minor": 0}
+    assert compile_bundle(CompileOptions(for_10)).built
+    trt.__version__ = "10.3.0"
+    with pytest.raises(InputError, match=r"the GPU '11.0' is younger than TensorRT 10.3.0"):
+        compile_bundle(CompileOptions(for_10))
+
+
 def test_what_cannot_be_compiled_is_refused(tiny_112: Path, for_11: Path, for_10: Path, trt: FakeTensorrt):
     with pytest.raises(UsageError, match="target 'cpu', which is not compiled for tensorrt; export it with --target tensorrt"):
         compile_bundle(CompileOptions(tiny_112, engine="tensorrt"))
