@@ -30,10 +30,10 @@ from pgxport.exporter.export import ExportOptions, export
 from pgxport.exporter.recipe import RECIPES
 from pgxport.exporter.recipe_toml import read_recipe
 from pgxport.exporter.targets import CPU
+from pgxport.report.bootstrap import draw
 from pgxport.report.datasets import scene_samples
 from pgxport.report.fidelity import token_agreement
-from pgxport.report.metrics import METRICS, compare
-from pgxport.report.metrics import estimate as measured
+from pgxport.report.metrics import METRICS, groups, tally
 from pgxport.report.samples import Sample
 from pgxport.runners.image import load_image, pixel_values
 from pgxport.runners.loop import Decoder
@@ -142,7 +142,8 @@ def table(samples: tuple[Sample, ...], answers: list[Answer], reference: list[An
         chosen = [i for i, s in enumerate(samples) if s.task == task]
         of, mine, theirs = ([x[i] for i in chosen] for x in (samples, answers, reference))
         for name in (of[0].metric, *MORE.get(task, ())):
-            value, change = measured(name, of, mine), compare(name, of, mine, theirs)
+            drawn, of_float32 = (draw(tally(name, of, run).curve, groups(of)) for run in (mine, theirs))
+            value, change = drawn.estimate(), drawn.change(of_float32)
             result[f"{task} {METRICS[name].title}"] = {
                 "value": value.value, "low": value.low, "high": value.high, "questions": len(of),
                 "difference": change.value, "difference_low": change.low, "difference_high": change.high, "verdict": str(change.verdict),

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build every graph for TensorRT at the published shapes with NVIDIA's parser and builder, TensorRT-RTX, which needs no GPU for that.
 
-    python benchmarks/tensorrt_builds.py                                    reduced depth: two layers of each tower
-    python benchmarks/tensorrt_builds.py --size 3b --res 448 --precision int4 --depth full
+    python benchmarks/tensorrt_builds.py                                    all that the results lack
+    python benchmarks/tensorrt_builds.py --again --size 3b --precision int4 these, though they are there
 
-Weights are random. The engines are for Ada (SM 8.9); nothing here runs them, so that nothing here is about speed.
+Weights are random. The engines are for Ada (SM 8.9); nothing here runs them, so that nothing here is about speed. PaliGemma 2 3B at 448 px
+is built whole, in all precisions but float32, whose weights of 10 GB the builder holds more than twice; the others with two layers of each
+tower, all of which have the published shapes.
 """
 
 import argparse
 import json
 import platform
-import resource
 import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -33,11 +35,55 @@ from pgxport.exporter.targets import TENSORRT
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import ModelSpec, published
 from pgxport.models.weights import weight_shapes
+from pgxport.trt_lint import check_file
 
 RESULTS = Path(__file__).parent / "results" / "tensorrt-builds.json"
-PRECISIONS = ("fp16", "bf16", "int8", "w8a8", "int4", "fp8")
+FLOATS = ("fp16", "bf16")
+PRECISIONS = (*FLOATS, "int8", "w8a8", "int4", "fp8")
 POOL = np.random.default_rng(0).normal(0, 0.02, 2_097_143).astype(np.float32)  # a prime number of them: no two rows are the same
 GRAPHS = ("vision_encoder", "projector", "decoder_step", "mask_decoder")
+SHORT, SM = 2, "8.9"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A bundle whose graphs are built."""
+
+    size: str
+    res: int
+    precision: str
+    trt: str
+    family: str = "paligemma2"
+    layers: int | None = SHORT  # of each tower; None: all
+
+    @property
+    def depth(self) -> int:
+        return published(self.family, self.size, self.res).text.depth if self.layers is None else self.layers
+
+    def profiles(self, graph: str) -> tuple[tuple[str, ...], ...]:
+        """Those that the graph is built with. Float matrices are in the engine once more for a second: 21 GB of memory, of a whole 3B."""
+        if graph != "decoder_step":
+            return (("only",),)
+        whole_floats = self.layers is None and self.precision in FLOATS
+        return (("prefill",),) if whole_floats else (("prefill",), ("prefill", "step"))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What names each row of the results."""
+        same = asdict(self) | {"layers": self.depth, "sm": SM}
+        return [same | {"graph": graph, "profiles": list(p)} for graph in GRAPHS for p in self.profiles(graph)]
+
+
+def cases() -> list[Case]:
+    """Every graph in every precision, size and version."""
+    return [
+        *(Case("3b", 448, p, trt) for trt in TENSORRT for p in ("fp32", *PRECISIONS)),
+        *(Case("3b", 448, p, "11", family="paligemma") for p in ("fp32", *PRECISIONS)),
+        *(Case("3b", 448, p, "10.3", family="paligemma") for p in ("fp16", "int4")),
+        *(Case("3b", res, p, trt) for res in (224, 896) for trt in ("10.16", "11") for p in ("fp16", "int4", "fp8")),
+        *(Case(size, 448, p, "11") for size in ("10b", "28b") for p in PRECISIONS),
+        *(Case(size, 448, p, "10.16") for size in ("10b", "28b") for p in ("fp16", "int4", "w8a8")),
+        *(Case("3b", 448, p, "11", layers=None) for p in PRECISIONS),
+    ]
 
 
 class Random:
@@ -65,13 +111,13 @@ class Random:
         return np.ones(self._shapes[path][1], np.float32)
 
 
-def model(family: str, size: str, res: int, depth: int | None) -> ModelSpec:
+def model(case: Case) -> ModelSpec:
     """The published model, or so many layers of each of its towers."""
-    spec = published(family, size, res)
-    if depth is None:
+    spec = published(case.family, case.size, case.res)
+    if case.layers is None:
         return spec
-    local = tuple(i for i in spec.text.local_layers if i < depth)
-    return replace(spec, text=replace(spec.text, depth=depth, local_layers=local), vision=replace(spec.vision, depth=depth))
+    text = replace(spec.text, depth=case.layers, local_layers=tuple(i for i in spec.text.local_layers if i < case.layers))
+    return replace(spec, text=text, vision=replace(spec.vision, depth=case.layers))
 
 
 def write(folder: Path, spec: ModelSpec, precision: str, trt: str) -> tuple[dict[str, int], int]:
@@ -90,56 +136,57 @@ def write(folder: Path, spec: ModelSpec, precision: str, trt: str) -> tuple[dict
     return sizes, context
 
 
-def rows(options: argparse.Namespace, size: str, res: int, precision: str, trt: str) -> list[dict[str, Any]]:
-    spec, found = model(options.family, size, res, options.depth), []
-    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        weights, context = write(Path(scratch), spec, precision, trt)
-        for graph in options.graphs:
-            for profiles in (("prefill",), ("prefill", "step")) if graph == "decoder_step" else (("only",),):
-                built = build(
-                    Path(scratch) / f"{graph}.onnx", prefix=spec.image_tokens + 64, capacity=context, profiles=profiles, sm="SM89"
-                )
-                found.append({
-                    "family": options.family, "size": size, "res": res, "layers": spec.text.depth, "graph": graph, "trt": trt,
-                    "precision": precision, "profiles": list(profiles), "sm": "8.9", "weight_bytes": weights[graph],
-                    "engine_bytes": built.nbytes, "parse_seconds": round(built.parse_seconds, 2), "build_seconds": round(built.seconds, 2),
-                })  # fmt: skip
-                print(json.dumps(found[-1]), flush=True)
+def build_all(case: Case, scratch: Path) -> list[dict[str, Any]]:
+    """The rows of a case: each graph is linted, parsed and built."""
+    spec, found = model(case), []
+    weights, context = write(scratch, spec, case.precision, case.trt)
+    for row in case.rows():
+        file = scratch / f"{row['graph']}.onnx"
+        check_file(file, case.trt, SM)
+        built = build(file, prefix=spec.image_tokens + 64, capacity=context, profiles=row["profiles"], sm="SM89")
+        seconds = {"parse_seconds": round(built.parse_seconds, 2), "build_seconds": round(built.seconds, 2)}
+        found.append(row | {"weight_bytes": weights[row["graph"]], "engine_bytes": built.nbytes} | seconds)
+        print(json.dumps(found[-1]), flush=True)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="paligemma2")
-    parser.add_argument("--size", nargs="*", default=["3b"])
-    parser.add_argument("--res", nargs="*", type=int, default=[448])
-    parser.add_argument("--precision", nargs="*", default=PRECISIONS)
-    parser.add_argument("--trt", nargs="*", default=["11", "10.16"])
-    parser.add_argument("--depth", type=lambda text: None if text == "full" else int(text), default=2)
-    parser.add_argument("--graphs", nargs="*", default=GRAPHS)
-    parser.add_argument("--scratch", type=Path, help="A folder with room for the weights.")
+    for name in ("family", "size", "res", "precision", "trt", "layers"):
+        parser.add_argument(f"--{name}", nargs="*", help="only these" + (", or all" if name == "layers" else ""))
+    parser.add_argument("--again", action="store_true", help="those that the results have, too")
+    parser.add_argument("--scratch", type=Path, help="a folder with room for the weights of one case")
     options = parser.parse_args()
-    for size in options.size:
-        for res in options.res:
-            for precision in options.precision:
-                for trt in options.trt:
-                    keep(rows(options, size, res, precision, trt))
+    for case in cases():
+        asked = all(given is None or str(value) in given for given, value in (
+            (getattr(options, name), "all" if value is None else value) for name, value in asdict(case).items()
+        ))  # fmt: skip
+        if asked and (options.again or not all(map(present(), case.rows()))):
+            with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+                keep(build_all(case, Path(scratch)))
+
+
+def present() -> Callable[[dict[str, Any]], bool]:
+    """Whether the results have a row of a name."""
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    return lambda name: any(name.items() <= row.items() for row in rows)
 
 
 def keep(fresh: list[dict[str, Any]]) -> None:
     """Put rows into the results, in the place of those of the same build."""
-    same = ("family", "size", "res", "layers", "graph", "trt", "precision", "profiles", "sm")
-    before = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    names = [[row[key] for key in same] for row in fresh]
     about = {
         "what": "engines built without a GPU, of random weights; not run",
         "builder": f"tensorrt_rtx {tensorrt_rtx.__version__}",
         "machine": platform.processor() or platform.machine(),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "command": "python benchmarks/tensorrt_builds.py " + " ".join(sys.argv[1:]),
+        "command": "python benchmarks/tensorrt_builds.py",
     }
-    kept = [row for row in before if [row[key] for key in same] not in names]
-    RESULTS.write_text(json.dumps({"about": about, "rows": kept + fresh}, indent=1) + "\n")
+    names = [name for case in cases() for name in case.rows()]
+    found = fresh + (json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else [])
+    rows = [row for name in names for row in [next((row for row in found if name.items() <= row.items()), None)] if row]
+    lacking = [
+        asdict(case) for case in cases() if not all(any(name.items() <= row.items() for row in rows) for name in case.rows())
+    ]
+    RESULTS.write_text(json.dumps({"about": about, "not_built": lacking, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -105,10 +105,11 @@ def compile_bundle(options: CompileOptions, *, progress: Progress | None = None)
     trt = load_engine(engine)
     here = machine(engine, trt, load_cuda, sm=options.sm)
     for name in bundle.manifest.graphs:
-        check_file(bundle.graph(name), _generation(engine, trt.__version__), here.sm)
+        installed = trt.__version__ if engine == "tensorrt" else None
+        check_file(bundle.graph(name), _generation(engine, trt.__version__), here.sm, installed=installed)
     workspace = WORKSPACE_BYTES if options.workspace is None else options.workspace << 20
     count = options.profiles or (1 if engine == "tensorrt-rtx" else 2)
-    flags: Flags = {"profiles": count, "workspace": workspace, "block": BLOCK, "prompt": PROMPT, "answer": ANSWER}
+    flags: Flags = {"profiles": count, "workspace": workspace, "block": BLOCK, "prompt": PROMPT, "answer": ANSWER, "tf32": 0}
     folder = entry_folder(cache_folder(options.cache), bundle.digest(), here)
     if found := _there(folder, key(bundle.digest(), here, flags)):
         return Compiled(folder, found, built=False)
@@ -116,9 +117,11 @@ def compile_bundle(options: CompileOptions, *, progress: Progress | None = None)
         _timing_cache(options, here, folder.parent) as timings,
         EntryWriter(folder.parent, bundle.digest(), here, flags) as writer,
     ):
+        device, room = load_cuda() if engine == "tensorrt" else None, None
         if not options.force:
-            check_memory(bundle, count, workspace, load_cuda() if engine == "tensorrt" else None)
-        builder = _Builder(trt, here, flags, timings, progress)
+            check_memory(bundle, count, workspace, device)
+            room = room_for_tactics(device)
+        builder = _Builder(trt, here, flags, timings, progress, room)
         for name in bundle.manifest.graphs:
             plan = builder.build(bundle, name)
             writer.write(f"{name}.plan", memoryview(plan))
@@ -167,6 +170,16 @@ def profiles(manifest: Manifest, graph: str, count: int = 2) -> list[dict[str, R
     return found
 
 
+def build_memory(weights: int, count: int, workspace: int) -> tuple[int, int]:
+    """Bytes that a build of a graph may take of the host and of the device it times kernels on; a board has one memory for both.
+
+    Args:
+        weights: Bytes of the graph's.
+        count: Profiles.
+    """
+    return int(COPIES[count] * weights) + BUILDER_BYTES, weights + workspace
+
+
 def check_memory(bundle: Bundle, count: int, workspace: int, cuda: Cuda | None) -> None:
     """Refuse what would not fit: on a board, running out of memory ends more than this process.
 
@@ -178,7 +191,8 @@ def check_memory(bundle: Bundle, count: int, workspace: int, cuda: Cuda | None) 
         NumericError: the estimate is more than what is free.
     """
     weights = max(weight_bytes(bundle, name) for name in bundle.manifest.graphs)  # they are built one after the other
-    host, device = int(COPIES[count] * weights) + BUILDER_BYTES, weights + workspace if cuda else 0
+    host, device = build_memory(weights, count, workspace)
+    device = device if cuda else 0
     sums = f"{COPIES[count]} times the largest graph's {weights / 1e9:.1f} GB and {BUILDER_BYTES / 1e9:.1f} GB for the builder"
     if cuda is not None and cuda.attribute("Integrated"):  # the device's memory is the host's
         host, device, sums = host + device, 0, f"{sums}, and the graph once more with {workspace / 1e9:.1f} GB of workspace"
@@ -196,6 +210,14 @@ def check_memory(bundle: Bundle, count: int, workspace: int, cuda: Cuda | None) 
         )
 
 
+def room_for_tactics(cuda: Cuda | None) -> int | None:
+    """What a board has for the kernels that are tried: by itself TensorRT takes three quarters of its memory, whatever else is in use."""
+    free = available_memory()
+    if cuda is None or free is None or not cuda.attribute("Integrated"):
+        return None
+    return free - BUILDER_BYTES
+
+
 def weight_bytes(bundle: Bundle, name: str) -> int:
     """Of the files that a graph's weights are in."""
     read = messages("model", memoryview(bundle.graph(name).read_bytes()))
@@ -207,8 +229,17 @@ def weight_bytes(bundle: Bundle, name: str) -> int:
 class _Builder:
     """TensorRT's builder, and all that the graphs of a bundle share."""
 
-    def __init__(self, trt: ModuleType, here: Machine, flags: Flags, timings: "_Timings | None", progress: Progress | None):
+    def __init__(
+        self,
+        trt: ModuleType,
+        here: Machine,
+        flags: Flags,
+        timings: "_Timings | None",
+        progress: Progress | None,
+        room: int | None,
+    ):
         self._trt, self._machine, self._flags, self._timings, self._progress = trt, here, flags, timings, progress
+        self._room = room
         self._log = logger(trt)
 
     def build(self, bundle: Bundle, name: str) -> Any:
@@ -226,7 +257,12 @@ class _Builder:
         if not parser.parse_from_file(os.fspath(bundle.graph(name))):
             raise self._unread(bundle, name, parser)
         config = builder.create_builder_config()
+        # What is float32 in the graph is computed in float32: by itself TensorRT rounds its products to ten bits from Ampere on.
+        config.clear_flag(trt.BuilderFlag.TF32)
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self._flags["workspace"])
+        if self._room is not None:
+            tactics = trt.MemoryPoolType.TACTIC_DRAM
+            config.set_memory_pool_limit(tactics, min(self._room, config.get_memory_pool_limit(tactics)))
         self._aim(config)
         for lengths in profiles(bundle.manifest, name, self._flags["profiles"]):
             config.add_optimization_profile(_profile(builder, bundle, name, lengths))

@@ -20,6 +20,8 @@ from pgxport.errors import EngineError, PgxError
 from pgxport.report import clocks
 from pgxport.runners.driver import Driver, Load, ask_driver
 from pgxport.runners.session import open_session
+from pgxport.runners.tensorrt import MODULES, load_engine, logger
+from pgxport.runners.tensorrt import machine as tensorrt_machine
 
 # y = x + x, float32 [1]: the smallest graph that shows that an engine runs.
 PROBE = b'\x08\x08:5\n\x0e\n\x01x\n\x01x\x12\x01y"\x03Add\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r'
@@ -83,6 +85,9 @@ def examine(root: Path = board.ROOT, *, load: Load = ctypes.CDLL) -> dict[str, A
     }  # fmt: skip
     if _version("onnxruntime-gpu") or driver:
         found["engines"]["cuda"] = _try_engine("cuda")
+    for engine, library in (("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")):
+        if driver and found["libraries"][library]:
+            found["engines"][engine] = _try_tensorrt(engine)
     found["advice"] = advice(found)
     return found
 
@@ -143,7 +148,8 @@ def render(found: dict[str, Any]) -> str:
         there = ", ".join(f"{p} {v or 'MISSING'}" for p, v in state["packages"].items())
         lines.append(f"[{extra}] {'complete' if state['complete'] else 'not complete'}: {there}")
     for engine, result in found["engines"].items():
-        lines.append(f"engine {engine}: {'ran a graph' if result['works'] else result['reason']}")
+        did = "starts on the GPU" if engine in MODULES else "ran a graph"
+        lines.append(f"engine {engine}: {did if result['works'] else result['reason']}")
     here = found["here"]
     if here["precisions"]:
         flags = f"--target tensorrt --trt {here['trt']}" if here["trt"] else "--target cpu"
@@ -197,6 +203,21 @@ def _try_engine(engine: str) -> dict[str, Any]:
             return {"works": False, "reason": str(error)}
     works = result.tolist() == [42.0]
     return {"works": works, "reason": "" if works else f"21 + 21 came out as {result.tolist()}"}
+
+
+def _try_tensorrt(engine: str) -> dict[str, Any]:
+    """Its module, the device and a runtime there. Not a graph: that would be built first, which takes memory that a board may lack."""
+    try:
+        trt = load_engine(engine)
+        tensorrt_machine(engine, trt)
+        log = logger(trt)
+        try:
+            trt.Runtime(log)
+        except (TypeError, RuntimeError) as error:  # how its bindings say that there is none
+            raise EngineError(f"{trt.__name__} {trt.__version__} does not start: {'; '.join(log.errors) or error}") from error
+    except PgxError as error:
+        return {"works": False, "reason": str(error)}
+    return {"works": True, "reason": ""}
 
 
 def _version(*packages: str) -> str | None:

@@ -48,8 +48,7 @@ INSTEAD = {
     "bfloat16": "fp16", "int4": "int8", "float8e4m3": "fp16, int8, w8a8 or int4", "float4e2m1": "int4",
 }  # fmt: skip
 OLDEST = (7, 5)
-# Blackwell (10.0 and above) since TensorRT 10.8.
-BEYOND: dict[TrtVersion, tuple[int, int]] = {"10.3": (10, 0)}
+BLACKWELL, BLACKWELL_SINCE = (10, 0), (10, 8)  # and Thor: from this TensorRT on
 
 
 @dataclass(frozen=True)
@@ -83,28 +82,29 @@ class _Node:
     fractions: frozenset[str] = frozenset()  # attributes that are fractions and not 0
 
 
-def check_file(file: Path, version: TrtVersion, sm: str | None = None) -> None:
+def check_file(file: Path, version: TrtVersion, sm: str | None = None, *, installed: str | None = None) -> None:
     """Refuse an .onnx file that TensorRT would not take.
 
     Raises:
         InputError: it has something that is not for this version, or not for this GPU.
         IntegrityError: it is not an ONNX graph.
     """
-    check(file.name, file.read_bytes(), version, sm)
+    check(file.name, file.read_bytes(), version, sm, installed=installed)
 
 
-def check(name: str, graph: bytes, version: TrtVersion, sm: str | None = None) -> None:
+def check(name: str, graph: bytes, version: TrtVersion, sm: str | None = None, *, installed: str | None = None) -> None:
     """The same for a graph in memory; `name` is what messages call it."""
-    if found := lint(name, graph, version, sm):
+    if found := lint(name, graph, version, sm, installed=installed):
         more = f" ({len(found) - 1} more of the kind)" if len(found) > 1 else ""
         raise InputError(f"{name} is not for TensorRT {version}{f' on SM {sm}' if sm else ''}: {found[0]}{more}")
 
 
-def lint(name: str, graph: bytes, version: TrtVersion, sm: str | None = None) -> list[Finding]:
+def lint(name: str, graph: bytes, version: TrtVersion, sm: str | None = None, *, installed: str | None = None) -> list[Finding]:
     """Everything that TensorRT of this version would not take, branches included.
 
     Args:
         sm: The GPU's compute capability, as "8.7"; None: any.
+        installed: The TensorRT that is there, as "10.13.3.9": graphs for 10.3 are also what every version before 10.16 takes.
 
     Raises:
         IntegrityError: it is not an ONNX graph.
@@ -120,7 +120,7 @@ def lint(name: str, graph: bytes, version: TrtVersion, sm: str | None = None) ->
         inputs = {text_of(v, 1): _input_type(v) for kind, fields in read if kind == "graph" for v in inner(fields, 11)}
     except ValueError as error:
         raise IntegrityError(f"{name}: {error}; export the bundle again, or ask where it comes from") from error
-    found = [*_of_model(name, opset, nodes, version), *_of_gpu(version, capability)]
+    found = [*_of_model(name, opset, nodes, version), *_of_gpu(installed, capability)]
     for node in nodes:
         found += _of_node(node, tensors, version)
     if capability:
@@ -151,14 +151,15 @@ def _of_model(name: str, opset: int, nodes: list[_Node], version: TrtVersion) ->
         yield Finding("the graph", name, f"is of opset {opset}, and TensorRT {version} reads {most}", remedy)
 
 
-def _of_gpu(version: TrtVersion, capability: tuple[int, int] | None) -> Iterator[Finding]:
+def _of_gpu(installed: str | None, capability: tuple[int, int] | None) -> Iterator[Finding]:
     if capability is None:
         return
     seen = ".".join(map(str, capability))
     if capability < OLDEST:
         yield Finding("the GPU", seen, "is older than TensorRT 10 knows", "use a GPU of SM 7.5 or later")
-    elif capability >= BEYOND.get(version, (99, 0)):
-        yield Finding("the GPU", seen, f"is younger than TensorRT {version}", "export with --trt 10.16 or 11")
+    elif installed and capability >= BLACKWELL and tuple(map(int, installed.split(".")[:2])) < BLACKWELL_SINCE:
+        least = ".".join(map(str, BLACKWELL_SINCE))
+        yield Finding("the GPU", seen, f"is younger than TensorRT {installed}", f"install TensorRT {least} or later")
 
 
 def _of_node(node: _Node, tensors: dict[str, _Tensor], version: TrtVersion) -> Iterator[Finding]:

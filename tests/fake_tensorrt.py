@@ -224,10 +224,13 @@ class FakeTensorrt(ModuleType):
         self.runs: list[dict[str, tuple[int, ...]]] = []  # shapes of each that was queued or recorded
         self.spoil: Callable[[dict[str, np.ndarray]], None] = lambda outputs: None
         self.builds: list[str] = []
+        self.pools: list[dict[str, int]] = []  # the limits of each build
+        self.flags: list[set[str]] = []  # those that each build had on
         self.slowly = 1  # times that a build's first step is done
         self.TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
         self.ExecutionContextAllocationStrategy = SimpleNamespace(ON_PROFILE_CHANGE="profile")
-        self.MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
+        self.MemoryPoolType = SimpleNamespace(WORKSPACE="workspace", TACTIC_DRAM="tactics")
+        self.BuilderFlag = SimpleNamespace(TF32="tf32")
         self.NetworkDefinitionCreationFlag = IntEnum("Flags", {"STRONGLY_TYPED": 0})
         outer = self
 
@@ -245,8 +248,10 @@ class FakeTensorrt(ModuleType):
             def __init__(self, log: Any):
                 self.log = log
 
-            def deserialize_cuda_engine(self, content: Any) -> Any:
-                return None if outer.no(self.log, "deserialize") else Engine(outer, self.log, json.loads(bytes(content)))
+            def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:
+                return (
+                    None if outer.no(self.log, "deserialize") else Engine(outer, self.log, json.loads(bytes(serialized_engine)))
+                )
 
         self.ILogger, self.IProgressMonitor, self.Runtime = ILogger, IProgressMonitor, Runtime
         self.Builder = lambda log: Builder(outer, log)
@@ -272,8 +277,8 @@ class Engine:
         self.names = [*self.outputs, *self.inputs]
         self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(self.profiles)
 
-    def get_tensor_name(self, i: int) -> str:
-        return self.names[i]
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
 
     def get_tensor_mode(self, name: str) -> str:
         return "in" if name in self.inputs else "out"
@@ -281,8 +286,8 @@ class Engine:
     def get_tensor_dtype(self, name: str) -> Any:
         return SimpleNamespace(name=ORT_TYPES[(self.inputs | self.outputs)[name].type])
 
-    def get_tensor_profile_shape(self, name: str, profile: int) -> Any:
-        return [tuple(shape) for shape in self.profiles[profile][name]]
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> Any:
+        return [tuple(shape) for shape in self.profiles[profile_index][name]]
 
     def create_execution_context(self, strategy: str) -> Any:
         assert strategy == "profile"
@@ -294,8 +299,9 @@ class Context:
         self.engine, self.shapes, self.addresses = engine, {}, {}  # type: ignore[var-annotated]
         self.ready: object = None  # the shapes it has run with: before that, TensorRT may not be recorded
 
-    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
-        self.profile = profile
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        assert stream_handle in self.engine.trt.cudart.streams
+        self.profile = profile_index
         return not self.engine.trt.no(self.engine.log, "profile")
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -306,9 +312,9 @@ class Context:
             self.engine.log, "shape"
         )
 
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        assert address % 256 == 0, f"{name} lies at {address:#x}"
-        self.addresses[name] = address
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        assert memory % 256 == 0, f"{name} lies at {memory:#x}"
+        self.addresses[name] = memory
         return not self.engine.trt.no(self.engine.log, "address")
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -320,10 +326,10 @@ class Context:
         }
         return tuple(lengths[n] if isinstance(n, str) else n for n in self.engine.outputs[name].shape)
 
-    def execute_async_v3(self, handle: int) -> bool:
+    def execute_async_v3(self, stream_handle: int) -> bool:
         trt, shapes, addresses = self.engine.trt, dict(self.shapes), dict(self.addresses)
         assert addresses.keys() == set(self.engine.names), "an address is missing"
-        stream = trt.cudart.streams[handle]
+        stream = trt.cudart.streams[stream_handle]
         if stream.captured is not None and self.ready != shapes:
             self.engine.log.log("error", "recorded before it ran")
             return False
@@ -379,7 +385,8 @@ class Builder:
             return None
         self.trt.builds.append(Path(network.graph).stem)
         config.timing.content += b"."
-        assert config.workspace
+        self.trt.pools.append(config.pools)
+        self.trt.flags.append(config.on)
         return json.dumps({"graph": network.graph, "profiles": [p.shapes for p in config.profiles]}).encode()
 
 
@@ -388,16 +395,25 @@ class Config:
         self.profiles: list[Profile] = []
         self.progress_monitor: Any = None
         self.timing: Any = None
+        self.on = {"tf32"}  # as in all versions
+        self.pools = {"workspace": 8 << 30, "tactics": 6 << 30}  # of a board of 8 GiB: all, and three quarters
 
-    def set_memory_pool_limit(self, pool: str, nbytes: int) -> None:
-        assert pool == "workspace"
-        self.workspace = nbytes
+    def clear_flag(self, flag: str) -> None:
+        self.on.remove(flag)
+
+    def get_memory_pool_limit(self, pool: str) -> int:
+        return self.pools[pool]
+
+    def set_memory_pool_limit(self, pool: str, pool_size: int) -> None:
+        assert pool_size > 0
+        self.pools[pool] = pool_size
 
     def add_optimization_profile(self, profile: "Profile") -> int:
         self.profiles.append(profile)
         return len(self.profiles) - 1
 
-    def create_timing_cache(self, content: bytes) -> Any:
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> Any:
+        content = serialized_timing_cache
         return None if content.startswith(b"bad") else SimpleNamespace(content=content, serialize=lambda: self.timing.content)
 
     def set_timing_cache(self, cache: Any, *, ignore_mismatch: bool) -> bool:
@@ -409,21 +425,21 @@ class Profile:
     def __init__(self) -> None:
         self.shapes: dict[str, list[tuple[int, ...]]] = {}
 
-    def set_shape(self, name: str, low: tuple[int, ...], best: tuple[int, ...], high: tuple[int, ...]) -> None:
-        assert all(0 < a <= b <= c for a, b, c in zip(low, best, high, strict=True)), (name, low, best, high)
-        self.shapes[name] = [low, best, high]
+    def set_shape(self, input: str, min: tuple[int, ...], opt: tuple[int, ...], max: tuple[int, ...]) -> None:
+        assert all(0 < a <= b <= c for a, b, c in zip(min, opt, max, strict=True)), (input, min, opt, max)
+        self.shapes[input] = [min, opt, max]
 
 
 class Parser:
     def __init__(self, trt: FakeTensorrt, network: Any, log: Any):
         self.trt, self.network, self.log, self.num_errors = trt, network, log, 0
 
-    def parse_from_file(self, file: str) -> bool:
-        self.network.graph = file
+    def parse_from_file(self, model: str) -> bool:
+        self.network.graph = model
         self.num_errors = int("parse" in self.trt.refuse)
         return not self.num_errors
 
-    def get_error(self, i: int) -> Any:
+    def get_error(self, index: int) -> Any:
         return SimpleNamespace(
             node_name=lambda: "node_7", node_operator=lambda: "TensorScatter", desc=lambda: self.trt.refuse["parse"]
         )

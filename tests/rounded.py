@@ -105,7 +105,7 @@ def transformers_logits(model: Any, given: Forced) -> np.ndarray:
     out = model(
         input_ids=whole, pixel_values=torch.from_numpy(given.pixels), token_type_ids=kinds, attention_mask=torch.ones_like(whole)
     )
-    return out.logits[0, len(prefix) - 1 :].numpy()
+    return out.logits[0, len(prefix) - 1 :].float().numpy()
 
 
 def stored_arrays(bundle: Path) -> dict[str, np.ndarray]:

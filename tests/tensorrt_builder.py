@@ -47,6 +47,8 @@ def build(file: Path, *, prefix: int = 0, capacity: int = 0, profiles: Sequence[
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(trt.ComputeCapability, sm), 0)
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    # Those would have to lie in the host's memory, and runners give addresses on the device.
+    assert not any(tensor.is_shape_tensor for tensor in inputs), [t.name for t in inputs if t.is_shape_tensor]
     for name in profiles:
         profile = builder.create_optimization_profile()
         for tensor in inputs:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a bundle of target `tensorrt` as its runner will, in engines that need no GPU: ONNX Runtime and OpenVINO, on the CPU."""
+"""Run a bundle of target `tensorrt` as its runner will, in engines that need no GPU: ONNX Runtime, OpenVINO, and ONNX's own reference."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +32,14 @@ def openvino(file: Path) -> Callable[[Arrays], Arrays]:
         str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "KV_CACHE_PRECISION": "f32"}
     )
     return lambda feeds: {next(iter(o.names)): np.array(v) for o, v in model(feeds).items()}
+
+
+def reference(file: Path) -> Callable[[Arrays], Arrays]:
+    """ONNX's reference implementation: numpy, operator by operator as the standard defines them, bfloat16 and TensorScatter too."""
+    from onnx.reference import ReferenceEvaluator
+
+    graph = ReferenceEvaluator(str(file))
+    return lambda feeds: dict(zip(graph.output_names, graph.run(None, feeds), strict=True))
 
 
 class Decoder:

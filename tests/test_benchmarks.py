@@ -2,12 +2,15 @@
 """What the scripts in benchmarks/ work out from what they measured, and what they give to the peers."""
 
 import importlib.util
+import json
 import sys
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +36,13 @@ def script(name: str) -> ModuleType:
 def peers() -> Any:
     path = list(sys.path)
     yield script("against_peers")
+    sys.path[:] = path
+
+
+@pytest.fixture(scope="module")
+def on_gpu() -> Any:
+    path = list(sys.path)
+    yield script("on_gpu")
     sys.path[:] = path
 
 
@@ -73,3 +83,138 @@ def test_the_cost_of_a_layer_is_the_difference_between_two_depths():
     few, many = ({"layers": n, "lengths": [{"length": 256, "prefill": 3.0 + n, "step": 0.5 + 0.1 * n}]} for n in (2, 4))
     (row,) = curves.per_layer(few, many)
     assert row == pytest.approx({"length": 256, "prefill_layer": 1, "prefill_rest": 3, "step_layer": 0.1, "step_rest": 0.5})
+
+
+# On a GPU: what is worked out from what would be measured there
+
+
+def test_a_step_reads_all_weights_and_the_cache_and_a_prefill_multiplies_all_matrices(on_gpu: Any):
+    spec = published("paligemma2", "3b", 448)
+    of = on_gpu.cost(spec, 1000, 7, prefix=100, steps=20)
+    assert of.step_bytes == 1000 + 7 * 110
+    # By hand: q, k, v and o of 2304 x (2048, 1024, 1024, 2048), gate, up and down of 2304 x 9216, 26 layers; then the output matrix.
+    matrices = 26 * 2304 * (2048 + 1024 + 1024 + 2048 + 3 * 9216)
+    assert of.prefill_operations == 2 * matrices * 100 + 2 * 257_216 * 2304 + 26 * 4 * 8 * 256 * 100 * 100
+
+
+def test_shares_are_of_the_rates_that_the_same_run_reached(on_gpu: Any):
+    limits = Measurement("limits", {"copied": 100, "operations": 1000}, {"copy": [1.0, 2.0, 9.0], "float16": [4.0]}, None, None)
+    m, of = measurement("b", step=[2.0, 8.0, 4.0], prefill=[8.0]), on_gpu.Cost(step_bytes=50, prefill_operations=500)
+    # 50 bytes in 4 s, of 100 in 2 s; 500 operations in 8 s, of 1000 in 4 s.
+    assert on_gpu.shares(m, limits, of, "float16") == {"step_of_bandwidth": 0.25, "prefill_of_products": 0.25}
+    assert on_gpu.shares(m, limits, of, "float8") == {"step_of_bandwidth": 0.25}, (
+        "a GPU without such products has no share of them"
+    )
+
+
+def test_memory_of_the_gpu_is_what_went_while_a_worker_worked(on_gpu: Any):
+    class Taking:
+        label = "b"
+
+        def open(self) -> None:
+            free[0] -= 30
+
+        def repeat(self) -> None:
+            free[0] -= 5
+
+        def measurement(self) -> Measurement:
+            return measurement("b", step=[1.0])
+
+    free = [1000]
+    held = on_gpu.Held(Taking(), lambda: free[0])
+    held.open()
+    free[0] -= 200  # another worker's
+    held.repeat()
+    assert held.measurement().facts["gpu_bytes"] == 35
+
+
+def test_the_parity_of_a_bundle_is_that_of_its_logits(on_gpu: Any, tiny_112: Path, tmp_path: Path):
+    pytest.importorskip("onnxruntime")
+    from pgxport.runners.loop import Decoder
+    from pgxport.runners.runner import Runner
+
+    ids, pixels = on_gpu.inputs(tiny_112)
+    with Runner.from_pretrained(tiny_112) as runner:
+        prefix = runner._session("projector").run(runner._session("vision_encoder").run({"pixel_values": pixels}))[
+            "image_features"
+        ]
+        embeds = np.concatenate([prefix, runner._embed(ids[runner.manifest.image_tokens :].tolist())], 1)
+        decoder, tokens = Decoder(runner._session("decoder_step"), runner.manifest, len(ids) + 3), [5, 9]
+        logits = np.stack([decoder.feed(embeds).copy(), *(decoder.feed(runner._embed([t])).copy() for t in tokens)])
+    chosen = np.array([*tokens, 4])
+    np.savez(tmp_path / "reference.npz", tokens=chosen, logits=logits)
+    found = on_gpu.parity(on_gpu.Made("cpu", "fp32", tiny_112), tmp_path / "reference.npz")
+    assert (found["steps"], found["tokens_equal"]) == (3, (logits.argmax(1) == chosen).sum())
+    assert found["largest_error_of_logits_scale"] < 1e-6
+    np.savez(tmp_path / "reference.npz", tokens=chosen, logits=logits + 0.5 * np.abs(logits).max())
+    assert on_gpu.parity(on_gpu.Made("cpu", "fp32", tiny_112), tmp_path / "reference.npz")["median_error_of_logits_scale"] > 0.3
+
+
+def test_what_cannot_run_is_a_row_with_its_reason(on_gpu: Any, tiny_112: Path, tmp_path: Path):
+    np.savez(tmp_path / "reference.npz", tokens=np.zeros(1, np.int64), logits=np.zeros((1, 4)))
+    found = on_gpu.parity(on_gpu.Made("tensorrt", "fp16", tiny_112), tmp_path / "reference.npz")
+    assert "--target tensorrt" in found["reason"]
+    assert on_gpu.ready(on_gpu.Made("tensorrt", "fp16", tiny_112)).reason
+
+
+@pytest.fixture(scope="module")
+def few() -> Any:
+    spec = published("paligemma2", "3b", 224)
+    text = {"width": 64, "depth": 1, "mlp": 96, "heads": 4, "kv_heads": 2, "head_dim": 16}
+    return replace(spec, text=replace(spec.text, **text), vision=replace(spec.vision, width=64, depth=1, mlp=96, heads=4))
+
+
+def test_every_peer_computes_the_same_and_the_compiled_one_is_compiled_once(on_gpu: Any, few: Any):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    request = {"device": "cpu", "compile": {"backend": "eager"}, "prompt_tokens": 16, "new_tokens": 4}
+    logits = {}
+    for name in on_gpu.PEERS:
+        peer, steps = on_gpu.Transformers(few, request | {"peer": name}), []
+        for _ in peer._generate(4):
+            steps.append(peer.logits.float().flatten())
+        logits[name] = torch.stack(steps)
+    first, *others = logits.values()
+    for other in others:
+        assert (other - first).abs().max() < 0.05 * first.abs().max(), "bfloat16, in another order"
+    assert (first[0] - first[-1]).abs().max() > 0.05 * first.abs().max(), "or a step that sees nothing would pass"
+    torch._dynamo.utils.counters.clear()
+    assert peer.repeat(warm_up=False).keys() == {"vision", "projector", "prefill", "step"}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0, "the second answer compiled again"
+
+
+def test_the_limits_are_timed_for_a_copy_and_for_products(on_gpu: Any):
+    pytest.importorskip("torch")
+    limits = on_gpu.Limits({"device": "cpu", "bytes": 1 << 16, "side": 16})
+    assert limits.repeat(warm_up=False).keys() == {"copy", "float16", "bfloat16"}
+    assert limits.facts["copied"] == 2 << 16
+    assert limits.facts["operations"] == 2 * 16**3
+
+
+# Engines that were built for TensorRT
+
+
+@pytest.fixture(scope="module")
+def builds() -> Any:
+    pytest.importorskip("tensorrt_rtx")
+    path = list(sys.path)
+    yield script("tensorrt_builds")
+    sys.path[:] = path
+
+
+def test_graphs_are_to_be_built_in_every_precision_size_and_version(builds: Any):
+    precisions = {"fp16", "bf16", "int8", "w8a8", "int4", "fp8"}
+    for size in ("3b", "10b", "28b"):
+        assert {case.precision for case in builds.cases() if case.size == size} >= precisions
+    assert {case.precision for case in builds.cases() if case.layers is None} == precisions, "3B is built whole"
+    assert {case.trt for case in builds.cases()} == {"10.3", "10.16", "11"}
+
+
+def test_what_was_not_built_is_said(builds: Any):
+    """And there is no size, family, version or precision of which nothing was built."""
+    there, said = builds.present(), json.loads(builds.RESULTS.read_text())["not_built"]
+    lacking = [case for case in builds.cases() if not all(map(there, case.rows()))]
+    assert said == [asdict(case) for case in lacking]
+    built = [case for case in builds.cases() if case not in lacking]
+    for part in ("size", "family", "trt", "precision", "res", "layers"):
+        assert {getattr(case, part) for case in built} == {getattr(case, part) for case in builds.cases()}, part

@@ -78,6 +78,11 @@ def test_other_flags_replace_the_plans(made: Compiled, trt: FakeTensorrt, for_10
     assert os.listdir(made.folder.parent).count(made.folder.name) == 1
 
 
+def test_float32_is_not_rounded_to_the_ten_bits_that_tensorrt_would_take(made: Compiled, trt: FakeTensorrt):
+    assert trt.flags == [set()] * len(GRAPHS)
+    assert made.entry.flags["tf32"] == 0
+
+
 def test_whatever_a_plan_depends_on_gives_it_another_key():
     machine, flags = Machine("tensorrt", "11.4", "8.7", "13020", "13020 580.1"), {"workspace": 1}
     keys = {key("a" * 64, machine, flags), key("b" * 64, machine, flags), key("a" * 64, machine, {"workspace": 2})}
@@ -277,6 +282,26 @@ def test_a_board_without_the_memory_is_told_so_before_the_build(trt: FakeTensorr
     assert compile_bundle(CompileOptions(for_10, force=True)).built
 
 
+@pytest.mark.parametrize(("free", "limit"), [(4 << 30, (4 << 30) - 500_000_000), (8 << 30, 6 << 30)])
+def test_on_a_board_kernels_are_tried_in_what_is_free_and_no_more_than_tensorrt_would_take(
+    trt: FakeTensorrt, for_10: Path, monkeypatch: pytest.MonkeyPatch, free: int, limit: int
+):
+    monkeypatch.setattr(compiling, "available_memory", lambda: free)
+    compile_bundle(CompileOptions(for_10, workspace=256))
+    assert trt.pools == [{"workspace": 256 << 20, "tactics": limit}] * len(GRAPHS)
+
+
+def test_a_graphics_card_and_a_forced_build_keep_tensorrts_own_limit(
+    trt: FakeTensorrt, for_10: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(compiling, "available_memory", lambda: 4 << 30)
+    compile_bundle(CompileOptions(for_10, force=True))
+    trt.cudart.attributes["integrated"] = 0
+    compile_bundle(CompileOptions(for_10, workspace=256))
+    assert {pools["tactics"] for pools in trt.pools} == {6 << 30}
+    assert len(trt.pools) == 2 * len(GRAPHS)
+
+
 def test_the_weights_of_a_graph_are_the_files_it_names(for_10: Path):
     bundle = Bundle.open(for_10)
     expected = {name: (for_10 / f"{name}.data").stat().st_size for name in GRAPHS}
@@ -292,6 +317,15 @@ def test_a_graphics_card_has_memory_of_its_own(trt: FakeTensorrt, for_10: Path):
 
 
 # What is asked for
+
+
+def test_a_bundle_for_10_3_is_compiled_on_thor_by_the_10_13_of_its_first_jetpacks(trt: FakeTensorrt, for_10: Path):
+    trt.__version__ = "10.13.3.9"
+    trt.cudart.attributes |= {"major": 11, "minor": 0}
+    assert compile_bundle(CompileOptions(for_10)).built
+    trt.__version__ = "10.3.0"
+    with pytest.raises(InputError, match=r"the GPU '11.0' is younger than TensorRT 10.3.0"):
+        compile_bundle(CompileOptions(for_10))
 
 
 def test_what_cannot_be_compiled_is_refused(tiny_112: Path, for_11: Path, for_10: Path, trt: FakeTensorrt):

@@ -4,12 +4,14 @@
 import importlib.metadata
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_tensorrt import FakeCudart, FakeTensorrt
 from machines import MACHINES, tree
 
 from pgxport import doctor
@@ -32,9 +34,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return packages
 
 
-def test_a_complete_installation_needs_no_advice(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+def test_a_complete_installation_needs_no_advice(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(doctor, "open_session", lambda engine, graph: Engine([42.0]))
-    found = doctor.examine(load=no_driver)
+    found = doctor.examine(tmp_path, load=no_driver)  # whatever the processor here has or lacks
     assert found["advice"] == []
     assert found["engines"] == {"cpu": {"works": True, "reason": ""}}
     assert doctor.render(found).endswith("try: pgx demo")
@@ -42,18 +44,18 @@ def test_a_complete_installation_needs_no_advice(installed: dict[str, str], monk
 
 
 @pytest.mark.parametrize("extra", doctor.WANTED)
-def test_what_is_missing_is_named_with_the_command_that_installs_it(installed: dict[str, str], extra: str):
+def test_what_is_missing_is_named_with_the_command_that_installs_it(installed: dict[str, str], extra: str, tmp_path: Path):
     (missing, *_), _ = doctor.EXTRAS[extra]
     del installed[missing]
-    found = doctor.examine(load=no_driver)
+    found = doctor.examine(tmp_path, load=no_driver)
     assert not found["extras"][extra]["complete"]
     assert [f'pip install "pgxport[{extra}]"' in advice for advice in found["advice"]] == [True]
     assert f"{missing} MISSING" in doctor.render(found)
 
 
-def test_the_gpu_build_serves_the_cpu_too_and_is_not_doubled(installed: dict[str, str]):
+def test_the_gpu_build_serves_the_cpu_too_and_is_not_doubled(installed: dict[str, str], tmp_path: Path):
     installed["onnxruntime-gpu"] = installed.pop("onnxruntime")
-    assert doctor.examine(load=no_driver)["advice"] == []
+    assert doctor.examine(tmp_path, load=no_driver)["advice"] == []
 
 
 def test_two_builds_of_onnxruntime_are_reported(installed: dict[str, str]):
@@ -229,3 +231,35 @@ class Engine:
 
     def close(self) -> None:
         pass
+
+
+# TensorRT
+
+
+@pytest.fixture
+def trt(monkeypatch: pytest.MonkeyPatch) -> FakeTensorrt:
+    fake = FakeTensorrt(FakeCudart())
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=fake.cudart))
+    return fake
+
+
+def test_tensorrt_is_believed_once_a_runtime_of_it_starts(trt: FakeTensorrt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = on("orin-nano", tmp_path, ORIN)
+    assert found["engines"]["tensorrt"] == {"works": True, "reason": ""}
+    assert "engine tensorrt: starts on the GPU" in doctor.render(found)
+
+    def refuse(log: Any) -> None:
+        log.log("error", "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(trt, "Runtime", refuse)
+    assert doctor.examine(tmp_path, load=driver(*ORIN))["engines"]["tensorrt"] == {
+        "works": False, "reason": "tensorrt 11.4.1.2 does not start: CUDA initialization failure with error: 35",
+    }  # fmt: skip
+
+
+def test_a_board_whose_libraries_have_no_bindings_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert "on a Jetson JetPack's own TensorRT" in on("orin-nano", tmp_path, ORIN)["engines"]["tensorrt"]["reason"]

@@ -177,3 +177,32 @@ def test_the_command_ends_with_the_exit_code_of_usage():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "choose --res 224, 448, 896" in done.stderr
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_a_board_needs_to_compile_is_what_compile_refuses_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int):
+    pytest.importorskip("onnxruntime")
+    from fake_tensorrt import FakeCudart
+
+    from pgxport import compile as compiling
+    from pgxport.bundle import Bundle
+    from pgxport.errors import NumericError
+    from pgxport.exporter.export import ExportOptions, export
+    from pgxport.runners.device import Cuda
+
+    asked = {"size": "tiny", "res": 112, "target": "tensorrt", "trt": "10.3"}
+    planned = plan(PlanOptions(**asked))  # type: ignore[arg-type]
+    needs = planned.compile_memory()[count]
+    assert planned.to_json()["compile_peak_by_profiles"][count] == needs
+    assert "with --profiles 1" in render(planned)
+    bundle = Bundle.open(export(ExportOptions(output=tmp_path / "b", parity=0, **asked)).path)  # type: ignore[arg-type]
+    board = Cuda(FakeCudart())
+    monkeypatch.setattr(compiling, "available_memory", lambda: needs)
+    compiling.check_memory(bundle, count, compiling.WORKSPACE_BYTES, board)
+    monkeypatch.setattr(compiling, "available_memory", lambda: needs - 1)
+    with pytest.raises(NumericError):
+        compiling.check_memory(bundle, count, compiling.WORKSPACE_BYTES, board)
+
+
+def test_only_tensorrt_is_compiled_on_a_board():
+    assert plan(PlanOptions(size="tiny", res=112)).compile_memory() == {}

@@ -78,7 +78,6 @@ REFUSED = {
     "a bfloat16 input": (
         graph(node("Relu"), inputs=(helper.make_tensor_value_info("x", TensorProto.BFLOAT16, [1]),)), "11", "7.5", "the input 'x'",
     ),
-    "Blackwell, early": (graph(node("Relu")), "10.3", "12.0", "is younger than TensorRT 10.3"),
     "Volta": (graph(node("Relu")), "11", "7.0", "use a GPU of SM 7.5 or later"),
 }  # fmt: skip
 
@@ -109,6 +108,18 @@ def test_what_each_version_takes_is_let_through(given, sm, tmp_path):
     (tmp_path / "g.onnx").write_bytes(given)
     for trt in ("10.3", "10.16", "11"):
         check_file(tmp_path / "g.onnx", trt, sm)
+
+
+def test_a_gpu_younger_than_the_tensorrt_that_is_installed_is_refused():
+    with pytest.raises(InputError, match=r"is younger than TensorRT 10\.3\.0; install TensorRT 10\.8 or later"):
+        check("g.onnx", graph(node("Relu")), "10.3", "12.0", installed="10.3.0")
+    check("g.onnx", graph(node("Relu")), "10.3", "9.0", installed="10.3.0")
+
+
+def test_graphs_for_10_3_are_for_thor_too_whose_first_jetpacks_have_10_13():
+    """docs/jetson.md: JetPack 7.0 and 7.1 take --trt 10.3."""
+    check("g.onnx", graph(node("Relu")), "10.3", "11.0")
+    check("g.onnx", graph(node("Relu")), "10.3", "11.0", installed="10.13.3.9")
 
 
 def test_a_gpu_that_cannot_be_read_is_a_usage_error():

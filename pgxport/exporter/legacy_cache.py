@@ -13,7 +13,7 @@ from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.scaling import Statistics
 from pgxport.exporter.targets import Target
 
-HEADER = "TRT-100300-EntropyCalibration2"
+HEADER = "TRT-{}-EntropyCalibration2"  # TensorRT's version as NvInferVersion.h has it
 
 
 def legacy_caches(
@@ -25,13 +25,23 @@ def legacy_caches(
     return {f"{name}.calibration.cache": calibration_cache(g, statistics) for name, g in graphs.items() if name != "mask_decoder"}
 
 
+def header(version: str) -> str:
+    """
+    >>> header("10.16")
+    'TRT-101600-EntropyCalibration2'
+    """
+    major, minor = map(int, version.split("."))
+    return HEADER.format(10_000 * major + 100 * minor)
+
+
 def calibration_cache(g: GraphBuilder, statistics: Statistics, observer: str = "minmax") -> str:
     """A line for each tensor that a matrix of the graph multiplies: its name, and its scale as the bits of a float32 in hexadecimal.
 
     Tensors without a line stay in floats.
     """
+    assert g.target.tensorrt is not None, f"Bug: {g.target.name} has no calibrator"
     lines = {tensor: _scale(*statistics.range(path, observer)) for tensor, path in g.multiplied.items()}
-    return "\n".join([HEADER, *(f"{tensor}: {scale}" for tensor, scale in lines.items())]) + "\n"
+    return "\n".join([header(g.target.tensorrt), *(f"{tensor}: {scale}" for tensor, scale in lines.items())]) + "\n"
 
 
 def _scale(low: float, high: float) -> str:

@@ -16,10 +16,11 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from pgxport.compile import COPIES, WORKSPACE_BYTES, build_memory
 from pgxport.errors import UsageError, choose
 from pgxport.exporter.export import context_length, named
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.graphs import file_sizes, write_graphs
+from pgxport.exporter.graphs import TABLE_FILE, file_sizes, write_graphs
 from pgxport.exporter.locate import TINY, published_name
 from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.recipe_toml import to_toml
@@ -155,6 +156,13 @@ class Plan:
         # Where two need as much, as on a CPU that widens one to the other, the one named first stores more.
         return [name for name, need in there if need <= board.usable]
 
+    def compile_memory(self) -> dict[int, int]:
+        """Profiles -> what `pgx compile` takes on a board with one memory for CPU and GPU; of TensorRT alone."""
+        if self.target != "tensorrt":
+            return {}
+        weights = max(self.files["decoder_step.data"] + self.files[TABLE_FILE], self.files["vision_encoder.data"])
+        return {count: sum(build_memory(weights, count, WORKSPACE_BYTES)) for count in COPIES}
+
     def to_json(self) -> dict[str, Any]:
         names = ("model", "family", "resolution", "precision", "target", "context")
         return {
@@ -166,6 +174,7 @@ class Plan:
             "export_peak_bytes": self.export_memory,
             "run": {**asdict(self.run), "peak": self.run.peak},
             "run_peak_by_precision": dict(self.needs),
+            "compile_peak_by_profiles": self.compile_memory(),
             "boards": [
                 {
                     "name": b.name,
@@ -241,9 +250,11 @@ def render(plan: Plan) -> str:
         lines.append(f"  {name:16}{count:>16,} parameters")
     for name, size in plan.files.items():
         lines.append(f"  {name:22}{'≈' if name in plan.estimated else ' '}{size:>16,} bytes")
-    run = plan.run
+    run, build = plan.run, plan.compile_memory()
+    lines.append(f"export needs ≈ {_size(plan.export_memory)} of memory, and {_size(plan.nbytes)} of disk")
+    if build:
+        lines.append(f"compile needs ≈ {_size(build[2])} of memory on a board, {_size(build[1])} with --profiles 1")
     lines += [
-        f"export needs ≈ {_size(plan.export_memory)} of memory, and {_size(plan.nbytes)} of disk",
         f"run needs ≈ {_size(run.peak)} of memory at its peak, with {plan.context:,} tokens of prefix and answer:",
         f"  weights {_size(run.weights)} (+ {_size(run.loading)} while loading), KV {_size(run.kv)}, logits {_size(run.logits)}, "
         f"vision {_size(run.vision)}, prefill {_size(run.prefill)}, the rest {_size(run.base)}",

@@ -9,12 +9,12 @@ import numpy as np
 
 from pgxport.errors import EngineError, NumericError, PgxError
 
-OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+OUT_OF_MEMORY, NO_DEVICE = 2, 100  # cudaErrorMemoryAllocation, cudaErrorNoDevice
 # After these nothing more works in this process: a kernel failed or ran too long, the hardware reported an error.
 LOST = {214, 220, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719}
 REMEDIES = {
     35: "update the driver, or install a CUDA that it knows",  # cudaErrorInsufficientDriver
-    100: "this process sees no GPU; in a container, pass it in",  # cudaErrorNoDevice
+    NO_DEVICE: "this process sees no GPU; in a container, pass it in",
 }
 ALIGNMENT = 256  # of every address that an engine is given
 
@@ -40,7 +40,10 @@ class Cuda:
             NumericError: there is not enough memory.
             EngineError: it fails otherwise; the message names the call and the code.
         """
-        code, *values = getattr(self._cudart, name)(*args)
+        try:
+            code, *values = getattr(self._cudart, name)(*args)
+        except RuntimeError as error:  # cuda-python 12.6 has no code for a driver that is not there
+            raise EngineError(f"{name} cannot be called: {error}; is there an NVIDIA driver? {REMEDIES[NO_DEVICE]}") from error
         if int(code) != 0:
             raise self._error(name, code, args)
         return values[0] if len(values) == 1 else tuple(values)

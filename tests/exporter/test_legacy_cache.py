@@ -19,15 +19,16 @@ from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.targets import TENSORRT
 
 
-def test_each_input_of_a_matrix_has_the_step_of_its_range():
+@pytest.mark.parametrize(("trt", "version"), [("10.3", "100300"), ("10.16", "101600")])
+def test_each_input_of_a_matrix_has_the_step_of_its_range(trt, version):
     w = {f"{part}.weight": np.ones((8, 4), np.float32) for part in "ab"}
     seen = Observed(np.array([[-2.54, 1, 0, 0]], np.float32))
-    g = GraphBuilder("g", Tensors(w), Recipe("fp32", (Rule("*", Scheme()),)), TENSORRT["10.3"], statistics=seen)
+    g = GraphBuilder("g", Tensors(w), Recipe("fp32", (Rule("*", Scheme()),)), TENSORRT[trt], statistics=seen)
     x = g.input("x", ["tokens", 4])
     for part in "ab":
         g.output(g.linear(x, part), part, ["tokens", 8])
     header, *lines = calibration_cache(g, seen).splitlines()
-    assert header == "TRT-100300-EntropyCalibration2"
+    assert header == f"TRT-{version}-EntropyCalibration2"
     assert len(lines) == 1  # both read one tensor
     name, bits = lines[0].split(": ")
     assert name == "x"

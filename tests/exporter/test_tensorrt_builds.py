@@ -18,6 +18,7 @@ import numpy as np
 from in_memory import Tensors
 from tensorrt_builder import build
 
+from pgxport.board import ROWS
 from pgxport.errors import InputError, UsageError
 from pgxport.exporter.export import ExportOptions, export, named
 from pgxport.exporter.graphs import TABLE_FILE, serialized, write_graphs
@@ -28,6 +29,7 @@ from pgxport.exporter.targets import TARGETS, TENSORRT, find_target
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import ModelSpec, published
 from pgxport.models.weights import weight_shapes
+from pgxport.trt_lint import check_file
 
 CONTEXT = 64
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "w8a8", "int4", "fp8")
@@ -128,3 +130,21 @@ def test_what_a_gpu_cannot_run_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(UsageError, match="leave --sm away"):
         export(ExportOptions(**rest, sm="7.5"))
     assert not list(tmp_path.iterdir())
+
+
+def recommended() -> list[tuple[str, str, str, str]]:
+    """Of the table that pgx doctor and docs/jetson.md have: precision, --trt, compute capability, TensorRT that is installed."""
+    capabilities = {
+        "JetPack 6.1 and 6.2": "8.7",
+        "JetPack 7.2 on Orin": "8.7",
+        "JetPack 7.2 on Thor": "11.0",
+        "JetPack 7.0 and 7.1": "11.0",
+    }
+    boards = [row for row in ROWS if row.jetpacks and row.trt]
+    return [(precision, row.trt or "", capabilities[row.name], row.tensorrt) for row in boards for precision in row.precisions]
+
+
+@pytest.mark.parametrize(("precision", "trt", "sm", "installed"), recommended())
+def test_what_a_board_is_recommended_is_what_compile_takes_there(tmp_path, precision, trt, sm, installed):
+    for file in write(tmp_path, precision, trt).values():
+        check_file(file, trt, sm, installed=installed)

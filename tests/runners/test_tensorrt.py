@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The TensorRT runner on a fake engine and device: the CPU bundle's answers, few copies, nothing left behind, errors that name the call."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ import pytest
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx_ir")
 
-from fake_tensorrt import Builder, Code, Config, Context, Engine, FakeCudart, FakeTensorrt
+from fake_tensorrt import Builder, Code, Config, Context, Engine, FakeCudart, FakeTensorrt, Parser, Profile
+from tensorrt_signatures import GOLDEN, signatures
 
 from pgxport.bundle import Bundle
 from pgxport.compile import CompileOptions, compile_bundle
@@ -27,6 +29,7 @@ from pgxport.runners.tensorrt import DTYPES, TensorrtSession, load_cuda, logger
 
 PROMPTS = ("caption en", "detect orange cross", "segment green star")
 SCENE = draw("test", 3).image
+SIGNATURES = json.loads(GOLDEN.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +277,18 @@ def test_a_runner_that_cannot_be_opened_leaves_nothing(bundle: Path, cudart: Fak
     assert cudart.nothing_is_left()
 
 
+def test_a_driver_that_is_not_there_is_an_error_of_ours_with_cuda_python_12_too(bundle: Path, cudart: FakeCudart):
+    def missing(*args: object) -> None:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")  # what 12.6.2 does; 13 gives a code
+
+    cudart.cudaDeviceGetAttribute = missing  # type: ignore[method-assign]
+    with pytest.raises(
+        EngineError, match=r"Failed to dlopen libcuda\.so\.1; is there an NVIDIA driver\? this process sees no GPU"
+    ) as raised:
+        Runner.from_pretrained(bundle, engine="tensorrt")
+    assert raised.value.exit_code == 7
+
+
 @pytest.mark.parametrize("refused", ["deserialize", "context", "profile"])
 def test_an_engine_that_does_not_load_says_what_tensorrt_said(bundle: Path, trt: FakeTensorrt, cudart: FakeCudart, refused: str):
     trt.refuse = {refused: "the reason"}
@@ -380,22 +395,58 @@ def test_cuda_has_the_calls_that_the_fake_has_with_as_many_arguments():
     assert all(int(getattr(runtime.cudaError_t, code.name)) == code for code in Code)
 
 
-def test_tensorrt_rtx_has_the_interface_that_the_fake_and_the_runner_use():
+FAKES = {
+    "Builder": Builder, "IBuilderConfig": Config, "ICudaEngine": Engine, "IExecutionContext": Context, "IOptimizationProfile": Profile,
+    "OnnxParser": Parser,
+}  # fmt: skip
+# What the runner and the compiler read or call that is no method of a class of the fake.
+ALSO = {
+    "Builder": ["__init__(logger)"], "IBuilderConfig": ["progress_monitor"], "ICudaEngine": ["num_io_tensors", "num_optimization_profiles"],
+    "ILogger": ["log(severity, msg)", "ERROR", "INTERNAL_ERROR"], "ITimingCache": ["serialize()"],
+    "IProgressMonitor": ["phase_start(phase_name, parent_phase, num_steps)", "phase_finish(phase_name)", "step_complete(phase_name, step)"],
+    "OnnxParser": ["__init__(network, logger)", "num_errors"], "ParserError": ["desc()", "node_name()", "node_operator()"],
+    "Runtime": ["__init__(logger)", "deserialize_cuda_engine(serialized_engine)"], "DataType": sorted(DTYPES),
+    "BuilderFlag": ["TF32"], "ExecutionContextAllocationStrategy": ["ON_PROFILE_CHANGE"], "MemoryPoolType": ["TACTIC_DRAM", "WORKSPACE"], "TensorIOMode": ["INPUT"],
+    "NetworkDefinitionCreationFlag": ["STRONGLY_TYPED"],
+}  # fmt: skip
+OF_RTX = {
+    "ICudaEngine": ["create_execution_context(runtime_config=)", "create_runtime_config()"], "CudaGraphStrategy": ["WHOLE_GRAPH_CAPTURE"],
+    "IRuntimeConfig": ["cuda_graph_strategy", "set_execution_context_allocation_strategy(strategy=)"],
+}  # fmt: skip
+
+
+def lacking(real: dict[str, list[str]], wanted: dict[str, list[str]]) -> list[str]:
+    return [f"{kind}.{member}" for kind, members in wanted.items() for member in members if member not in real[kind]]
+
+
+def of_the_fake(kind: type) -> list[str]:
+    """Its methods, as the bindings' signatures are written."""
+    methods = {n: m for n, m in vars(kind).items() if callable(m) and n != "__init__"}
+    return [
+        f"{name}({', '.join(m.__code__.co_varnames[1 : m.__code__.co_argcount + m.__code__.co_kwonlyargcount])})"
+        for name, m in methods.items()
+    ]
+
+
+@pytest.mark.parametrize("version", SIGNATURES)
+def test_the_bindings_of_each_version_have_all_that_is_called_with_these_parameters(version: str):
+    """Read from NVIDIA's own bindings of 10.3, 10.16 and 11.4 by tensorrt_signatures.py."""
+    real = SIGNATURES[version]
+    assert lacking(real, ALSO) == []
+    plain = {kind: [line.replace("=", "") for line in lines] for kind, lines in real.items()}
+    assert lacking(plain, {kind: of_the_fake(fake) for kind, fake in FAKES.items()}) == []
+
+
+def test_tensorrt_rtx_has_all_that_is_called_with_these_parameters():
     trt = pytest.importorskip("tensorrt_rtx")
-    for fake, real in (
-        (Engine, trt.ICudaEngine),
-        (Context, trt.IExecutionContext),
-        (Builder, trt.Builder),
-        (Config, trt.IBuilderConfig),
-    ):
-        for name, member in vars(fake).items():
-            assert not callable(member) or name == "__init__" or hasattr(real, name), f"{real.__name__}.{name}"
-    assert hasattr(trt.ICudaEngine, "create_runtime_config")
-    assert hasattr(trt.IRuntimeConfig, "set_execution_context_allocation_strategy")
-    assert hasattr(trt.IRuntimeConfig, "cuda_graph_strategy")
-    assert hasattr(trt.ExecutionContextAllocationStrategy, "ON_PROFILE_CHANGE")
-    assert hasattr(trt.CudaGraphStrategy, "WHOLE_GRAPH_CAPTURE")
-    assert {"FLOAT", "HALF", "BF16", "INT64", "BOOL", "FP8"} <= DTYPES.keys() <= trt.DataType.__members__.keys()
+    real = signatures(trt)
+    timings = ("create_timing_cache", "set_timing_cache")  # of kernels, which it does not time
+    also = ALSO | {kind: ALSO.get(kind, []) + more for kind, more in OF_RTX.items()}
+    del also["ITimingCache"]
+    assert lacking(real, also) == []
+    plain = {kind: [line.replace("=", "") for line in lines] for kind, lines in real.items()}
+    fakes = {kind: [line for line in of_the_fake(fake) if not line.startswith(timings)] for kind, fake in FAKES.items()}
+    assert lacking(plain, fakes) == []
 
 
 def test_without_a_gpu_the_real_runtime_says_so():
