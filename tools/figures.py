@@ -82,6 +82,13 @@ def recipes() -> str:
             lines.append(f"| {name} | {of['bytes'] / 1e6:.2f} | {' | '.join(cells)} | {same} |")
         lines.append("")
     count = next(iter(exact.values()))["questions"]
+    if yardstick := record.get("transformers_bfloat16"):
+        found = " and ".join(f"{of['top1_agreement']:.1%} at {res} px (KL {of['kl']:.5f})" for res, of in yardstick.items())
+        lines += [
+            f"A yardstick: transformers itself, computing in bfloat16, finds the next token of its float32 likeliest on {found}. Many tokens of these "
+            "answers are places among 1,024, of which two neighbours are often as likely.",
+            "",
+        ]
     lines.append(
         f"{count} test questions of each task, greedy, ONNX Runtime on the CPU. Float32's metrics, and the others' paired differences to it in points "
         "with their 95 % bootstrap intervals; then the next tokens along float32's answers that are the same, and the whole answers. "

@@ -147,8 +147,8 @@ class Coded:
         """Scales as what is written stands for, without the gain."""
         if self.scales.dtype == np.float32:
             return scales
-        with np.errstate(over="ignore"):  # what is beyond float16 is refused when it is written
-            return (scales * np.float32(self.gain)).astype(self.scales.dtype).astype(np.float32) / np.float32(self.gain)
+        stored = narrow(scales * np.float32(self.gain), self.scales.dtype, f"scales of {self.path}: one")
+        return stored.astype(np.float32) / np.float32(self.gain)
 
     def _float8(self) -> Iterator[np.ndarray]:
         def rounded(block: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:

@@ -116,6 +116,7 @@ class RunMemory:
     logits: int
     vision: int
     prefill: int
+    without_vnni: int  # more of them on x86-64 without VNNI, where sums are exact with unsigned copies of int8 weights only
 
     @property
     def peak(self) -> int:
@@ -258,11 +259,14 @@ def render(plan: Plan) -> str:
         f"run needs ≈ {_size(run.peak)} of memory at its peak, with {plan.context:,} tokens of prefix and answer:",
         f"  weights {_size(run.weights)} (+ {_size(run.loading)} while loading), KV {_size(run.kv)}, logits {_size(run.logits)}, "
         f"vision {_size(run.vision)}, prefill {_size(run.prefill)}, the rest {_size(run.base)}",
-        f"  {'board':16}{'usable':>10}  " + "".join(f"{name:>10}" for name in plan.needs),
     ]
+    if run.without_vnni:
+        lines.append(f"  on x86-64 without VNNI {_size(run.without_vnni)} more, and 8-bit products are slow there")
+    widths = {name: max(10, len(name) + 2) for name in plan.needs}
+    lines.append(f"  {'board':16}{'usable':>10}  " + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for board in plan.boards():
         fitting = plan.fitting(board)
-        marks = "".join(f"{'fits' if name in fitting else '–':>10}" for name in plan.needs)
+        marks = "".join(f"{'fits' if name in fitting else '–':>{width}}" for name, width in widths.items())
         lines.append(f"  {board.name:16}{_size(board.usable):>10}  {marks}")
     if plan.options.board and not plan.fitting(BOARDS[plan.options.board]):
         lines.append(f"nothing fits {plan.options.board}; a smaller --size, --res or --context needs less")
@@ -332,7 +336,9 @@ class _Sketch:
             logits=outputs["logits"],
             vision=int(SECOND_IMAGE * per_image),
             prefill=self.context * per_token + scores + 2 * fed,
-        )
+            without_vnni=sum(m.codes.nbytes for g in self.graphs.values() for m in g.matrices.values() if m.layout == "columns")
+            if target.name == "cpu" else 0,
+        )  # fmt: skip
 
 
 def _sketch(

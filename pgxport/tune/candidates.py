@@ -27,6 +27,7 @@ CANDIDATES = {
     "w4-g32-awq": Scheme(bits=4, group=32, symmetric=False, method="clip", scaling="awq"),
     "w4-g128-gptq": Scheme(bits=4, group=128, symmetric=False, method="gptq"),
     "w4-g32-gptq": Scheme(bits=4, group=32, symmetric=False, method="gptq"),
+    "w4-g64-awq-gptq": Scheme(bits=4, group=64, symmetric=False, method="gptq", scaling="awq"),
 }
 MOST_ALONE = 4  # layers of a stack that are still groups of their own
 
