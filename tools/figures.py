@@ -190,6 +190,8 @@ def _peers(file: Path) -> str:
         if row["status"] != "ok":
             continue
         label = f"pgx {row['recipe']}, {row['bytes'] / 1e9:.2f} GB" if "recipe" in row else PEERS.get(row["label"], row["label"])
+        if row["label"] == "llama" and "AMX" in r["machine"]["vectors"]:
+            label += ", built without AMX"
         cells = []
         for stage, (_, times, _) in stages.items():
             seconds = row["stages"].get(stage)
@@ -201,11 +203,13 @@ def _peers(file: Path) -> str:
             )
         lines.append(f"| {label} | {' | '.join(cells)} | {row['memory']['peak']['resident'] / 1e9:.2f} |")
     said = "; ".join(x["says"].replace("b3-", "pgx ") for x in r["ratios"] if x["stage"] in ("ttft", "step"))
-    machine = f"{r['machine']['cores']} cores of {r['machine']['processor']} with AMX, {r['threads']} threads"
+    machine = (
+        f"{r['machine']['cores']} cores of {r['machine']['processor']} with {r['machine']['vectors']}, {r['threads']} threads"
+    )
     return "\n".join([*lines, "", f"{machine}, {r['repetitions']} repetitions in turn: median (least–most). {said}."])
 
 
-PEERS = {"transformers-static": "transformers, bf16, static cache", "llama": "llama.cpp Q4_0, text only, built without AMX"}
+PEERS = {"transformers-static": "transformers, bf16, static cache", "llama": "llama.cpp Q4_0, text only"}
 
 
 def boards() -> str:
