@@ -100,9 +100,9 @@ def ask(path: Path, reference: Path | None, questions: int, threads: int) -> lis
 def forced(runner: Runner, prefix: np.ndarray, answer: list[int]) -> np.ndarray:
     """Logits [answer + 1, V] of each next token along a given answer, and of what follows it."""
     decoder = Decoder(runner._sessions["decoder_step"], runner.manifest, prefix.shape[1] + len(answer) + 1)
-    found = [decoder.feed(prefix)]
+    found = [decoder.feed(prefix).copy()]  # logits stand until the next run only
     for token in answer:
-        found.append(decoder.feed(runner._embed([token])))
+        found.append(decoder.feed(runner._embed([token])).copy())
     return np.stack(found)
 
 

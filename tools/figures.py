@@ -62,9 +62,9 @@ def _interval(row: dict[str, float]) -> str:
     return f"{row['mean'] * 100:.1f} % ({row['low'] * 100:.1f}–{row['high'] * 100:.1f})"
 
 
-def recipes() -> str:
+def recipes(file: str = "recipes-tiny.json") -> str:
     """What each recipe costs the embedded checkpoints, in points of every task's metric."""
-    record = json.loads((RESULTS / "recipes-tiny.json").read_text())
+    record = json.loads((RESULTS / file).read_text())
     results, lines = record["results"], []
     for res in results["fp32"]:
         exact = results["fp32"][res]["metrics"]
@@ -92,9 +92,14 @@ def recipes() -> str:
     lines.append(
         f"{count} test questions of each task, greedy, ONNX Runtime on the CPU. Float32's metrics, and the others' paired differences to it in points "
         "with their 95 % bootstrap intervals; then the next tokens along float32's answers that are the same, and the whole answers. "
-        f"`{record['command'].split(' --recipes')[0]} --json benchmarks/results/recipes-tiny.json` measures it again."
+        f"`{record['command']} --json benchmarks/results/{file}` measures it again."
     )
     return "\n".join(lines)
+
+
+def recipes_small() -> str:
+    """The same for the smallest recipes, on fewer questions."""
+    return recipes("recipes-tiny-small.json")
 
 
 def recipes_short() -> str:
@@ -256,6 +261,7 @@ def _points(value: float) -> str:
 
 
 TABLES = {"tiny": tiny, "true_shapes": true_shapes, "recipes": recipes, "recipes_short": recipes_short, "peers": peers}
+TABLES |= {"recipes_small": recipes_small}
 TABLES |= {"peers_elsewhere": peers_elsewhere, "packed": packed, "curves": curves}
 TABLES |= {"boards": boards, "gpus": gpus}  # planned
 
