@@ -241,7 +241,7 @@ FEW = ("token table", "vision 0–1 mlp", "decoder 0 q,k,v", "decoder 3 gate,up"
 ASKED = {"size": "tiny", "res": 112, "samples": 2, "candidates": ("w8-dynamic", "w4-g32"), "max_loss": 60.0, "threads": 1}
 
 
-NAMED = ("fp32", "fp16", "bf16", "int8", "int4-gptq")
+NAMED = ("fp32", "fp16", "fp8", "int8", "int4-gptq")
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +309,7 @@ def test_every_group_was_tried_in_every_candidate(tuned):
     kl = {(p.group, p.candidate): p.measured.kl for p in found.probes}
     assert all(kl[g, "w4-g32"] > kl[g, "w8-dynamic"] for g, _ in kl)
     assert [m.label for m in found.named] == ["fp32", "fp16", "int8"]
-    assert [reason.partition(":")[0] for reason in found.skipped] == ["bf16", "int4-gptq"]
+    assert [reason.partition(":")[0] for reason in found.skipped] == ["fp8", "int4-gptq"]
 
 
 def test_a_named_recipe_is_beaten_at_its_size_or_it_is_said_why_not(tuned):
