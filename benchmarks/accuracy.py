@@ -8,7 +8,7 @@ For each recipe: the metric of every task with its 95 % bootstrap interval and i
 answers that are the same, and how often both find the same next token likeliest when both are given float32's answer so far; on
 every fifth question also the KL divergence there. Answers are kept in --work as they come, so that a run that was stopped goes on
 where it was. A yardstick beside them: transformers itself in bfloat16, given the same answers. Results of recipes that are not
-named stay in --json as they are.
+named stay in --json as they are, if they were measured on as many questions.
 """
 
 import argparse
@@ -172,6 +172,8 @@ def main() -> None:
     }
     if args.json and args.json.exists():
         before = json.loads(args.json.read_text())
+        if before["what"] != record["what"]:
+            parser.error(f"{args.json} holds {before['what']!r}; other questions do not belong beside them: name another file")
         record["results"], record["transformers_bfloat16"] = before["results"], before.get("transformers_bfloat16", {})
     with ProcessPoolExecutor(args.workers) as pool:
         for res in args.res:
