@@ -112,8 +112,7 @@ def _manners(found: dict[str, Any]) -> list[str]:
     said = []
     if found["machine"]["vnni"] is False:
         said.append(
-            "this processor has no VNNI: 8-bit products are slow on it and take twice their memory, above all those of --precision w8a8; "
-            "int4-fast suits it better"
+            "this processor has no VNNI: 8-bit products are slow on it, above all those of --precision w8a8; int4-fast suits it better"
         )
     if found["machine"]["l4t"]:
         if found["clocks"]["held"] is False:

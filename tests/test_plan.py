@@ -4,7 +4,6 @@
 import json
 import subprocess
 import sys
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ from pgxport.errors import UsageError
 from pgxport.exporter.plan import BOARDS, GIB, PlanOptions, _computes, plan, render
 from pgxport.exporter.recipe import RECIPES
 from pgxport.exporter.targets import TARGETS
-from pgxport.models.spec import RESOLUTIONS, TEXT, published
+from pgxport.models.spec import RESOLUTIONS, TEXT
 from pgxport.models.tiny import __file__ as tiny
-from pgxport.models.weights import weight_shapes
 
 MASKS = Path(tiny).with_name("vae-oid.npz")
 MODELS = [(family, size, res) for family, size in TEXT for res in RESOLUTIONS]
@@ -208,16 +206,3 @@ def test_what_a_board_needs_to_compile_is_what_compile_refuses_below(tmp_path: P
 
 def test_only_tensorrt_is_compiled_on_a_board():
     assert plan(PlanOptions(size="tiny", res=112)).compile_memory() == {}
-
-
-def test_a_plan_says_what_unsigned_copies_take_without_vnni():
-    """Of the matrices of both towers and the projector, a byte a weight; not of the table, whose product reads it as it is."""
-    int8, grouped = (plan(PlanOptions(size="3b", res=448, precision=name)) for name in ("w8a8", "int8"))
-    towers = sum(prod(shape) for name, shape in weight_shapes(published("paligemma2", "3b", 448)).items() if is_linear(name))
-    assert (int8.run.without_vnni, grouped.run.without_vnni) == (towers, 0)
-    assert "without VNNI" in render(int8)
-    assert "without VNNI" not in render(grouped)
-
-
-def is_linear(name: str) -> bool:
-    return any(name.endswith(f"{part}.weight") for part in ("_proj", "fc1", "fc2", "projector.linear"))

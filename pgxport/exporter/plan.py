@@ -116,7 +116,6 @@ class RunMemory:
     logits: int
     vision: int
     prefill: int
-    without_vnni: int  # more of them on x86-64 without VNNI, where sums are exact with unsigned copies of int8 weights only
 
     @property
     def peak(self) -> int:
@@ -260,8 +259,6 @@ def render(plan: Plan) -> str:
         f"  weights {_size(run.weights)} (+ {_size(run.loading)} while loading), KV {_size(run.kv)}, logits {_size(run.logits)}, "
         f"vision {_size(run.vision)}, prefill {_size(run.prefill)}, the rest {_size(run.base)}",
     ]
-    if run.without_vnni:
-        lines.append(f"  on x86-64 without VNNI {_size(run.without_vnni)} more, and 8-bit products are slow there")
     widths = {name: max(10, len(name) + 2) for name in plan.needs}
     lines.append(f"  {'board':16}{'usable':>10}  " + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for board in plan.boards():
@@ -336,8 +333,6 @@ class _Sketch:
             logits=outputs["logits"],
             vision=int(SECOND_IMAGE * per_image),
             prefill=self.context * per_token + scores + 2 * fed,
-            without_vnni=sum(m.codes.nbytes for g in self.graphs.values() for m in g.matrices.values() if m.layout == "columns")
-            if target.name == "cpu" else 0,
         )  # fmt: skip
 
 

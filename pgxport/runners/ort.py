@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pgxport.errors import EngineError, IntegrityError, NumericError
+from pgxport.runners.allocator import map_blocks
 from pgxport.runners.driver import ask_driver, missing_libraries
 from pgxport.runners.session import Arrays
 
@@ -30,6 +31,11 @@ VERSION: str = ort.__version__
 OLDEST = (1, 30)  # the first release whose GroupQueryAttention can look both ways
 CPU = "CPUExecutionProvider"
 OUT_OF_MEMORY = ("bad_alloc", "allocate memory", "out of memory", "ALLOC_FAILED")
+
+
+# Blocks of so many bytes go back to the system when they are freed: while a session loads, which frees as much as it keeps; in
+# runs, where asking for them anew takes time, as glibc would have it; and in runs that are to take little.
+LOADING, RUNNING, RUNNING_SMALL = 1 << 16, 1 << 25, 1 << 20
 
 
 # Weights go to a file beside the graph, once as they were and once packed; ONNX Runtime maps both.
@@ -89,8 +95,12 @@ class OrtSession:
             for entry, value in PACKED.items():
                 options.add_session_config_entry(f"session.{entry}", value.format(save_packed.name))
         if provider is CPU_ONLY:
-            with refusals(f"load {graph}"):
-                self._session = ort.InferenceSession(graph, options, providers=[CPU])
+            map_blocks(LOADING)
+            try:
+                with refusals(f"load {graph}"):
+                    self._session = ort.InferenceSession(graph, options, providers=[CPU])
+            finally:
+                map_blocks(RUNNING_SMALL if low_memory else RUNNING)
         else:
             self._session = _open_strictly(graph, options, provider, low_memory=low_memory)
             if low_memory:
