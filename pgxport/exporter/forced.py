@@ -43,12 +43,18 @@ def scene(index: int, spec: ModelSpec, tokenizer: Path, ids: TokenIds) -> Forced
 
 
 def forced_logits(
-    source: TensorSource, spec: ModelSpec, sample: Forced, *, observe: Observe | None = None, rounding: Rounding | None = None
+    source: TensorSource,
+    spec: ModelSpec,
+    sample: Forced,
+    *,
+    observe: Observe | None = None,
+    rounding: Rounding | None = None,
+    writer: type[Eager] = Eager,
 ) -> np.ndarray:
     """Logits [answer tokens + 1, V]: of the first token of the answer, of each next one, and of what follows the last."""
 
     def run(model: Callable[[Eager, ModelSpec], None], output: str, feed: str, values: np.ndarray) -> np.ndarray:
-        eager = Eager(
+        eager = writer(
             source, {feed: values}, prefix=spec.image_tokens + len(sample.prompt), observe=observe, rounding=rounding,
             last=len(sample.answer) + 1,
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +18,7 @@ from pgxport.bundle import GraphInfo, TensorInfo
 from pgxport.errors import UsageError
 from pgxport.exporter import lower, lower_standard
 from pgxport.exporter.coded import Coded, Layout
-from pgxport.exporter.recipe import Recipe
+from pgxport.exporter.recipe import Recipe, Scheme
 from pgxport.exporter.stream import Promise, narrow, row_blocks, to_float32
 from pgxport.exporter.targets import Target
 from pgxport.models.checkpoint import TensorSource
@@ -167,14 +168,22 @@ class GraphBuilder:
     def coded(self, path: str, layout: Layout, gain: float = 1.0) -> Coded:
         """A matrix of the checkpoint in whole numbers; its parts become initializers by `initializer`."""
         if path not in self.matrices:
-            scheme, dtype = self.recipe.scheme(path), self.dtype
-            if layout in self.target.wide_scales:
-                dtype = np.dtype(np.float32)
-            elif scheme.bits == 4 and self.target.short_scales:
-                # In groups of 32, scales in float32 would be a fifth of all bytes. What float16 rounds is a hundredth of a step.
-                dtype = np.dtype(np.float16)
+            scheme = self.recipe.scheme(path)
+            dtype = self._scales(scheme, layout)
             self.matrices[path] = Coded(path, self.source, scheme, layout, gain=gain, dtype=dtype, statistics=self.statistics)
         return self.matrices[path]
+
+    def copied(self, path: str, layout: Layout, scheme: Scheme, name: str) -> Coded:
+        """The same in another scheme and under another name, beside what the recipe says of it."""
+        self.matrices[name] = Coded(name, Renamed(self.source, name, path), scheme, layout, dtype=self._scales(scheme, layout))
+        return self.matrices[name]
+
+    def _scales(self, scheme: Scheme, layout: Layout) -> np.dtype[Any]:
+        """The type of a matrix's scales."""
+        if layout in self.target.wide_scales:
+            return np.dtype(np.float32)
+        # In groups of 32, scales in float32 would be a fifth of all bytes. What float16 rounds is a hundredth of a step.
+        return np.dtype(np.float16) if scheme.bits == 4 and self.target.short_scales else self.dtype
 
     def activation_range(self, w: Coded) -> tuple[float, float]:
         """Lowest and highest input of a matrix, by its observer.
@@ -318,6 +327,28 @@ def _tensors(values: Sequence[ir.Value]) -> tuple[TensorInfo, ...]:
         shape = tuple(d if isinstance(d, int) else str(d.value) for d in v.shape)
         found.append(TensorInfo(name=v.name, dtype=v.dtype.numpy().name, shape=shape))
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """One tensor of a source under another name."""
+
+    source: TensorSource
+    name: str
+    path: str
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(self._path(name))
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return self.source.dtype(self._path(name))
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self.source.rows(self._path(name), start, stop)
+
+    def _path(self, name: str) -> str:
+        assert name == self.name, f"Bug: {name} was asked for, and this is {self.name}"
+        return self.path
 
 
 def _unwritten() -> ir.TensorProtocol:

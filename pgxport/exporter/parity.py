@@ -14,16 +14,18 @@ import numpy as np
 
 from pgxport.bundle import Parity
 from pgxport.divergence import divergence
+from pgxport.exporter.eager import Eager
 from pgxport.exporter.float8 import to_float8
 from pgxport.exporter.forced import Forced, forced_logits
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.lower import uint8_grid
+from pgxport.exporter.lower import CANDIDATES, SCREENED, uint8_grid
 from pgxport.exporter.lower_standard import activation_scale
-from pgxport.exporter.recipe import Recipe, Scheme
+from pgxport.exporter.recipe import SCREEN, Recipe, Scheme
 from pgxport.exporter.scaling import Statistics
 from pgxport.exporter.stream import DataLayout, Progress, to_float32
 from pgxport.exporter.targets import Target
 from pgxport.models.checkpoint import TensorSource
+from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.spec import ModelSpec
 
 FIRST_SCENE = 1 << 20  # beyond what anybody calibrates on
@@ -51,7 +53,7 @@ class StoredWeights:
                     self._parts[p.name] = np.memmap(file, dtype, "r", layout.places[p.name][0], shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._source.shape(name)
+        return self.matrices[name].shape if name in self.matrices else self._source.shape(name)
 
     def dtype(self, name: str) -> np.dtype[Any]:
         return np.dtype(np.float32)
@@ -77,12 +79,19 @@ class Run:
     statistics: Statistics | None = None
     target: Target | None = None
 
-    def rounding(self, kind: str, where: str, x: np.ndarray) -> np.ndarray:
+    def logits(self, sample: Forced) -> np.ndarray:
+        """[answer tokens + 1, V] along an answer that is given."""
+        if self.recipe is None:
+            return forced_logits(self.weights, self.spec, sample)
+        writer = _Screened if self.recipe.scheme(TOKEN_TABLE).screen else Eager
+        return forced_logits(self.weights, self.spec, sample, rounding=self._rounding, writer=writer)
+
+    def _rounding(self, kind: str, where: str, x: np.ndarray) -> np.ndarray:
         """What the engine takes for x."""
         assert self.recipe is not None
         if kind != "linear input":
             return self._cached(kind.removeprefix("cache "), where, x)
-        scheme = self.recipe.scheme(where)
+        scheme = SCREEN if where == SCREENED else self.recipe.scheme(where)
         if scheme.bits is None:
             return x
         if self.target is not None and self.target.dialect == "standard":
@@ -126,6 +135,16 @@ class Run:
         return x.astype(self.recipe.cache or x.dtype).astype(x.dtype)
 
 
+class _Screened(Eager):
+    """Finds the candidates of the output with a copy of the token table, as lower.screened_head does."""
+
+    def lm_head(self, x: np.ndarray, name: str) -> np.ndarray:
+        rough, exact = self._product(self._rounding("linear input", SCREENED, x), SCREENED, 1.0), self._product(x, name, 1.0)
+        likely = np.argpartition(rough, -min(CANDIDATES, rough.shape[-1]))[..., -CANDIDATES:]
+        np.put_along_axis(rough, likely, np.take_along_axis(exact, likely, -1), -1)
+        return rough
+
+
 def parity(exact: Run, rounded: Run, samples: Sequence[Forced], *, progress: Progress | None = None) -> Parity:
     """Force both along the same answers, and compare what each would have said at every token."""
     losses: list[float] = []
@@ -133,14 +152,14 @@ def parity(exact: Run, rounded: Run, samples: Sequence[Forced], *, progress: Pro
     for i, sample in enumerate(samples):
         if progress:
             progress("comparing with the checkpoint", i, len(samples))
-        p = forced_logits(exact.weights, exact.spec, sample)
-        q = forced_logits(rounded.weights, rounded.spec, sample, rounding=rounded.rounding)
+        p = exact.logits(sample)
+        q = rounded.logits(sample)
         losses += [float(divergence(a[None], b[None])[0]) for a, b in zip(p, q, strict=True)]  # a token at a time: a row is wide
         agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
     if progress:
         progress("comparing with the checkpoint", len(samples), len(samples))
     assert isinstance(rounded.weights, StoredWeights), "Bug: only a bundle's files are compared"
-    sqnr = {path: round(matrix.sqnr, 2) for path, matrix in rounded.weights.matrices.items()}
+    sqnr = {path: round(matrix.sqnr, 2) for path, matrix in rounded.weights.matrices.items() if path != SCREENED}
     return Parity(
         scenes=len(samples), positions=len(losses), kl=float(np.mean(losses)), kl_worst=max(losses),
         agreement=agreed / len(losses), sqnr=dict(sorted(sqnr.items(), key=lambda item: item[1])),

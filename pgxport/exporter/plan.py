@@ -22,6 +22,7 @@ from pgxport.exporter.export import context_length, named
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, file_sizes, write_graphs
 from pgxport.exporter.locate import TINY, published_name
+from pgxport.exporter.lower import SCREENED
 from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import BLOCK_BYTES, DataLayout, Promise
@@ -316,7 +317,8 @@ class _Sketch:
         inputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.inputs}
         outputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.outputs}
         held = [_held(p, g.dtype) for g in self.graphs.values() for p in g.promises.values()]
-        held += [_held(p, decoder.dtype) for p in self.table.promises]
+        if SCREENED not in decoder.matrices:  # of a screened table the engine reads rows
+            held += [_held(p, decoder.dtype) for p in self.table.promises]
         per_image = (
             v.image_tokens * self.graphs["vision_encoder"].dtype.itemsize * (MLP_BUFFERS * v.mlp + STREAM_BUFFERS * v.width)
         )

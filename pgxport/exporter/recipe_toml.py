@@ -86,6 +86,11 @@ CLASHES: tuple[tuple[str, Callable[[Scheme], bool], str], ...] = (
         "bits = 4 has too few steps for a whole row; write group = 32 beside it, or another power of two from 16 to 256",
     ),
     (
+        "screen",
+        lambda s: s.screen and s.bits != 8,
+        "screen = true looks for the likeliest tokens in 4 bits first, and bits is {s.bits}; write bits = 8, or take screen out",
+    ),
+    (
         "scaling",
         lambda s: s.scaling == "smoothquant" and s.activations == "float",
         'scaling = "smoothquant" is for activations that are rounded; write activations = "dynamic" or "static", or scaling = "awq"',

@@ -30,6 +30,7 @@ class Target:
         float8: It has FP8 products.
         wide_scales: Layouts of whole numbers whose scales are float32 whatever the activations are.
         short_scales: Scales of 4-bit groups are stored in float16 whatever the activations are, and widened while loading.
+        screens: The output matrix may be screened.
         cache_kind: How the decoder's graph appends to a cache; see `bundle.Cache`.
         tensorrt: The version of TensorRT that graphs are written for.
     """
@@ -51,6 +52,7 @@ class Target:
     float8: bool = False
     wide_scales: frozenset[str] = frozenset({"columns", "rows"})
     short_scales: bool = False
+    screens: bool = False
     cache_kind: CacheKind = "shared"
     tensorrt: TrtVersion | None = None
 
@@ -107,6 +109,8 @@ class Target:
         where = f"the rule for {rule.pattern!r}"
         if scheme.format == "e4m3" and not self.float8:
             return f"has no FP8 products, as {where} wants; target 'tensorrt' has, or write format = \"int\""
+        if scheme.screen and not self.screens:
+            return f"multiplies by the whole token table, and {where} says screen = true; take that out"
         if (scheme.bits, scheme.activations) not in self.products:
             can = ", ".join(f"{bits} with {activations}" for bits, activations in sorted(self.products)) or "none"
             return (
@@ -134,7 +138,7 @@ _ORT = (("", 23), ("com.microsoft", 1))
 CPU = Target(
     "cpu", _ORT, 11, MappingProxyType(dict.fromkeys(("float32", "float16", "bfloat16"), "float32")),
     frozenset({(4, "float"), (8, "float"), (8, "dynamic"), (8, "static")}), frozenset({"float32", "float16", "int8"}),
-    recipes=(INT4_CPU,), spelled_prefill=True, short_scales=True,
+    recipes=(INT4_CPU,), spelled_prefill=True, short_scales=True, screens=True,
 )  # fmt: skip
 CUDA = Target(
     "cuda", _ORT, 11, MappingProxyType({"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}),

@@ -19,9 +19,9 @@ from in_memory import Observed, Tensors, dequantized, run
 from pgxport.bundle import Embedding, TokenTable
 from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.graphs import token_table
-from pgxport.exporter.lower import uint8_grid
-from pgxport.exporter.recipe import Recipe, Rule, Scheme
+from pgxport.exporter.graphs import stored, token_table
+from pgxport.exporter.lower import CANDIDATES, SCREENED, uint8_grid
+from pgxport.exporter.recipe import SCREEN, Recipe, Rule, Scheme
 from pgxport.exporter.stream import DataLayout
 from pgxport.exporter.targets import TARGETS
 from pgxport.models.gemma import TOKEN_TABLE
@@ -205,6 +205,64 @@ def test_rows_of_bfloat16_are_those_of_ml_dtypes(tmp_path):
     assert np.array_equal(Embedding(tmp_path / "t", table).rows(range(VOCAB)), w.astype(np.float32))
 
 
+MANY = 300  # tokens, of which `CANDIDATES` are computed from the table
+
+
+def screened(scheme: Scheme, w: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits of a screened output matrix; and those of the dequantized table and of the dequantized copy."""
+    g = builder(scheme, w, name=TOKEN_TABLE)
+    g.output(g.lm_head(g.input("x", ["batch", 1, w.shape[1]]), TOKEN_TABLE), "logits", ["batch", 1, len(w)])
+    outputs, parts = run(g, {"x": x[:, None]})
+    kind = "blocks" if scheme.activations == "float" else "rows"
+    table = dequantized(scheme, kind, w.shape, TOKEN_TABLE, parts)
+    return outputs["logits"][:, 0], *(x @ m.T for m in (table, dequantized(SCREEN, "blocks", w.shape, SCREENED, parts)))
+
+
+@pytest.mark.parametrize("columns", [256, 72, 300])
+@pytest.mark.parametrize(
+    "scheme", [*(Scheme(bits=8, group=g, screen=True) for g in (16, 128)), replace(INTEGERS[0], screen=True)]
+)
+def test_the_likeliest_tokens_have_the_tables_logits_and_the_others_the_screens(scheme, columns):
+    x = whole_numbers(3, columns, 128)
+    got, table, rough = screened(scheme, weights(MANY, columns), x)
+    for logits, exact, screen in zip(got, table, rough, strict=True):
+        likely = np.argsort(screen)[-CANDIDATES:]
+        expected = screen.copy()
+        expected[likely] = exact[likely]
+        assert apart(logits, expected) < FLOAT32
+    assert apart(rough, table) > 0.01  # four bits show
+
+
+def test_a_screen_does_not_decide_between_the_likeliest_tokens():
+    """The second token is likelier by less than four bits can tell; rounded, its copy is the same as the first's."""
+    w = np.full((MANY, 128), -1, np.float32)
+    w[:2] = weights(1, 128)
+    w[1] += np.float32(0.02) * np.sign(w[1])
+    x = w[:1]
+    _, table, rough = screened(Scheme(bits=8, group=128, screen=True), w, np.rint(127 * x / np.abs(x).max()))
+    got, *_ = screened(Scheme(bits=8, group=128, screen=True), w, np.rint(127 * x / np.abs(x).max()))
+    assert table[0].argmax() == got[0].argmax() == 1
+    assert np.ptp(rough[0, :2]) < np.ptp(table[0, :2])
+
+
+def test_a_vocabulary_smaller_than_the_candidates_is_computed_whole():
+    x = whole_numbers(1, 64, 128)
+    got, table, _ = screened(Scheme(bits=8, group=32, screen=True), weights(VOCAB, 64), x)
+    assert apart(got, table) < FLOAT32
+
+
+def test_a_screen_leaves_the_table_as_it_is():
+    """The same bytes are looked up, and counted once."""
+    plain, other = (builder(Scheme(bits=8, group=32, screen=s), weights(MANY, 48), name=TOKEN_TABLE) for s in (False, True))
+    written = []
+    for g in (plain, other):
+        g.output(g.lm_head(g.input("x", ["batch", 1, 48]), TOKEN_TABLE), "logits", ["batch", 1, MANY])
+        table = [p for name, p in g.promises.items() if name.startswith(TOKEN_TABLE)]
+        written.append((b"".join(DataLayout(table).bytes()), stored({"decoder_step": g}, DataLayout([]))))
+    assert written[0] == written[1]
+    assert written[1][1]["token_table"] == {"int8": MANY * 48}
+
+
 # The cache -----------------------------------------------------------------------------------------------------------
 
 TEXT = TextSpec(width=64, depth=1, mlp=64, heads=4, kv_heads=2, head_dim=16, vocab=VOCAB, query_scale=0.3, attn_softcap=5.0)
@@ -316,6 +374,21 @@ def test_a_product_without_a_kernel_is_refused_with_its_rule(scheme, says):
     with pytest.raises(UsageError, match=says) as error:
         TARGETS["cpu"].check(Recipe("test", (Rule("*_proj.weight", scheme), Rule("*", Scheme()))))
     assert "'*_proj.weight'" in str(error.value)
+
+
+@pytest.mark.parametrize("target", ["cuda", "tensorrt"])
+def test_a_screen_is_refused_where_the_table_is_multiplied_by_at_once(target):
+    recipe = Recipe("test", (Rule(TOKEN_TABLE, Scheme(bits=8, group=128, screen=True)), Rule("*", Scheme("float16"))))
+    with pytest.raises(UsageError, match=r"embed_tokens\.weight' says screen = true; take that out"):
+        TARGETS[target].check(recipe)
+
+
+def test_a_screen_for_another_matrix_is_refused():
+    recipe = Recipe("test", (Rule("*.weight", Scheme(bits=8, group=128, screen=True)), Rule("*", Scheme("float16"))))
+    with pytest.raises(
+        UsageError, match=r"screen is of the token table alone, and the rule for '\*\.weight' decides for a\.weight"
+    ):
+        recipe.check(["a.weight", TOKEN_TABLE, "a.bias"])
 
 
 @pytest.mark.parametrize("scheme", [Scheme(bits=4, group=32, symmetric=False), Scheme(bits=8, group=32, symmetric=False)])

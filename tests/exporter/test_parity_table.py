@@ -23,6 +23,7 @@ from rounded import (
     engine_logits,
     make_calibration,
     make_checkpoint,
+    recipe_of,
     sample,
     stored_arrays,
     stored_matrix,
@@ -34,7 +35,7 @@ from pgxport.calib import observe
 from pgxport.errors import GateError, UsageError
 from pgxport.exporter.calibration import Calibration
 from pgxport.exporter.export import ExportOptions, Job, export, prepare, rescaled_for
-from pgxport.exporter.forced import Forced, forced_logits
+from pgxport.exporter.forced import Forced
 from pgxport.exporter.graphs import write_graphs
 from pgxport.exporter.parity import FIRST_SCENE, Run, StoredWeights, divergence, parity
 from pgxport.exporter.recipe import Recipe, Rule, Scheme
@@ -46,6 +47,8 @@ from pgxport.models.checkpoint import Checkpoint
 # between two codes, and the engine's last bit sends it to the other one, all that follows moves: seen on a third of samples, by
 # 1e-2. Through a float16 cache, in whose type the engine attends, that is so on every sample, by 2e-2.
 FLOATS, ONE_CODE = 3e-6, 0.05
+_EIGHT = Scheme(bits=8, group=32)
+ALL = MIXED | {"screened": recipe_of("screened", _EIGHT, replace(_EIGHT, screen=True), _EIGHT)}
 
 
 class Case(NamedTuple):
@@ -63,7 +66,7 @@ def case(request, tmp_path_factory) -> Case:
 
 
 def options(case: Case, name: str, folder: Path, **more: Any) -> ExportOptions:
-    (folder / f"{name}.toml").write_text(to_toml(MIXED[name]))
+    (folder / f"{name}.toml").write_text(to_toml(ALL[name]))
     return ExportOptions(
         **{
             "output": folder / name, "checkpoint": case.folder, "recipe": folder / f"{name}.toml",
@@ -84,7 +87,7 @@ def simulated(made: ExportOptions, bundle: Bundle) -> tuple[Job, Run]:
 
 
 def logits(run: Run, given: Forced) -> np.ndarray:
-    return forced_logits(run.weights, run.spec, given, rounding=run.rounding if run.recipe else None)
+    return run.logits(given)
 
 
 @pytest.mark.parametrize("name", ["int4", "w8a8", "zeros", "everything"])
@@ -105,7 +108,7 @@ def test_stored_weights_are_what_the_onnx_package_reads(case, tmp_path, name):
     assert whole == len(run.weights.matrices) >= 15  # no weight of a rounding rule was left in floats
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", ALL)
 def test_the_rounding_in_numpy_is_the_engines(case, tmp_path, name):
     made = options(case, name, tmp_path)
     bundle = export(made)
