@@ -65,17 +65,23 @@ class Eager:
         whole = to_float32(self.source.rows(path, 0, self.source.shape(path)[0]))
         return (whole if transform is None else transform(whole)).astype(self.dtype)
 
+    def layer(self, x: np.ndarray, write: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        return write(x)
+
     def linear(self, x: np.ndarray, name: str, *, bias: bool = False, gain: float = 1.0) -> np.ndarray:
         with self.scope(name):
             self.observe("linear input", self.path("weight"), x)
-            y = self._product(self._rounding("linear input", self.path("weight"), x), self.path("weight"), gain)
+            y = self._multiply(x, self.path("weight"), gain)
             y = y + self.weight("bias", times(gain)) if bias else y
             self.observe("linear output", self.path("weight"), y)
             return y
 
     def lm_head(self, x: np.ndarray, name: str) -> np.ndarray:
         self.observe("linear input", name, x)
-        return self._product(self._rounding("linear input", name, x), name, 1.0)
+        return self._multiply(x, name, 1.0)
+
+    def _multiply(self, x: np.ndarray, path: str, gain: float) -> np.ndarray:
+        return self._product(self._rounding("linear input", path, x), path, gain)
 
     def _product(self, x: np.ndarray, path: str, gain: float) -> np.ndarray:
         rows, cols = self.source.shape(path)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import ml_dtypes  # noqa: F401  before onnx_ir: it registers bfloat16 and int4 with numpy
 import numpy as np
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pgxport.exporter.scaling import Statistics
 
 Place = tuple[str, int, int]  # file, offset, length
+Phase = Literal["prefill", "step"]
 
 
 class Dialect(Protocol):
@@ -72,6 +73,7 @@ class GraphBuilder:
         self.statistics = statistics  # of activations, from calibration
         self.promises: dict[str, Promise] = {}
         self.matrices: dict[str, Coded] = {}  # those in whole numbers
+        self.copies: set[str] = set()  # names of those that stand beside others for the same weight
         self.rounded: dict[tuple[Any, ...], lower.Rounded] = {}
         self.multiplied: dict[str, str] = {}  # names of values that matrices multiply, and a matrix that does
         self.shared: dict[tuple[Any, ...], Any] = {}  # values that many nodes read, by what they are
@@ -80,10 +82,12 @@ class GraphBuilder:
         self._body = self.graph  # where nodes are appended: the graph, or a branch of it
         self._nodes = 0
         self._prefill: ir.Value | None = None
+        self.phase: Phase | None = None  # which of the two a layer is being written for, where they have weights of their own
+        self._kept: list[tuple[ir.Value, str, Sequence[int | str], Any]] = []  # outputs of a layer that is under an `If`
         # One dtype for all activations of a graph, by the weights it is to multiply most of.
         self.dtype = np.dtype(target.compute(recipe.rules[-1].scheme.dtype))
         self.cache_dtype = np.dtype(recipe.cache or self.dtype)
-        self._promised: list[str] = []
+        self._promised: dict[str, ir.Value] = {}
         self._scope: list[str] = []
         self._inputs: dict[str, ir.Value] = {}
         self._weights: dict[str, ir.Value] = {}
@@ -112,6 +116,9 @@ class GraphBuilder:
 
     def output(self, value: ir.Value, name: str, shape: Sequence[int | str], dtype: Any = None) -> None:
         """An output of the graph; activations leave it as float32."""
+        if self.phase:
+            self._kept.append((value, name, shape, dtype))
+            return
         value = value if dtype else self.cast(value, self.dtype, np.dtype(np.float32))
         value.name, value.shape = name, ir.Shape(shape)
         value.dtype = ir.DataType.from_numpy(np.dtype(dtype or np.float32))
@@ -132,13 +139,16 @@ class GraphBuilder:
         key = (name, array.dtype.name, array.shape, array.tobytes())
         if key not in self._constants:
             name = name or f"constant_{len(self._constants)}"
-            self._constants[key] = self._initializer(_value(name, array.dtype, array.shape), ir.tensor(array, name=name))
+            value = self._constants[key] = _value(name, array.dtype, array.shape)
+            value.const_value = ir.tensor(array, name=name)
+            self.graph.register_initializer(value)
         return self._constants[key]
 
     def table(self, name: str, shape: tuple[int, ...], make: Callable[[], np.ndarray], dtype: Any = None) -> ir.Value:
         """A large constant, worked out when it is written."""
         kind = np.dtype(dtype or self.dtype)
-        return self.initializer(Promise(name, kind, shape, lambda: iter([make().astype(kind)])))
+        with self._at_the_top():
+            return self.initializer(Promise(name, kind, shape, lambda: iter([make().astype(kind)])))
 
     def weight(self, name: str, transform: Transform | None = None, dtype: Any = None) -> ir.Value:
         return self.tensor(self.path(name), transform, dtype)
@@ -153,11 +163,18 @@ class GraphBuilder:
                     f"rounded; put a rule with a dtype for it before the others"
                 )
             stored = np.dtype(scheme.dtype)
-            value = self.initializer(
-                Promise(path, stored, self.source.shape(path), lambda: self._blocks(path, stored, transform))
-            )
-            self._weights[path] = self.cast(value, stored, np.dtype(dtype or self.dtype))
+            with self._at_the_top():
+                value = self.initializer(
+                    Promise(path, stored, self.source.shape(path), lambda: self._blocks(path, stored, transform))
+                )
+                self._weights[path] = self.cast(value, stored, np.dtype(dtype or self.dtype))
         return self._weights[path]
+
+    @contextmanager
+    def _at_the_top(self) -> Iterator[None]:
+        body, self._body = self._body, self.graph  # where both branches of an `If` see it
+        yield
+        self._body = body
 
     def prefill(self, x: ir.Value) -> ir.Value:
         """Whether x [B, T, …], and with it the decoder, is a prefix and not one token."""
@@ -173,9 +190,11 @@ class GraphBuilder:
             self.matrices[path] = Coded(path, self.source, scheme, layout, gain=gain, dtype=dtype, statistics=self.statistics)
         return self.matrices[path]
 
-    def copied(self, path: str, layout: Layout, scheme: Scheme, name: str) -> Coded:
+    def copied(self, path: str, layout: Layout, scheme: Scheme, name: str, gain: float = 1.0) -> Coded:
         """The same in another scheme and under another name, beside what the recipe says of it."""
-        self.matrices[name] = Coded(name, Renamed(self.source, name, path), scheme, layout, dtype=self._scales(scheme, layout))
+        source, dtype = Renamed(self.source, name, path), self._scales(scheme, layout)
+        self.matrices[name] = Coded(name, source, scheme, layout, gain=gain, dtype=dtype)
+        self.copies.add(name)
         return self.matrices[name]
 
     def _scales(self, scheme: Scheme, layout: Layout) -> np.dtype[Any]:
@@ -221,26 +240,27 @@ class GraphBuilder:
             yield narrow(block if transform is None else transform(block), stored, path)
 
     def initializer(self, promise: Promise) -> ir.Value:
-        """A promise as an initializer: its bytes are written later, into the graph's data file."""
+        """A promise as an initializer: its bytes are written later, into the graph's data file.
+
+        It belongs to the branch that is being written, if there is one: what ONNX Runtime does to weights while it loads them, it
+        does not do to those that a branch reads from the graph around it (seen with 1.32).
+        """
         if promise.name in self.promises:
-            return self.graph.initializers[promise.name]
+            return self._promised[promise.name]
         self.promises[promise.name] = promise
-        self._promised.append(promise.name)
         dtype = ir.DataType.from_numpy(promise.dtype)
         tensor = ir.LazyTensor(_unwritten, dtype=dtype, shape=ir.Shape(promise.shape), name=promise.name)
-        return self._initializer(_value(promise.name, promise.dtype, promise.shape), tensor)
-
-    def _initializer(self, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
+        value = _value(promise.name, promise.dtype, promise.shape)
         value.const_value = tensor
-        self.graph.register_initializer(value)
+        self._body.register_initializer(value)
+        self._promised[promise.name] = value
         return value
 
     # The file ----------------------------------------------------------------------------------------------------
 
     def serialize(self, places: Mapping[str, Place]) -> bytes:
         """The .onnx file, its large weights pointing at (file, offset, length) beside it."""
-        for name in self._promised:
-            value = self.graph.initializers[name]
+        for name, value in self._promised.items():
             file, start, length = places[name]
             assert value.dtype is not None, f"Bug: {name} has no type"
             assert value.shape is not None, f"Bug: {name} has no shape"
@@ -272,6 +292,21 @@ class GraphBuilder:
             self._body.outputs.extend(write())
             branches[name], self._body = self._body, body
         return self.op("If", condition, outputs=len(branches["then_branch"].outputs), **branches)
+
+    def layer(self, x: ir.Value, write: Callable[[ir.Value], ir.Value]) -> ir.Value:
+        """Once; or under an `If`, for a prefix and for a new token, where each has weights of its own."""
+        if not any(rule.scheme.prefill8 for rule in self.recipe.rules):
+            return write(x)
+
+        def of(phase: Phase) -> list[ir.Value]:
+            self.phase, self._kept = phase, []
+            return [write(x), *(value for value, *_ in self._kept)]
+
+        out, *kept = self.branch(self.prefill(x), lambda: of("prefill"), lambda: of("step"))
+        self.phase = None
+        for value, (_, *described) in zip(kept, self._kept, strict=True):
+            self.output(value, *described)
+        return out
 
     def linear(self, x: ir.Value, name: str, *, bias: bool = False, gain: float = 1.0) -> ir.Value:
         with self.scope(name):

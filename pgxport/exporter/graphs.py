@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pgxport.bundle import Counted, TokenTable
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.lower import SCREENED
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.stream import DataLayout
 from pgxport.exporter.targets import Target
@@ -66,8 +65,8 @@ def stored(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, dict
     counts: dict[str, dict[Counted, int]] = {"token_table": {}}
     for g in graphs.values():
         for path, matrix in g.matrices.items():
-            if path == SCREENED:
-                continue  # a copy
+            if path in g.copies:
+                continue
             kind = "float8" if matrix.scheme.format == "e4m3" else f"int{matrix.scheme.bits}"
             _count(counts, "token_table" if path == TOKEN_TABLE else g.name, kind, matrix.shape)
         parts = {p.name for matrix in g.matrices.values() for p in matrix.promises}

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pgxport.errors import CheckpointError, UsageError
-from pgxport.exporter.recipe import SCREEN
+from pgxport.exporter.recipe import PREFILL, SCREEN
 from pgxport.models.layers import Transform, times
 from pgxport.models.spec import TextSpec
 
@@ -29,6 +29,8 @@ CANDIDATES = 64  # tokens
 def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Value:
     """x [..., in] times the checkpoint's matrix [out, in] -> [..., out]"""
     scheme = g.recipe.scheme(path)
+    if g.phase == "prefill":
+        return integer_product(g, x, g.copied(path, "columns", PREFILL, f"{path}.prefill", gain))
     if scheme.bits is None:
         # FusedMatMul reads [out, in] as the checkpoint has it: nothing is transposed while writing, and the token table serves
         # lookup and output from the same bytes. (A Transpose node would be folded into a second copy in memory.)
@@ -203,8 +205,13 @@ def cached_attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, 
         out, *present = fused()
         return [g.cast(out, inner, g.dtype), *present]
 
-    if g.target.spelled_prefill:
-        out, *present = g.branch(g.prefill(q), lambda: prefix_attention(g, (q, k, v), past, scales, text), fused_and_cast)
+    def spelled() -> list[ir.Value]:
+        return prefix_attention(g, (q, k, v), past, scales, text)
+
+    if g.phase:
+        out, *present = spelled() if g.phase == "prefill" else fused_and_cast()
+    elif g.target.spelled_prefill:
+        out, *present = g.branch(g.prefill(q), spelled, fused_and_cast)
     else:
         out, *present = fused_and_cast()
     for part, value in zip(("key", "value"), present, strict=True):

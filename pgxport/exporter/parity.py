@@ -20,12 +20,11 @@ from pgxport.exporter.forced import Forced, forced_logits
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.lower import CANDIDATES, SCREENED, uint8_grid
 from pgxport.exporter.lower_standard import activation_scale
-from pgxport.exporter.recipe import SCREEN, Recipe, Scheme
+from pgxport.exporter.recipe import Recipe, Scheme
 from pgxport.exporter.scaling import Statistics
 from pgxport.exporter.stream import DataLayout, Progress, to_float32
 from pgxport.exporter.targets import Target
 from pgxport.models.checkpoint import TensorSource
-from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.spec import ModelSpec
 
 FIRST_SCENE = 1 << 20  # beyond what anybody calibrates on
@@ -41,6 +40,7 @@ class StoredWeights:
     def __init__(self, source: TensorSource, graphs: Mapping[str, GraphBuilder], layouts: Mapping[str, tuple[Path, DataLayout]]):
         self._source = source
         self.matrices = {path: matrix for g in graphs.values() for path, matrix in g.matrices.items()}
+        self.copies = {name for g in graphs.values() for name in g.copies}
         self._dtypes = {p.name: p.dtype for _, layout in layouts.values() for p in layout.promises}
         # What rounding took from the mean output is in a bias's bytes alone.
         self._biases = {f"{path.removesuffix('weight')}bias": m for path, m in self.matrices.items() if m.scheme.compensate}
@@ -83,15 +83,15 @@ class Run:
         """[answer tokens + 1, V] along an answer that is given."""
         if self.recipe is None:
             return forced_logits(self.weights, self.spec, sample)
-        writer = _Screened if self.recipe.scheme(TOKEN_TABLE).screen else Eager
-        return forced_logits(self.weights, self.spec, sample, rounding=self._rounding, writer=writer)
+        return forced_logits(self.weights, self.spec, sample, rounding=self._rounding, writer=_AsStored)
 
     def _rounding(self, kind: str, where: str, x: np.ndarray) -> np.ndarray:
         """What the engine takes for x."""
         assert self.recipe is not None
         if kind != "linear input":
             return self._cached(kind.removeprefix("cache "), where, x)
-        scheme = SCREEN if where == SCREENED else self.recipe.scheme(where)
+        assert isinstance(self.weights, StoredWeights), "Bug: only a bundle's files are rounded"
+        scheme = self.weights.matrices[where].scheme if where in self.weights.copies else self.recipe.scheme(where)
         if scheme.bits is None:
             return x
         if self.target is not None and self.target.dialect == "standard":
@@ -135,14 +135,27 @@ class Run:
         return x.astype(self.recipe.cache or x.dtype).astype(x.dtype)
 
 
-class _Screened(Eager):
-    """Finds the candidates of the output with a copy of the token table, as lower.screened_head does."""
+class _AsStored(Eager):
+    """Multiplies by the copies of a weight where the bundle's graphs do."""
 
     def lm_head(self, x: np.ndarray, name: str) -> np.ndarray:
-        rough, exact = self._product(self._rounding("linear input", SCREENED, x), SCREENED, 1.0), self._product(x, name, 1.0)
+        if SCREENED not in self._copies:
+            return super().lm_head(x, name)
+        rough, exact = self._multiply(x, SCREENED, 1.0), self._product(x, name, 1.0)
         likely = np.argpartition(rough, -min(CANDIDATES, rough.shape[-1]))[..., -CANDIDATES:]
         np.put_along_axis(rough, likely, np.take_along_axis(exact, likely, -1), -1)
         return rough
+
+    def _multiply(self, x: np.ndarray, path: str, gain: float) -> np.ndarray:
+        if f"{path}.prefill" not in self._copies:
+            return super()._multiply(x, path, gain)
+        prefix = super()._multiply(x[:, : self.prefix], f"{path}.prefill", gain)
+        return np.concatenate([prefix, super()._multiply(x[:, self.prefix :], path, gain)], 1)
+
+    @property
+    def _copies(self) -> set[str]:
+        assert isinstance(self.source, StoredWeights), "Bug: only a bundle's files have copies"
+        return self.source.copies
 
 
 def parity(exact: Run, rounded: Run, samples: Sequence[Forced], *, progress: Progress | None = None) -> Parity:
@@ -159,7 +172,9 @@ def parity(exact: Run, rounded: Run, samples: Sequence[Forced], *, progress: Pro
     if progress:
         progress("comparing with the checkpoint", len(samples), len(samples))
     assert isinstance(rounded.weights, StoredWeights), "Bug: only a bundle's files are compared"
-    sqnr = {path: round(matrix.sqnr, 2) for path, matrix in rounded.weights.matrices.items() if path != SCREENED}
+    sqnr = {
+        path: round(matrix.sqnr, 2) for path, matrix in rounded.weights.matrices.items() if path not in rounded.weights.copies
+    }
     return Parity(
         scenes=len(samples), positions=len(losses), kl=float(np.mean(losses)), kl_worst=max(losses),
         agreement=agreed / len(losses), sqnr=dict(sorted(sqnr.items(), key=lambda item: item[1])),

@@ -37,6 +37,8 @@ class Scheme:
         compensate: Add what rounding takes from the mean output to the bias of the layer, where it has one.
         screen: Of the token table: find the likeliest tokens with a copy of it in `SCREEN`, and then these tokens' logits with the
             table itself, whose other rows are not read.
+        prefill8: Of the decoder's linears: multiply a prefix by a copy in `PREFILL`, which takes less time where processors have
+            integer products; a new token, for which reading the weights is what takes time, by what the rest of the scheme says.
     """
 
     dtype: str = "float32"
@@ -50,6 +52,7 @@ class Scheme:
     observer: Observer = "minmax"
     compensate: bool = False
     screen: bool = False
+    prefill8: bool = False
 
     @property
     def calibrated(self) -> bool:
@@ -103,9 +106,20 @@ class Recipe:
                     f"recipe {self.name!r}: screen is of the token table alone, and the rule for {rule.pattern!r} decides for "
                     f"{min(others)}; give {TABLE!r} a rule of its own"
                 )
+            if rule.scheme.prefill8 and (others := [name for name in matched if not fnmatchcase(name, DECODER)]):
+                raise UsageError(
+                    f"recipe {self.name!r}: prefill8 is of the decoder's linears, and the rule for {rule.pattern!r} decides for "
+                    f"{min(others)}; give {DECODER!r} a rule of its own"
+                )
             left -= matched
         if left:
             self.scheme(min(left))
+        linears = {name: self.scheme(name).prefill8 for name in names if fnmatchcase(name, DECODER)}
+        if len({*linears.values()}) > 1:
+            raise UsageError(
+                f"recipe {self.name!r}: prefill8 is for all of the decoder's linears or none, for a layer is written twice; and "
+                f"{min(name for name, twice in linears.items() if not twice)} is without"
+            )
 
     @property
     def calibrated(self) -> bool:
@@ -126,6 +140,8 @@ TABLE, DECODER = "*.embed_tokens.weight", "language_model.*_proj.weight"
 VISION, PROJECTOR = "vision_tower.*.layers.*.weight", "multi_modal_projector.linear.weight"
 # What a screened table's copy is stored in. With groups of 128 a step takes least; the candidates are computed anew.
 SCREEN = Scheme(bits=4, group=128)
+# And the copies that prefixes are multiplied by.
+PREFILL = Scheme(bits=8, activations="dynamic")
 VISION_FC2 = "vision_tower.*.fc2.weight"
 FP32 = Recipe("fp32", (Rule("*", Scheme()),))
 FP16 = Recipe("fp16", (NORMS, REST))
@@ -170,6 +186,11 @@ INT4_FAST = Recipe(
 )
 # The fastest: a long answer's steps read the cache as often as the weights, here a quarter of it.
 INT4_FAST_KV8 = replace(INT4_FAST, name="int4-fast-kv8", cache="int8")
+# The first token as soon as w8a8 has it, the others as fast as int4-fast, for twice the memory.
+MIXED = Recipe(
+    "mixed",
+    (NORMS, TABLE_8_SCREENED, Rule(DECODER, Scheme(bits=4, group=128, symmetric=False, prefill8=True)), *FAST_VISION),
+)
 # The smallest: the table and the vision encoder in 4 bits too. The table alone costs a KL of 0.0047 rounded to nearest, 0.0033
 # clipped, and 0.0050 by GPTQ (tiny-112), which minimises a norm of all logits, not of those that are likely.
 _SMALL_TABLE = Rule(TABLE, Scheme(bits=4, group=32, method="clip"))
@@ -201,5 +222,20 @@ TENSORRT_RECIPES = (
     Recipe("int4", (NORMS, ROWS_8, Rule(DECODER, _GROUPS), REST)),
     Recipe("int4-gptq", (NORMS, ROWS_8, Rule(DECODER, replace(_GROUPS, method="gptq")), REST)),
 )
-_NAMED = (FP32, FP16, BF16, INT8, INT4, W8A8, W8A8_STATIC, INT4_GPTQ, INT4_FAST, INT4_FAST_KV8, INT4_SMALL, INT4_SMALL_GPTQ, FP8)
+_NAMED = (
+    FP32,
+    FP16,
+    BF16,
+    INT8,
+    INT4,
+    W8A8,
+    W8A8_STATIC,
+    INT4_GPTQ,
+    INT4_FAST,
+    INT4_FAST_KV8,
+    MIXED,
+    INT4_SMALL,
+    INT4_SMALL_GPTQ,
+    FP8,
+)
 RECIPES = {recipe.name: recipe for recipe in _NAMED}

@@ -91,6 +91,11 @@ CLASHES: tuple[tuple[str, Callable[[Scheme], bool], str], ...] = (
         "screen = true looks for the likeliest tokens in 4 bits first, and bits is {s.bits}; write bits = 8, or take screen out",
     ),
     (
+        "prefill8",
+        lambda s: s.prefill8 and s.activations != "float",
+        'prefill8 = true multiplies a prefix by integer products, and activations = "{s.activations}" does already; take prefill8 out',
+    ),
+    (
         "scaling",
         lambda s: s.scaling == "smoothquant" and s.activations == "float",
         'scaling = "smoothquant" is for activations that are rounded; write activations = "dynamic" or "static", or scaling = "awq"',

@@ -111,6 +111,8 @@ class Target:
             return f"has no FP8 products, as {where} wants; target 'tensorrt' has, or write format = \"int\""
         if scheme.screen and not self.screens:
             return f"multiplies by the whole token table, and {where} says screen = true; take that out"
+        if scheme.prefill8 and not self.spelled_prefill:
+            return f"computes prefixes and steps alike, and {where} says prefill8 = true; take that out"
         if (scheme.bits, scheme.activations) not in self.products:
             can = ", ".join(f"{bits} with {activations}" for bits, activations in sorted(self.products)) or "none"
             return (

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder: Gemma (2024) and Gemma 2 (2024) as one graph for prefill and decode step, which differ in T alone."""
 
+from functools import partial
+
 from pgxport.models.layers import Value, Writer, gelu, rms_norm, softcap
 from pgxport.models.spec import ModelSpec, TextSpec
 
@@ -17,7 +19,7 @@ def decoder_step(g: Writer, spec: ModelSpec) -> None:
     with g.scope("language_model.model"):
         for i in range(t.depth):
             with g.scope(f"layers.{i}"):
-                x = block(g, x, i, t)
+                x = g.layer(x, partial(block, g, layer=i, t=t))
         # A prefix needs the logits of its last token only; at 896 px the others would take 4 GB.
         x = stream_norm(g, g.op("Slice", x, [-1], [2**31 - 1], [1]), "norm", t)
     x = softcap(g, g.lm_head(x, TOKEN_TABLE), t.logit_softcap)

@@ -21,7 +21,7 @@ from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import stored, token_table
 from pgxport.exporter.lower import CANDIDATES, SCREENED, uint8_grid
-from pgxport.exporter.recipe import SCREEN, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import DECODER, SCREEN, Recipe, Rule, Scheme
 from pgxport.exporter.stream import DataLayout
 from pgxport.exporter.targets import TARGETS
 from pgxport.models.gemma import TOKEN_TABLE
@@ -374,6 +374,24 @@ def test_a_product_without_a_kernel_is_refused_with_its_rule(scheme, says):
     with pytest.raises(UsageError, match=says) as error:
         TARGETS["cpu"].check(Recipe("test", (Rule("*_proj.weight", scheme), Rule("*", Scheme()))))
     assert "'*_proj.weight'" in str(error.value)
+
+
+@pytest.mark.parametrize("target", ["cuda", "tensorrt"])
+def test_weights_for_prefixes_are_refused_where_they_are_computed_as_steps_are(target):
+    recipe = Recipe("test", (Rule(DECODER, Scheme(bits=4, group=128, prefill8=True)), Rule("*", Scheme("float16"))))
+    with pytest.raises(UsageError, match=r"computes prefixes and steps alike, and the rule for 'language_model.*take that out"):
+        TARGETS[target].check(recipe)
+
+
+def test_weights_for_prefixes_are_of_all_linears_of_the_decoder_and_of_nothing_else():
+    twice, once = Scheme(bits=4, group=32, prefill8=True), Scheme(bits=4, group=32)
+    up, down = (f"language_model.model.layers.0.mlp.{part}_proj.weight" for part in ("up", "down"))
+    recipe = Recipe("test", (Rule("*up_proj.weight", twice), Rule("*down_proj.weight", once), Rule("*", Scheme())))
+    with pytest.raises(UsageError, match=r"prefill8 is for all .*down_proj\.weight is without"):
+        recipe.check([up, down, "x"])
+    recipe = Recipe("test", (Rule("*fc1.weight", twice), Rule("*", Scheme())))
+    with pytest.raises(UsageError, match=r"prefill8 is of the decoder's linears.*decides for vision_tower\.fc1\.weight"):
+        recipe.check(["vision_tower.fc1.weight", up])
 
 
 @pytest.mark.parametrize("target", ["cuda", "tensorrt"])

@@ -5,6 +5,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,13 +43,21 @@ from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import DataLayout
 from pgxport.models.checkpoint import Checkpoint
+from pgxport.runners.loop import Decoder
+from pgxport.runners.runner import Runner
 
 # Of the largest logit, the median over the tokens of an answer. As floats agree, the worst seen is 8e-7; where a number lies
 # between two codes, and the engine's last bit sends it to the other one, all that follows moves: seen on a third of samples, by
 # 1e-2. Through a float16 cache, in whose type the engine attends, that is so on every sample, by 2e-2.
 FLOATS, ONE_CODE = 3e-6, 0.05
 _EIGHT = Scheme(bits=8, group=32)
-ALL = MIXED | {"screened": recipe_of("screened", _EIGHT, replace(_EIGHT, screen=True), _EIGHT)}
+_STEP, _PREFIX = Scheme(bits=4, group=32, symmetric=False), Scheme(bits=8, activations="dynamic")
+ALL = MIXED | {
+    "screened": recipe_of("screened", _EIGHT, replace(_EIGHT, screen=True), _EIGHT),
+    "twice": recipe_of("twice", replace(_STEP, prefill8=True), _EIGHT, _EIGHT),
+    "as its steps": recipe_of("steps", _STEP, _EIGHT, _EIGHT),
+    "as its prefix": recipe_of("prefix", _PREFIX, _EIGHT, _EIGHT),
+}
 
 
 class Case(NamedTuple):
@@ -122,6 +131,29 @@ def test_the_rounding_in_numpy_is_the_engines(case, tmp_path, name):
     print(f"{name}: {typical}, worst {np.max([e.max() for e in errors]):.1e}")
     assert typical[-1] < ONE_CODE
     assert typical[0] < FLOATS or name == "half cache"
+
+
+def test_a_prefix_and_a_new_token_are_each_multiplied_by_weights_of_their_own(case, tmp_path):
+    """The one bit for bit as where all are integer products, the other as where all are in groups of 4 bits."""
+    bundles = {name: export(options(case, name, tmp_path)) for name in ("twice", "as its steps", "as its prefix")}
+    both, steps, prefixes = (bundle.manifest for bundle in bundles.values())
+    assert both.stored == steps.stored  # a weight counts once
+    assert both.parameters == prefixes.parameters
+    length, random = 12, np.random.default_rng(0)
+    embeds = random.standard_normal((1, length, both.token_table.shape[1]), np.float32)
+    with ExitStack() as stack:
+        decoders = {}
+        for name, bundle in bundles.items():
+            runner = stack.enter_context(Runner(bundle, threads=1))
+            decoders[name] = Decoder(runner._sessions["decoder_step"], runner.manifest, length + 4)
+        first = {name: decoder.feed(embeds).copy() for name, decoder in decoders.items()}
+        assert np.array_equal(first["twice"], first["as its prefix"])
+        assert not np.array_equal(first["twice"], first["as its steps"])
+        for name, array in decoders["as its steps"].cache.arrays.items():
+            array[:] = decoders["twice"].cache.arrays[name]
+        for _ in range(3):
+            token = random.standard_normal((1, 1, embeds.shape[-1]), np.float32)
+            assert np.array_equal(decoders["twice"].feed(token), decoders["as its steps"].feed(token))
 
 
 def test_without_a_recipe_a_run_is_transformers(case):

@@ -167,6 +167,7 @@ MISTAKES = [
     (rule("bits = 4", 'method = "gptq"'), 4, ["bits = 4 has too few steps for a whole row; write group = 32"]),
     (rule("bits = 4", "group = 32", 'activations = "dynamic"'), 6, ['"dynamic" multiplies int8', "bits is 4; write bits = 8"]),
     (rule("bits = 8", "group = 32", 'activations = "static"'), 5, ["group = 32", 'activations = "static"', "take group out"]),
+    (rule("bits = 8", 'activations = "dynamic"', "prefill8 = true"), 6, ["prefill8 = true", '"dynamic" does already']),
     (rule("bits = 4", "group = 32", "screen = true"), 6, ["screen = true", "bits is 4; write bits = 8"]),
     (rule("bits = 8", 'scaling = "smoothquant"'), 5, ["smoothquant", 'activations = "dynamic" or "static"']),
     (rule("bits = 8", 'observer = "mse"', 'activations = "dynamic"'), 5, ['observer = "mse"', 'these are "dynamic"']),
