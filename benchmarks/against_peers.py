@@ -6,7 +6,7 @@ pgx export --checkpoint ck --precision int4 -o b-int4
 python benchmarks/against_peers.py --size 3b --res 448 --threads 2 b-int4
 
 Every peer has a process of its own and one works at a time; all are in memory together. transformers is made from the config in
-bfloat16 and never written. llama.cpp runs the text part alone, quantized to Q4_0 by its own quantizer from a file made here (5 GB
+bfloat16 and never written, or in float32 (transformers-float32, 12 GB for 3b), for processors that have no bfloat16. llama.cpp runs the text part alone, quantized to Q4_0 by its own quantizer from a file made here (5 GB
 in --scratch, for 3b), where llama-cpp-python and gguf are installed: here, or in the environment of --llama-python. Where it crashes
 on a CPU with AMX (0.3.36 does in its own AMX kernel), build it with CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON …".
 """
@@ -46,7 +46,7 @@ VECTORS = {
     "amx_int8": "AMX",
 }
 STAGES = ("vision", "prefill", "ttft", "step")
-PEERS = ("transformers-static", "transformers-dynamic", "llama")
+PEERS = ("transformers-static", "transformers-dynamic", "transformers-float32", "llama")
 
 
 def vectors() -> str:
@@ -56,7 +56,7 @@ def vectors() -> str:
 
 
 class Transformers:
-    """PaliGemma in bfloat16, decoding greedily; attention is transformers' own choice, which is eager for Gemma 2."""
+    """PaliGemma in bfloat16 or float32, decoding greedily; attention is transformers' own choice, which is eager for Gemma 2."""
 
     def __init__(self, request: dict[str, Any]):
         import torch
@@ -66,15 +66,17 @@ class Transformers:
         spec, threads = described(request), request["threads"]
         if threads:
             torch.set_num_threads(threads)
-        torch.set_default_dtype(torch.bfloat16)
+        precision = "float32" if request["peer"] == "transformers-float32" else "bfloat16"
+        dtype = getattr(torch, precision)
+        torch.set_default_dtype(dtype)
         with no_init_weights():
-            self._model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_dict(config(spec, "bfloat16"))).eval()
+            self._model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_dict(config(spec, precision))).eval()
         self._model.tie_weights()  # which no_init_weights leaves out
         normal = torch.randn(1 << 20)
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
                 mean, deviation = distribution(name.removeprefix("model."), tuple(parameter.shape))
-                pool = (mean + deviation * normal).to(torch.bfloat16)
+                pool = (mean + deviation * normal).to(dtype)
                 for piece in parameter.view(-1).split(len(pool)):
                     piece.copy_(pool[: len(piece)])
         self._clock: dict[str, float] = {}
@@ -85,13 +87,13 @@ class Transformers:
             "input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids),
             "pixel_values": torch.randn(1, 3, spec.resolution, spec.resolution),
         }  # fmt: skip
-        self._new_tokens, self._static = request["new_tokens"], request["peer"] == "transformers-static"
+        self._new_tokens, self._static = request["new_tokens"], request["peer"] != "transformers-dynamic"
         attention = {
             part: m.config._attn_implementation
             for part, m in (("vision", self._model.model.vision_tower), ("text", self._model.model.language_model))
         }
         self.facts = {
-            "precision": "bfloat16", "attention": attention, "threads": torch.get_num_threads(),
+            "precision": precision, "attention": attention, "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in self._model.parameters()), "versions": versions(["torch", "transformers"]),
         }  # fmt: skip
         self.opening: dict[str, float] = {}
@@ -299,7 +301,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)}")
+    parser.add_argument("--peers", default="transformers-static,transformers-dynamic,llama", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--llama-python", default=sys.executable, help="the interpreter that has llama-cpp-python and gguf")
     parser.add_argument("--scratch", type=Path, help="keep the GGUF here")
     parser.add_argument("--json", type=Path)

@@ -214,7 +214,11 @@ def _peers(file: Path) -> str:
     return "\n".join([*lines, "", f"{machine}, {r['repetitions']} repetitions in turn: median (least–most). {said}."])
 
 
-PEERS = {"transformers-static": "transformers, bf16, static cache", "llama": "llama.cpp Q4_0, text only"}
+PEERS = {
+    "transformers-static": "transformers, bf16, static cache",
+    "transformers-float32": "transformers, float32, static cache",
+    "llama": "llama.cpp Q4_0, text only",
+}
 
 
 def boards() -> str:

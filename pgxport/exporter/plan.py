@@ -49,10 +49,8 @@ TOKENIZER_MEMORY, TOKENIZER_FACTOR = 320_000_000, 10
 RUN_BASE = {"cpu": 70_000_000}
 RUN_BASE_GPU = 600_000_000
 # ONNX Runtime 1.31 on the CPU, in activations of one token: outputs of the MLP's products and its GELU, and some of the
-# stream's width. Measured on 3 to 4 layers at 1,500 and 4,500 tokens: plans of whole runs were 1 to 13 % above. From the
-# second image on its memory pattern takes a third more.
+# stream's width. Measured on 3 to 4 layers at 1,500 and 4,500 tokens: plans of whole runs were 1 to 13 % above.
 MLP_BUFFERS, STREAM_BUFFERS, QKV_BUFFERS = 3, 6, 4
-SECOND_IMAGE = 4 / 3
 
 
 @dataclass(frozen=True)
@@ -333,7 +331,7 @@ class _Sketch:
             loading=max(extra for _, extra in held),
             kv=sum(size for name, size in inputs.items() if name.startswith("past_key_values.")),
             logits=outputs["logits"],
-            vision=int(SECOND_IMAGE * per_image),
+            vision=per_image,
             prefill=self.context * per_token + scores + 2 * fed,
         )  # fmt: skip
 

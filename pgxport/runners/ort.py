@@ -207,6 +207,8 @@ def session_options(*, threads: int | None = None, low_memory: bool = False) -> 
     options.log_severity_level = 3  # errors; they are raised as well
     # An arena keeps what loading and a prefill took, 0.6 GB of a 3B model. Without one every prefill asks for its pages anew.
     options.enable_cpu_mem_arena = not low_memory
+    # A plan of all buffers of a shape in one block, made in its first run, saves no time that can be measured, and keeps the block.
+    options.enable_mem_pattern = False
     # x86-64 without VNNI adds pairs of uint8 by int8 products in 16 bits, which 2 * 255 * 127 overflows: sums are cut off, and
     # nothing is said. With this, ONNX Runtime multiplies uint8 by uint8 there, exactly. Elsewhere it changes nothing.
     options.add_session_config_entry("session.x64quantprecision", "1")
