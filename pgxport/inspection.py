@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pgxport.bundle import ITEM_BYTES, MANIFEST, Bundle, TensorInfo
+from pgxport.bundle import MANIFEST, Bundle, TensorInfo
 from pgxport.errors import InputError
 
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector"}
@@ -80,7 +80,8 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
     parts = {
         part: {
             "parameters": sum(counts.values()),
-            "bytes": sum(count * ITEM_BYTES[dtype] for dtype, count in counts.items()),
+            # What its file holds: scales, and what stands twice, too.
+            "bytes": m.files[m.token_table.file if part == "token_table" else f"{part}.data"].size,
             "dtypes": ", ".join(sorted(counts)),
         }
         for part, counts in m.stored.items()

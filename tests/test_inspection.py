@@ -44,10 +44,23 @@ def test_a_bundles_parts_are_told_by_dtype_and_add_up_to_its_parameters(a_bundle
     assert {row["dtypes"] for row in parts.values()} == {"float32"}
     table = Bundle.open(a_bundle).manifest.token_table
     assert parts["token_table"]["bytes"] == 4 * table.shape[0] * table.shape[1] == found["files"][table.file]
-    for name in ("vision_encoder", "projector", "mask_decoder"):
-        # The data file holds nothing else, but for the padding to pages.
-        assert 0 <= found["files"][f"{name}.data"] - parts[name]["bytes"] < 4096 * 400
+    for name in ("vision_encoder", "projector", "decoder_step", "mask_decoder"):
+        # The data file holds little else: padding to pages, and the decoder's rotation.
+        assert 0 <= parts[name]["bytes"] - 4 * parts[name]["parameters"] < 4096 * 400
     assert f"{parts['projector']['parameters']:,} parameters" in render(found)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4", "mixed"])
+def test_a_bundle_of_any_precision_is_described(tmp_path: Path, precision: str):
+    """Whole numbers of 4 bits have no item size, and a weight that stands twice counts once."""
+    pytest.importorskip("onnx_ir")
+    from pgxport.exporter.export import ExportOptions, export
+
+    export(ExportOptions(size="tiny", res=112, precision=precision, output=tmp_path / "b", parity=0))
+    found = describe(tmp_path / "b")
+    assert sum(row["parameters"] for part, row in found["parts"].items() if part != "mask_decoder") == found["parameters"]
+    assert found["parts"]["decoder_step"]["bytes"] == (tmp_path / "b" / "decoder_step.data").stat().st_size
+    assert found["recipe"] in render(found)
 
 
 def test_the_cache_is_one_line_for_all_layers(a_bundle: Path):
