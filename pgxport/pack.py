@@ -2,7 +2,7 @@
 """`pgx compile --engine cpu`: let ONNX Runtime pack the weights of a bundle for this CPU, and keep what it made."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -64,12 +64,21 @@ def align(graph: Path) -> None:
     """
     model = onnx.load(graph, load_external_data=False)
     with open(graph.with_name(f"{graph.name}.data"), "r+b") as data:
-        for tensor in model.graph.initializer:
+        for tensor in _initializers(model.graph):
             for entry in tensor.external_data:
                 if entry.key.startswith("prepacked_"):
                     kernel, *blobs = entry.value.split("|")
                     entry.value = "|".join([kernel, *(_moved(data, blob) for blob in blobs)])
     onnx.save(model, graph)
+
+
+def _initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Those of the graph, and of its branches."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _initializers(attribute.g)
 
 
 def _moved(data: BinaryIO, blob: str) -> str:

@@ -19,14 +19,14 @@ from pgxport.bundle import Bundle
 from pgxport.cli import cli
 from pgxport.errors import DiskError, EngineError, IntegrityError, UsageError
 from pgxport.exporter.export import ExportOptions, export
-from pgxport.pack import pack
+from pgxport.pack import align, pack
 from pgxport.runners import packed as lookup
 from pgxport.runners.engines import FOLDER_VARIABLE, entry_folder
 from pgxport.runners.ort import OrtSession
 from pgxport.runners.packed import instructions, machine, packed
 from pgxport.runners.runner import Runner
 
-PRECISIONS = ("fp32", "int8", "w8a8", "int4")
+PRECISIONS = ("fp32", "int8", "w8a8", "int4", "mixed")
 PICTURE = np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8)
 PROMPT = "segment red circle"  # answers with boxes and masks, so that every graph runs
 
@@ -67,12 +67,35 @@ def _noting(loaded: list[Path], init):
     return noted
 
 
-def test_packed_weights_of_any_size_are_aligned_in_their_file(bundles, cache):
-    """MatMulNBits reads them shifted otherwise: tiny's int8 came back as NaN."""
-    pack(bundles["int8"])
+def initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    branches = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    return [*graph.initializer, *(tensor for branch in branches for tensor in initializers(branch))]
+
+
+def test_what_was_packed_for_a_branch_is_moved_as_well(tmp_path):
+    blob = bytes(range(100))
+    (tmp_path / "g.onnx.data").write_bytes(b"\xff" * 7 + blob)
+    weight = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+    weight.external_data.add(key="prepacked_0", value="kernel|7;100;5")
+    branches = [onnx.helper.make_graph([], name, [], [], [weight]) for name in ("then", "else")]
+    node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=branches[0], else_branch=branches[1])
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [])), tmp_path / "g.onnx")
+    align(tmp_path / "g.onnx")
+    moved = initializers(onnx.load(tmp_path / "g.onnx", load_external_data=False).graph)
+    assert len(moved) == 2
+    for tensor in moved:
+        offset, length, checksum = map(int, tensor.external_data[0].value.split("|")[1].split(";"))
+        assert (offset % 64, length, checksum) == (0, 100, 5)
+        assert (tmp_path / "g.onnx.data").read_bytes()[offset : offset + length] == blob
+
+
+@pytest.mark.parametrize("precision", ["int8", "mixed"])
+def test_packed_weights_of_any_size_are_aligned_in_their_file(bundles, cache, precision):
+    """MatMulNBits reads them shifted otherwise: tiny's int8 came back as NaN. Those of mixed are in branches."""
+    pack(bundles[precision])
     (folder,) = (f for f in cache.iterdir() if f.is_dir())
     model = onnx.load(folder / "decoder_step.onnx", load_external_data=False)
-    entries = [e.value for t in model.graph.initializer for e in t.external_data if e.key.startswith("prepacked_")]
+    entries = [e.value for t in initializers(model.graph) for e in t.external_data if e.key.startswith("prepacked_")]
     blobs = [tuple(map(int, blob.split(";")[:2])) for value in entries for blob in value.split("|")[1:]]
     assert len(blobs) > 10
     assert all(offset % 64 == 0 for offset, _ in blobs)
