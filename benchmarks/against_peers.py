@@ -6,8 +6,8 @@ pgx export --checkpoint ck --precision int4 -o b-int4
 python benchmarks/against_peers.py --size 3b --res 448 --threads 2 b-int4
 
 Every peer has a process of its own and one works at a time; all are in memory together. transformers is made from the config in
-bfloat16 and never written, or in float32 (transformers-float32, 12 GB for 3b), for processors that have no bfloat16. llama.cpp runs the text part alone, quantized to Q4_0 by its own quantizer from a file made here (5 GB
-in --scratch, for 3b), where llama-cpp-python and gguf are installed: here, or in the environment of --llama-python. Where it crashes
+bfloat16 and never written, or in float32 (transformers-float32, 12 GB for 3b), for processors that have no bfloat16. llama.cpp runs
+the text part alone, quantized to Q4_0 by its own quantizer from a file made here (5 GB in --scratch, for 3b), where llama-cpp-python and gguf are installed: here, or in the environment of --llama-python. Where it crashes
 on a CPU with AMX (0.3.36 does in its own AMX kernel), build it with CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON …".
 """
 

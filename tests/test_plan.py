@@ -206,3 +206,12 @@ def test_what_a_board_needs_to_compile_is_what_compile_refuses_below(tmp_path: P
 
 def test_only_tensorrt_is_compiled_on_a_board():
     assert plan(PlanOptions(size="tiny", res=112)).compile_memory() == {}
+
+
+def test_of_a_screened_table_rows_are_read_and_nothing_is_held():
+    for precision, held in (("int4-fast", 0), ("int4", 1)):
+        planned = plan(PlanOptions(size="3b", res=448, precision=precision))
+        graphs = sum(size for name, size in planned.files.items() if name.endswith(".data"))
+        table = planned.files["token_table.bin"]
+        # Beside the files' bytes: scales of 4 bits, widened.
+        assert held * table <= planned.run.weights - graphs < (held + 0.5) * table, precision

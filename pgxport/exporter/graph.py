@@ -242,8 +242,8 @@ class GraphBuilder:
     def initializer(self, promise: Promise) -> ir.Value:
         """A promise as an initializer: its bytes are written later, into the graph's data file.
 
-        It belongs to the branch that is being written, if there is one: what ONNX Runtime does to weights while it loads them, it
-        does not do to those that a branch reads from the graph around it (seen with 1.32).
+        It belongs to the branch that is being written, if there is one: without VNNI, ONNX Runtime (1.32) makes integer products exact
+        where the weights are the graph's own, and not where a branch reads them from the graph around it.
         """
         if promise.name in self.promises:
             return self._promised[promise.name]

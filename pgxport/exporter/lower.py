@@ -26,11 +26,16 @@ SCREENED = "lm_head.screen"  # the copy of the token table that finds the candid
 CANDIDATES = 64  # tokens
 
 
+def prefix_copy(path: str) -> str:
+    """The name of the copy of a matrix that prefixes are multiplied by."""
+    return f"{path}.prefill"
+
+
 def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Value:
     """x [..., in] times the checkpoint's matrix [out, in] -> [..., out]"""
     scheme = g.recipe.scheme(path)
     if g.phase == "prefill":
-        return integer_product(g, x, g.copied(path, "columns", PREFILL, f"{path}.prefill", gain))
+        return integer_product(g, x, g.copied(path, "columns", PREFILL, prefix_copy(path), gain))
     if scheme.bits is None:
         # FusedMatMul reads [out, in] as the checkpoint has it: nothing is transposed while writing, and the token table serves
         # lookup and output from the same bytes. (A Transpose node would be folded into a second copy in memory.)
@@ -249,7 +254,7 @@ def prefix_attention(
             stored = g.cast(x, g.dtype, g.cache_dtype)
             return stored, g.cast(stored, g.cache_dtype, g.dtype)
         steps = g.op("Reshape", scale, [-1])
-        # A scale for each channel of the last axis makes QuantizeLinear take ten times as long.
+        # QuantizeLinear with a scale for each channel of the last axis took 57 ms for 1,040 tokens of 1,024; nothing here takes 3.
         stored = g.op("QuantizeLinear", g.op("Div", x, steps), np.float32(1), np.int8(0))
         return stored, g.op("Mul", g.op("Cast", stored, to=int(ir.DataType.from_numpy(g.dtype))), steps)
 

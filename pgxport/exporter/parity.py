@@ -18,7 +18,7 @@ from pgxport.exporter.eager import Eager
 from pgxport.exporter.float8 import to_float8
 from pgxport.exporter.forced import Forced, forced_logits
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.lower import CANDIDATES, SCREENED, uint8_grid
+from pgxport.exporter.lower import CANDIDATES, SCREENED, prefix_copy, uint8_grid
 from pgxport.exporter.lower_standard import activation_scale
 from pgxport.exporter.recipe import Recipe, Scheme
 from pgxport.exporter.scaling import Statistics
@@ -147,9 +147,9 @@ class _AsStored(Eager):
         return rough
 
     def _multiply(self, x: np.ndarray, path: str, gain: float) -> np.ndarray:
-        if f"{path}.prefill" not in self._copies:
+        if (copy := prefix_copy(path)) not in self._copies:
             return super()._multiply(x, path, gain)
-        prefix = super()._multiply(x[:, : self.prefix], f"{path}.prefill", gain)
+        prefix = super()._multiply(x[:, : self.prefix], copy, gain)
         return np.concatenate([prefix, super()._multiply(x[:, self.prefix :], path, gain)], 1)
 
     @property
