@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pgxport.machine.cpu import has_vnni
 from pgxport.runners.driver import Driver
 
 ROOT = Path("/")
@@ -30,7 +31,6 @@ BOARDS = (
     ("Orin NX", {8: "orin-nx-8gb", 16: "orin-nx-16gb"}),
     ("Orin Nano", {8: "orin-nano-8gb"}),
 )
-VNNI = {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def look(root: Path = ROOT, *, arch: str | None = None) -> Machine:
     arch = arch or platform.machine()
     return Machine(
         arch, model, _board(model, memory), release, jetpack(release), _kernel_module(root), _cuda(root),
-        _library(root, "libcudnn.so"), _library(root, "libnvinfer.so"), _vnni(root) if arch == "x86_64" else None, memory,
+        _library(root, "libcudnn.so"), _library(root, "libnvinfer.so"), has_vnni(root / "proc/cpuinfo", arch=arch), memory,
     )  # fmt: skip
 
 
@@ -132,11 +132,6 @@ def _library(root: Path, name: str) -> str | None:
     files = [file.name for folder in folders for file in folder.glob(f"{name}.*")]
     versions = [found[1] for file in files if (found := re.fullmatch(rf"{re.escape(name)}\.(\d+\.\d+\.\d+)", file))]
     return max(versions, key=lambda v: [int(n) for n in v.split(".")]) if versions else None
-
-
-def _vnni(root: Path) -> bool | None:
-    flags = re.search(r"^flags\s*:(.*)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
-    return bool(VNNI & set(flags[1].split())) if flags else None
 
 
 def _text(file: Path) -> str:

@@ -144,9 +144,12 @@ def _packed(bundle: Bundle, options: CompileOptions, progress: Progress | None) 
     folder = entry_folder(cache_folder(options.cache), bundle.digest(), here)
     if folder.is_dir():
         try:
-            return Compiled(folder, packed.check(folder), built=False)
+            entry = packed.check(folder)
         except IntegrityError:  # replaced, and never loaded
             pass
+        else:
+            if packed.is_current(entry, bundle):
+                return Compiled(folder, entry, built=False)
     return Compiled(folder, pack(bundle, options.cache, progress=progress), built=True)
 
 

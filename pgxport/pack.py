@@ -14,7 +14,7 @@ from pgxport.errors import DiskError, EngineError
 from pgxport.runners.engines import Entry, EntryWriter, cache_folder
 from pgxport.runners.loop import Decoder
 from pgxport.runners.ort import OrtSession
-from pgxport.runners.packed import machine
+from pgxport.runners.packed import flags, machine
 from pgxport.runners.session import Session
 
 Progress = Callable[[str, int, int], None]  # what is being packed, graphs so far, graphs in all
@@ -31,7 +31,7 @@ def pack(bundle: Bundle, cache: Path | None = None, *, progress: Progress | None
     """
     root = cache_folder(cache)
     graphs = list(bundle.manifest.graphs)
-    with EntryWriter(root, bundle.digest(), machine(), {}) as writer:
+    with EntryWriter(root, bundle.digest(), machine(), flags()) as writer:
         if (free := shutil.disk_usage(writer.staging).free) < COPIES * bundle.nbytes:
             raise DiskError(
                 f"packed weights of {bundle.path} may take {COPIES * bundle.nbytes / 1e9:.1f} GB, and {root} has "

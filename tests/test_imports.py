@@ -18,7 +18,7 @@ REFERENCE = ("torch", "transformers")
 EXPORT_TOOLS = ("onnx", "onnx_ir", *REFERENCE)
 # "pgxport" itself: `from pgxport import bundle` is read as pgxport.bundle, and this stands for the bare package.
 BUNDLE = ("numpy", "pydantic", "pgxport.errors", "pgxport.bundle", "pgxport.onnx_check", "pgxport.__version__")
-RUNNERS = (*BUNDLE, "PIL", "tokenizers", "pgxport.runners")
+RUNNERS = (*BUNDLE, "PIL", "tokenizers", "pgxport.runners", "pgxport.machine")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pgxport.errors import EngineError, IntegrityError, NumericError
+from pgxport.machine.cpu import overflows_in_16_bits
 from pgxport.runners.allocator import map_blocks
 from pgxport.runners.driver import ask_driver, missing_libraries
 from pgxport.runners.session import Arrays
@@ -202,16 +203,20 @@ def _buffer(shape: tuple[int, ...], kind: Kind, device: str) -> Buffer:
 
 
 def session_options(*, threads: int | None = None, low_memory: bool = False) -> ort.SessionOptions:
-    """How every session here is set up, whatever its provider."""
+    """How every session here is set up, whatever its provider.
+
+    x86-64 without VNNI adds pairs of uint8 by int8 products in 16 bits, which 2 * 255 * 127 overflows: sums are cut off, and nothing
+    is said. `session.x64quantprecision` lets ONNX Runtime multiply uint8 by uint8, which is exact. It does so on every processor that
+    it is set on, and where there is VNNI that halves the speed of all integer products, so that it is set only where it is needed.
+    AMX counts as VNNI, which every processor with AMX has; its own kernels were not measured.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; they are raised as well
     # An arena keeps what loading and a prefill took, 0.6 GB of a 3B model. Without one every prefill asks for its pages anew.
     options.enable_cpu_mem_arena = not low_memory
     # A plan of all buffers of a shape in one block, made in its first run, saves no time that can be measured, and keeps the block.
     options.enable_mem_pattern = False
-    # x86-64 without VNNI adds pairs of uint8 by int8 products in 16 bits, which 2 * 255 * 127 overflows: sums are cut off, and
-    # nothing is said. With this, ONNX Runtime multiplies uint8 by uint8 there, exactly. Elsewhere it changes nothing.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry("session.x64quantprecision", str(int(overflows_in_16_bits())))
     if threads:
         options.intra_op_num_threads = threads
     return options

@@ -5,13 +5,12 @@ The graphs compute the same numbers. What changes is that the weights are pages 
 processes that run the bundle, and dropped by the kernel where memory is short.
 """
 
-import hashlib
-import platform
 from pathlib import Path
 
 from pgxport.bundle import Bundle, hashed
 from pgxport.errors import IntegrityError
-from pgxport.runners.engines import Entry, Machine, cache_folder, entry_folder, read_entry
+from pgxport.machine.cpu import instruction_key, overflows_in_16_bits
+from pgxport.runners.engines import Entry, Flags, Machine, cache_folder, entry_folder, key, read_entry
 from pgxport.runners.ort import VERSION
 
 ENGINE = "cpu"
@@ -19,32 +18,29 @@ ENGINE = "cpu"
 
 def machine() -> Machine:
     """This CPU and its ONNX Runtime: packed weights are of no use to others."""
-    return Machine(ENGINE, VERSION, instructions(), cuda="none", driver="none")
+    return Machine(ENGINE, VERSION, instruction_key(), cuda="none", driver="none")
 
 
-def instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """What the CPU can do, which decides how weights are packed: its architecture, and a digest of its instruction sets."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        lines = []
-    # Both kinds of core of a board with two may run the engine: all that differs between them counts.
-    sets = {line.partition(":")[2].strip() for line in lines if line.lower().startswith(("flags", "features"))}
-    digest = hashlib.sha256("\n".join(sorted(sets) or [platform.processor()]).encode()).hexdigest()
-    return f"{platform.machine()}-{digest[:12]}"
+def flags() -> Flags:
+    """What decides how weights are packed besides the machine: int8 matrices are packed as uint8 ones where products are."""
+    return {"x64quantprecision": int(overflows_in_16_bits())}
 
 
 def packed(bundle: Bundle) -> dict[str, Path]:
-    """The packed graphs of a bundle, verified; the bundle's own where it was not compiled on this machine.
+    """The packed graphs of a bundle, verified; the bundle's own where it was not compiled on this machine with these flags.
 
     Raises:
         IntegrityError: what is in the cache is not what `pgx compile` put there.
     """
     folder = entry_folder(cache_folder(), bundle.digest(), machine())
-    if not folder.is_dir():
+    if not folder.is_dir() or not is_current(check(folder), bundle):
         return {name: bundle.graph(name) for name in bundle.manifest.graphs}
-    check(folder)
     return {name: folder / f"{name}.onnx" for name in bundle.manifest.graphs}
+
+
+def is_current(entry: Entry, bundle: Bundle) -> bool:
+    """Whether an entry was packed from this bundle with the flags of today; those of earlier versions of pgx name none."""
+    return entry.key == key(bundle.digest(), machine(), flags())
 
 
 def check(folder: Path) -> Entry:

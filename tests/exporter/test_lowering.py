@@ -24,6 +24,7 @@ from pgxport.exporter.lower import CANDIDATES, SCREENED, uint8_grid
 from pgxport.exporter.recipe import DECODER, SCREEN, Recipe, Rule, Scheme
 from pgxport.exporter.stream import DataLayout
 from pgxport.exporter.targets import TARGETS
+from pgxport.machine.cpu import overflows_in_16_bits
 from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.spec import TextSpec, published
 
@@ -102,6 +103,15 @@ def test_no_sum_of_integer_products_saturates(scheme):
     """All codes at their largest, where kernels that add pairs in 16 bits stop: 255 * 127 * 2 is beyond them."""
     got, expected, _ = product(scheme, LARGEST, np.full((3, 512), 127, np.float32))
     assert apart(got, expected) < FLOAT32
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("scheme", INTEGERS, ids=lambda s: s.activations)
+def test_the_setting_for_exact_products_is_needed_where_pgx_sets_it_and_only_there(scheme, exact, monkeypatch):
+    monkeypatch.setattr("pgxport.runners.ort.overflows_in_16_bits", lambda: exact)
+    got, expected, _ = product(scheme, LARGEST, np.full((3, 512), 127, np.float32))
+    right = exact or not overflows_in_16_bits()
+    assert (apart(got, expected) < FLOAT32) is right
 
 
 def test_no_logit_of_integer_products_saturates():

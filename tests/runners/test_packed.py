@@ -23,7 +23,7 @@ from pgxport.pack import align, pack
 from pgxport.runners import packed as lookup
 from pgxport.runners.engines import FOLDER_VARIABLE, entry_folder
 from pgxport.runners.ort import OrtSession
-from pgxport.runners.packed import instructions, machine, packed
+from pgxport.runners.packed import machine, packed
 from pgxport.runners.runner import Runner
 
 PRECISIONS = ("fp32", "int8", "w8a8", "int4", "mixed")
@@ -119,6 +119,20 @@ def test_what_was_packed_for_another_machine_is_not_looked_at(bundles, cache, mo
     assert packed(bundle)["decoder_step"] == bundle.graph("decoder_step")
 
 
+def test_what_was_packed_with_the_other_setting_of_products_is_not_used_and_is_packed_again(bundles, cache, monkeypatch):
+    bundle = bundles["w8a8"]
+    path, own = str(bundle.path), {name: bundle.graph(name) for name in bundle.manifest.graphs}
+    flags = lookup.flags()
+    for others in ({}, {"x64quantprecision": 1 - flags["x64quantprecision"]}):  # of earlier versions; of another pgx
+        monkeypatch.setattr(packing, "flags", lambda others=others: others)
+        pack(bundle)
+        assert packed(bundle) == own
+        monkeypatch.setattr(packing, "flags", lambda: flags)
+        assert json.loads(CliRunner().invoke(cli, ["compile", path, "--json"]).output)["built"]
+        assert packed(bundle) != own
+    assert not json.loads(CliRunner().invoke(cli, ["compile", path, "--json"]).output)["built"]
+
+
 @pytest.mark.parametrize("name", ["decoder_step.onnx", "decoder_step.onnx.data", "entry.json"])
 def test_a_changed_byte_is_refused(bundles, cache, name):
     bundle = bundles["int4"]
@@ -161,20 +175,6 @@ def test_a_disk_without_room_is_refused_before_anything_is_packed(bundles, cache
     with pytest.raises(DiskError, match="choose another --cache"):
         pack(bundles["int4"])
     assert not list(cache.glob("*/*"))
-
-
-def test_a_cpu_is_known_by_what_it_can_do_and_not_by_its_clock_or_the_order_of_its_cores(tmp_path):
-    def digest(text: str) -> str:
-        (tmp_path / "cpuinfo").write_text(text)
-        return instructions(tmp_path / "cpuinfo")
-
-    x86 = (
-        "processor : 0\ncpu MHz : {}\nflags : fpu sse2 avx512_vnni\n\nprocessor : 1\ncpu MHz : {}\nflags : fpu sse2 avx512_vnni\n"
-    )
-    assert digest(x86.format(2000, 2100)) == digest(x86.format(3000, 800))
-    assert digest(x86.format(1, 1)) != digest(x86.format(1, 1).replace(" avx512_vnni", ""))
-    big, little = "Features : fp asimd i8mm\n", "Features : fp asimd\n"
-    assert digest(big + little) == digest(little + big) != digest(little)
 
 
 # The command ---------------------------------------------------------------------------------------------------------
