@@ -25,16 +25,15 @@ import onnxruntime
 
 from pgxport import __version__
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
-from pgxport.divergence import divergence
+from pgxport.data.loader import scene_samples
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.exporter.recipe import RECIPES
 from pgxport.exporter.recipe_toml import read_recipe
 from pgxport.exporter.targets import CPU
-from pgxport.report.bootstrap import draw
-from pgxport.report.datasets import scene_samples
-from pgxport.report.fidelity import token_agreement
-from pgxport.report.metrics import METRICS, groups, tally
-from pgxport.report.samples import Sample
+from pgxport.metrics.bootstrap import draw
+from pgxport.metrics.fidelity import kl_divergence, token_agreement
+from pgxport.metrics.metrics import METRICS, groups, tally
+from pgxport.metrics.sample import Sample
 from pgxport.runners.image import load_image, pixel_values
 from pgxport.runners.loop import Decoder
 from pgxport.runners.outputs import Answer, parse
@@ -90,7 +89,7 @@ def ask(path: Path, reference: Path | None, questions: int, threads: int) -> lis
                 if i % EVERY == 0:
                     assert exact is not None
                     theirs = forced(exact, exact._prefix(picture, prompt).embeds, given)
-                    row["kl"] = float(divergence(theirs, logits).sum())
+                    row["kl"] = float(kl_divergence(logits, theirs).sum())
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -131,7 +130,7 @@ def in_bfloat16(res: int, exact: Path, questions: int) -> dict[str, float]:
             positions += len(logits)
             if i % EVERY == 0:
                 theirs = forced(runner, runner._prefix(sample.open(), sample.prompt).embeds, answer)
-                losses.append((float(divergence(theirs, logits).sum()), len(logits)))
+                losses.append((float(kl_divergence(logits, theirs).sum()), len(logits)))
     return {"top1_agreement": agreed / positions, "kl": sum(k for k, _ in losses) / sum(n for _, n in losses)}
 
 

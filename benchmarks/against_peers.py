@@ -30,11 +30,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from make_checkpoint import BOS, IMAGE, NEWLINE, Pool, config, distribution, shallow  # noqa: E402
 
+from pgxport.benchmarking.bench import labels, machine, measurement_json, versions  # noqa: E402
+from pgxport.benchmarking.intervals import paired_ratio, verdict  # noqa: E402
+from pgxport.benchmarking.measure import WARM_UP_STEPS, Answers, worker  # noqa: E402
+from pgxport.benchmarking.worker import Measurement, Worker, environment, interleave, serve  # noqa: E402
 from pgxport.models.spec import RESOLUTIONS, TEXT, ModelSpec, published  # noqa: E402
-from pgxport.report.bench import labels, machine, measurement_json, versions  # noqa: E402
-from pgxport.report.compare import paired_ratio, verdict  # noqa: E402
-from pgxport.report.measure import WARM_UP_STEPS, Answers, worker  # noqa: E402
-from pgxport.report.worker import Measurement, Worker, environment, interleave, serve  # noqa: E402
 
 # What decides how fast whole numbers and bfloat16 are multiplied: /proc/cpuinfo's flags, by what people call them.
 VECTORS = {

@@ -22,11 +22,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from make_checkpoint import shallow, write_checkpoint  # noqa: E402
 
+from pgxport.benchmarking.bench import bench, machine, measurement_json  # noqa: E402
+from pgxport.benchmarking.measure import Answers, Steps, Work, lengths  # noqa: E402
+from pgxport.benchmarking.worker import Measurement  # noqa: E402
 from pgxport.exporter.export import ExportOptions, export  # noqa: E402
 from pgxport.models.spec import RESOLUTIONS, TEXT, published  # noqa: E402
-from pgxport.report.bench import bench, machine, measurement_json  # noqa: E402
-from pgxport.report.measure import Answers, Steps, Work, lengths  # noqa: E402
-from pgxport.report.worker import Measurement  # noqa: E402
 
 STEPS = 16
 

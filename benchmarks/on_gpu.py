@@ -34,17 +34,17 @@ from against_peers import prefix_ids, ratios, with_ttft  # noqa: E402
 from make_checkpoint import config, distribution, shallow, write_checkpoint  # noqa: E402
 from parity_true_shapes import STEPS, inputs  # noqa: E402
 
-from pgxport.bundle import Bundle  # noqa: E402
+from pgxport.benchmarking.bench import machine, measurement_json, versions  # noqa: E402
+from pgxport.benchmarking.measure import WARM_UP_STEPS, Answers, worker  # noqa: E402
+from pgxport.benchmarking.worker import Measurement, Worker, interleave, serve  # noqa: E402
+from pgxport.bundle.reader import Bundle  # noqa: E402
 from pgxport.calib.calibrate import CalibrateOptions, calibrate  # noqa: E402
-from pgxport.compile import CompileOptions, compile_bundle, weight_bytes  # noqa: E402
+from pgxport.compile.tensorrt import CompileOptions, compile_bundle, weight_bytes  # noqa: E402
 from pgxport.errors import PgxError  # noqa: E402
 from pgxport.exporter.export import ExportOptions, export  # noqa: E402
+from pgxport.machine.driver import ask_driver  # noqa: E402
 from pgxport.models.spec import RESOLUTIONS, ModelSpec, published  # noqa: E402
 from pgxport.models.weights import weight_shapes  # noqa: E402
-from pgxport.report.bench import machine, measurement_json, versions  # noqa: E402
-from pgxport.report.measure import WARM_UP_STEPS, Answers, worker  # noqa: E402
-from pgxport.report.worker import Measurement, Worker, interleave, serve  # noqa: E402
-from pgxport.runners.driver import ask_driver  # noqa: E402
 from pgxport.runners.loop import Decoder  # noqa: E402
 from pgxport.runners.runner import Runner  # noqa: E402
 from pgxport.runners.session import ENGINES  # noqa: E402

@@ -25,10 +25,10 @@ sys.path[:0] = [str(ROOT)]
 
 import numpy as np  # noqa: E402
 
-from pgxport.bundle import Bundle  # noqa: E402
-from pgxport.pack import pack  # noqa: E402
-from pgxport.report.bench import machine  # noqa: E402
-from pgxport.runners.engines import FOLDER_VARIABLE  # noqa: E402
+from pgxport.benchmarking.bench import machine  # noqa: E402
+from pgxport.bundle.reader import Bundle  # noqa: E402
+from pgxport.compile.cpu import pack  # noqa: E402
+from pgxport.runners.engine_cache import FOLDER_VARIABLE  # noqa: E402
 from pgxport.runners.runner import Runner  # noqa: E402
 
 NEW_TOKENS = 32

@@ -28,7 +28,7 @@ PROMPT = "answer en what color is the cross ?"
 
 def inputs(bundle: Path) -> tuple[np.ndarray, np.ndarray]:
     """Prefix ids [T] and pixels [1, 3, R, R]."""
-    from pgxport.bundle import Bundle
+    from pgxport.bundle.reader import Bundle
     from pgxport.models.tiny.scenes import draw
     from pgxport.runners.image import pixel_values
     from pgxport.runners.tokenizer import PromptTokenizer

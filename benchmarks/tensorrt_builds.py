@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tensorrt_rtx
 from tensorrt_builder import build
 
+from pgxport.compile.lint import check_file
 from pgxport.exporter.graphs import TABLE_FILE, serialized, write_graphs
-from pgxport.exporter.locate import TINY
 from pgxport.exporter.stream import DataLayout
 from pgxport.exporter.targets import TENSORRT
+from pgxport.hub.locate import TINY
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import ModelSpec, published
 from pgxport.models.weights import weight_shapes
-from pgxport.trt_lint import check_file
 
 RESULTS = Path(__file__).parent / "results" / "tensorrt-builds.json"
 FLOATS = ("fp16", "bf16")

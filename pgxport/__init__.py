@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pgxport.bundle import Bundle
+    from pgxport.bundle.reader import Bundle
     from pgxport.exporter.export import ExportOptions, export
     from pgxport.runners.outputs import Answer
     from pgxport.runners.runner import Runner

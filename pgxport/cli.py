@@ -200,7 +200,7 @@ def compile(as_json: bool, **options: Any) -> None:
     """
     import time
 
-    from pgxport.compile import CompileOptions, compile_bundle
+    from pgxport.compile.tensorrt import CompileOptions, compile_bundle
 
     start = time.perf_counter()
     with progress_bar(steps=True) as progress:
@@ -316,8 +316,8 @@ def run(
         return
     from pgxport.runners.draw import picture_format, save_image
     from pgxport.runners.image import load_image
-    from pgxport.runners.outputs import terminal_safe
     from pgxport.runners.runner import Runner
+    from pgxport.text import terminal_safe
 
     if save:
         picture_format(save)  # refused before the work rather than after
@@ -388,8 +388,8 @@ def tune(as_json: bool, max_loss: str, candidates: str | None, **options: Any) -
     from pgxport.errors import GateError
 
     with needs("export"):
-        from pgxport.tune.result import render
-        from pgxport.tune.tune import TuneOptions, tune
+        from pgxport.tuning.result import render
+        from pgxport.tuning.tune import TuneOptions, tune
 
     try:
         points = float(max_loss.strip().removesuffix("%"))
@@ -441,10 +441,10 @@ def bench(
     pgx bench b --decoder-only --past 1100,4200
     pgx bench b --batch 1,2,4
     """
-    from pgxport.report.bench import bench, render
-    from pgxport.report.measure import Answers, Steps, lengths
-    from pgxport.report.throughput import Batches, sizes
-    from pgxport.runners.outputs import terminal_safe
+    from pgxport.benchmarking.bench import bench, render
+    from pgxport.benchmarking.measure import Answers, Steps, lengths
+    from pgxport.benchmarking.throughput import Batches, sizes
+    from pgxport.text import terminal_safe
 
     prompt_tokens, new_tokens, images = options.pop("prompt_tokens"), options.pop("new_tokens"), options.pop("images")
     if past and not decoder_only:
@@ -505,14 +505,14 @@ def report(
     pgx report b-fp16 b-int4 --data vqa/ --limit 500 --gate 0.99 -o report
     pgx report --merge jetson/report.json desktop/report.json -o both
     """
+    from pgxport.benchmarking.throughput import sizes
+    from pgxport.data.loader import DataOptions
     from pgxport.errors import GateError
-    from pgxport.report.datasets import DataOptions
-    from pgxport.report.report import GATE, ReportOptions
-    from pgxport.report.report import merge as merge_reports
-    from pgxport.report.report import report as measure
-    from pgxport.report.throughput import sizes
-    from pgxport.report.verdict import gate_failures
-    from pgxport.runners.outputs import terminal_safe
+    from pgxport.reporting.advice import gate_failures
+    from pgxport.reporting.report import GATE, ReportOptions
+    from pgxport.reporting.report import merge as merge_reports
+    from pgxport.reporting.report import report as measure
+    from pgxport.text import terminal_safe
 
     data = DataOptions(**{name: options.pop(name) for name in ("data", "format", "images", "split", "prompt", "limit")})
     progress = stages()
@@ -563,8 +563,8 @@ def diff(as_json: bool, first: Path, second: Path, **options: Any) -> None:
     pgx diff last-week/report.json report.json --gate 0.99
     """
     from pgxport.errors import GateError
-    from pgxport.report.diff import DiffOptions, diff
-    from pgxport.runners.outputs import terminal_safe
+    from pgxport.reporting.diff import DiffOptions, diff
+    from pgxport.text import terminal_safe
 
     progress = stages()
     found = diff(DiffOptions(first, second, **options), progress=progress)
@@ -588,8 +588,8 @@ def card(as_json: bool, bundle: Path, report: Path | None, dry_run: bool) -> Non
     pgx card b --report report/report.json
     pgx card b --report report/report.json --dry-run
     """
-    from pgxport.report.card import CardOptions, write_card
-    from pgxport.runners.outputs import terminal_safe
+    from pgxport.reporting.measured_card import CardOptions, write_card
+    from pgxport.text import terminal_safe
 
     text = write_card(CardOptions(bundle, report, dry_run))
     if as_json:
@@ -619,7 +619,7 @@ def push(as_json: bool, dry_run: bool, **options: Any) -> None:
     pgx push b me/my-paligemma-int4
     """
     with needs("export"):
-        from pgxport.share import PushOptions, push
+        from pgxport.hub.share import PushOptions, push
 
         done = push(PushOptions(**options, dry_run=dry_run), bars=sys.stderr.isatty() and volume() != "quiet")
     if as_json:
@@ -652,7 +652,7 @@ def pull(as_json: bool, dry_run: bool, **options: Any) -> None:
     import time
 
     with needs("export"):
-        from pgxport.share import PullOptions, pull
+        from pgxport.hub.share import PullOptions, pull
 
         start = time.perf_counter()
         with progress_bar() as progress:
@@ -680,7 +680,7 @@ def inspect(path: str, as_json: bool) -> None:
     pgx inspect b
     """
     from pgxport.inspection import describe, render
-    from pgxport.runners.outputs import terminal_safe
+    from pgxport.text import terminal_safe
 
     with needs("export"):  # for a checkpoint; a bundle needs the base alone
         found = describe(Path(path))
@@ -779,7 +779,7 @@ class Log:
         self._clock, self._start, self._last = time.perf_counter, time.perf_counter(), ""
 
     def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
-        from pgxport.runners.outputs import terminal_safe
+        from pgxport.text import terminal_safe
 
         if what and what != self._last:
             click.echo(f"{self._clock() - self._start:9.2f} s  {terminal_safe(what)}", err=True)
@@ -789,11 +789,11 @@ class Log:
 def run_each(bundle: str, patterns: tuple[str, ...], question: Any, cluster: str | None, as_json: bool) -> None:
     """`pgx run --images`: a line for each picture, as it is answered."""
     from pgxport.runners.many import ask_each, find_pictures
-    from pgxport.runners.outputs import terminal_safe
+    from pgxport.text import terminal_safe
 
     pictures = find_pictures(patterns)
     if cluster is not None:
-        from pgxport.cluster.pictures import ask_each as ask_on_cluster
+        from pgxport.cluster.many_pictures import ask_each as ask_on_cluster
 
         rows = ask_on_cluster(bundle, pictures, question, cluster)
     else:
@@ -817,7 +817,7 @@ def note(text: str) -> None:
 
 def stage_line(what: str) -> None:
     """Say on the terminal what is being done, over what was said before."""
-    from pgxport.runners.outputs import terminal_safe
+    from pgxport.text import terminal_safe
 
     click.echo(f"\r\x1b[K{terminal_safe(what)}\r", nl=False, err=True)
 
@@ -867,7 +867,7 @@ def main() -> None:
 
 def fail(code: int, message: str) -> NoReturn:
     """End with one line on stderr, whatever a file's name or a stranger's manifest put in the message."""
-    from pgxport.runners.outputs import terminal_safe
+    from pgxport.text import terminal_safe
 
     click.echo(f"pgx: {' '.join(terminal_safe(message).split())}", err=True)
     sys.exit(code)

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from pgxport import __version__, board
+from pgxport import __version__
 from pgxport.errors import EngineError, PgxError
-from pgxport.report import clocks
-from pgxport.runners.driver import Driver, Load, ask_driver
-from pgxport.runners.session import open_session
+from pgxport.machine import board, clocks
+from pgxport.machine.driver import Driver, Load, ask_driver
+from pgxport.runners.open_session import open_session
 from pgxport.runners.tensorrt import MODULES, load_engine, logger
 from pgxport.runners.tensorrt import machine as tensorrt_machine
 

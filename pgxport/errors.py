@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The errors pgx raises on purpose, each with the exit code its command ends with (docs/reference/exit-codes.md)."""
 
+import importlib
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -74,3 +75,17 @@ def choose(option: str, name: str, table: Mapping[str, T]) -> T:
     if name not in table:
         raise UsageError(f"--{option} {name!r} does not exist; choose {', '.join(table)}")
     return table[name]
+
+
+def require(module: str, what: str) -> Any:
+    """The module.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise UsageError(f'{what} needs {module.split(".")[0]}: pip install "pgxport[report]"') from error

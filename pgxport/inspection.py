@@ -6,7 +6,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pgxport.bundle import MANIFEST, Bundle, TensorInfo
+from pgxport.bundle.manifest import MANIFEST, TensorInfo
+from pgxport.bundle.reader import Bundle
 from pgxport.errors import InputError
 
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector"}

@@ -30,7 +30,7 @@ def random_bundle(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
     """The random checkpoint, exported in float32 for the CPU, with the mask decoder."""
     pytest.importorskip("onnx_ir")
     from pgxport.exporter.export import ExportOptions, export
-    from pgxport.exporter.locate import TINY
+    from pgxport.hub.locate import TINY
 
     output = tmp_path_factory.mktemp("bundle") / "random"
     return export(ExportOptions(output=output, checkpoint=random_checkpoint, masks=TINY / "vae-oid.npz")).path
@@ -59,7 +59,7 @@ def _tiny(res: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return given
     pytest.importorskip("onnx_ir")
     from pgxport.exporter.export import ExportOptions, export
-    from pgxport.exporter.locate import TINY
+    from pgxport.hub.locate import TINY
 
     if not (TINY / f"tiny-{res}").is_dir():
         pytest.skip(f"the embedded checkpoint has no tiny-{res} yet")

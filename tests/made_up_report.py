@@ -3,8 +3,8 @@
 
 from typing import Any
 
-from pgxport.report import verdict
-from pgxport.report.schema import (
+from pgxport.reporting import advice as verdict
+from pgxport.reporting.schema import (
     Data,
     Device,
     Disagreement,

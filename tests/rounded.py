@@ -19,12 +19,13 @@ from in_memory import dequantized
 from reference import random_paligemma
 from tokenizers import Tokenizer
 
-from pgxport.bundle import Bundle
+from pgxport.bundle.reader import Bundle
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
-from pgxport.exporter.calibration import Calibration
-from pgxport.exporter.forced import Forced, scene
+from pgxport.exporter.calibration_file import Calibration
+from pgxport.exporter.parity import scene
 from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
 from pgxport.models.checkpoint import Checkpoint
+from pgxport.models.eager import Forced
 from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.names import canonical
 from pgxport.models.spec import read_config

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from pgxport.bundle import Bundle, Manifest
-from pgxport.exporter.forced import Forced
+from pgxport.bundle.manifest import Manifest
+from pgxport.bundle.reader import Bundle
+from pgxport.models.eager import Forced
 
 Arrays = dict[str, np.ndarray]
 Engine = Callable[[Path], Callable[[Arrays], Arrays]]

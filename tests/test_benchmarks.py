@@ -18,9 +18,9 @@ if not (ROOT / "benchmarks").exists():
     pytest.skip("the wheel is tested without the repository", allow_module_level=True)
 pytest.importorskip("onnx_ir")
 
+from pgxport.benchmarking.worker import Measurement  # noqa: E402
 from pgxport.models.spec import TEXT, published  # noqa: E402
 from pgxport.models.weights import weight_shapes  # noqa: E402
-from pgxport.report.worker import Measurement  # noqa: E402
 
 
 def script(name: str) -> ModuleType:

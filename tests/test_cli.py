@@ -20,7 +20,8 @@ from PIL import Image
 
 import pgxport
 from pgxport import cli, errors
-from pgxport.bundle import MANIFEST, Bundle
+from pgxport.bundle.manifest import MANIFEST
+from pgxport.bundle.reader import Bundle
 from pgxport.runners import runner as runner_module
 from pgxport.runners.outputs import Answer, parse
 
@@ -304,11 +305,12 @@ def test_a_manipulated_bundle_ends_with_4_in_every_command_that_opens_it(pgx: Pg
 
 HANG = """
 import sys, time
-from pgxport import bundle, cli
+from pgxport import cli
+from pgxport.bundle import writer
 def hang(self, manifest):
     print("ready", flush=True)
     time.sleep(60)
-bundle.BundleWriter.commit = hang
+writer.BundleWriter.commit = hang
 cli.main()
 """
 

@@ -112,7 +112,7 @@ def test_only_the_package_goes_to_the_builder():
 
 
 def test_versions_are_those_of_the_board_table():
-    from pgxport.board import ROWS
+    from pgxport.machine.board import ROWS
 
     jetpack7 = (ROOT / "docker" / "Dockerfile.jetpack7").read_text()
     rows = {row.name: row for row in ROWS}

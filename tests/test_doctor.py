@@ -16,7 +16,7 @@ from machines import MACHINES, tree
 
 from pgxport import doctor
 from pgxport.errors import EngineError
-from pgxport.runners.session import open_session
+from pgxport.runners.open_session import open_session
 
 
 @pytest.fixture

@@ -15,17 +15,18 @@ pytest.importorskip("onnx_ir")
 
 from tensorrt_engines import forced_logits, onnxruntime
 
-from pgxport.bundle import Bundle
+from pgxport.bundle.reader import Bundle
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
-from pgxport.compile import CompileOptions, compile_bundle
+from pgxport.compile.tensorrt import CompileOptions, compile_bundle
 from pgxport.errors import InputError
 from pgxport.exporter.export import ExportOptions, export
-from pgxport.exporter.forced import Forced, scene
-from pgxport.exporter.locate import TINY
+from pgxport.exporter.parity import scene
+from pgxport.hub.locate import TINY
+from pgxport.machine.driver import ask_driver
 from pgxport.models.checkpoint import Checkpoint
+from pgxport.models.eager import Forced
 from pgxport.models.spec import read_config
 from pgxport.models.tiny.scenes import draw
-from pgxport.runners.driver import ask_driver
 from pgxport.runners.loop import Decoder
 from pgxport.runners.runner import Runner
 from pgxport.runners.session import ENGINES

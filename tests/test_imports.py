@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,8 +18,15 @@ import pytest
 REFERENCE = ("torch", "transformers")
 EXPORT_TOOLS = ("onnx", "onnx_ir", *REFERENCE)
 # "pgxport" itself: `from pgxport import bundle` is read as pgxport.bundle, and this stands for the bare package.
-BUNDLE = ("numpy", "pydantic", "pgxport.errors", "pgxport.bundle", "pgxport.onnx_check", "pgxport.__version__")
+ROOT = ("pgxport.errors", "pgxport.text", "pgxport.files", "pgxport.__version__")
+BUNDLE = ("numpy", "pydantic", *ROOT, "pgxport.bundle")
 RUNNERS = (*BUNDLE, "PIL", "tokenizers", "pgxport.runners", "pgxport.machine")
+
+# Every folder and every file of the package's root, the lowest first: each imports itself and what stands above it here.
+RANKS = (
+    "errors", "text", "files", "machine", "bundle", "models", "hub", "runners", "compile", "metrics", "data", "exporter", "calib",
+    "cluster", "benchmarking", "reporting", "tuning", "inspection", "doctor", "demo", "cli",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Law:
 
 LAWS = (
     Law(
-        ("errors.py", "bundle.py", "onnx_check.py", "trt_lint.py"),
+        ("errors.py", "text.py", "files.py", "bundle/*", "compile/lint.py"),
         only=BUNDLE,
         reason="a bundle is the one contract between export and run, and a board reads it with numpy and pydantic alone",
         remedy="move what needs the import to the side that has it (exporter/ or runners/)",
@@ -70,7 +78,7 @@ LAWS = (
     ),
     Law(
         ("models/*",),
-        never=("pgxport.exporter", "pgxport.calib", "pgxport.report", *EXPORT_TOOLS),
+        never=("pgxport.exporter", "pgxport.calib", "pgxport.reporting", *EXPORT_TOOLS),
         reason="a model function is handed its `g`, so that tests can run it in plain numpy",
         remedy="call g.op, g.linear and g.weight; describe `g` by a Protocol in models/",
     ),
@@ -82,31 +90,17 @@ LAWS = (
     ),
     Law(
         ("*",),
-        but_not=("tune/*", "cli.py"),
-        never=("pgxport.tune",),
-        reason="a search stands on top of export, run and report, and none of them knows that it is searched",
-        remedy="move what both need below tune/",
-    ),
-    Law(
-        ("*",),
         but_not=("cluster/pool.py",),
         never=("ray",),
         reason="one file knows how a cluster is spoken to, and everything works without it (docs/decisions/0019)",
         remedy="give pgxport.cluster.pool a Job",
     ),
     Law(
-        ("exporter/verify.py",),
-        never=REFERENCE,
-        at_module_level=True,
-        reason="the reference is an extra, and verifying a bundle's integrity works without it",
-        remedy="import it inside the function that compares with it",
-    ),
-    Law(
         ("*",),
-        but_not=("exporter/verify.py", "report/*"),
+        but_not=("reporting/transformers_subject.py",),
         never=REFERENCE,
         reason="export, calibrate and run work without the reference, which costs 2.3 s to import and gigabytes to install",
-        remedy="use numpy and pgxport.models; parity belongs to exporter/verify.py, baselines to report/",
+        remedy="use numpy and pgxport.models; the reference belongs to reporting/transformers_subject.py",
     ),
     Law(
         ("cli.py",),
@@ -193,7 +187,30 @@ def violations(root: Path) -> list[str]:
             for law in laws:
                 if law.breaks(i.name) and (i.at_module_level or not law.at_module_level):
                     found.append(f"pgxport/{file}:{i.line} imports {i.name!r}: {law.reason}; {law.remedy}")
+            if upwards(file, i.name):
+                found.append(
+                    f"pgxport/{file}:{i.line} imports {i.name!r}: imports go down the list RANKS; move what both need below"
+                )
+        if file not in ("__init__.py", "__main__.py") and place(file) not in RANKS:
+            found.append(f"pgxport/{file}:1 is in {place(file)!r}, which has no rank; add it to RANKS")
     return found
+
+
+def place(path: str) -> str:
+    """A file's folder in the package, or its own name where it is in the root.
+
+    >>> place("models/tiny/scenes.py"), place("errors.py")
+    ('models', 'errors')
+    """
+    return path.partition("/")[0].removesuffix(".py")
+
+
+def upwards(file: str, name: str) -> bool:
+    """Whether a file imports something of the package that does not rank below its own place."""
+    parts, here = name.split("."), place(file)
+    if parts[0] != "pgxport" or len(parts) < 2 or parts[1] not in RANKS or here not in RANKS or parts[1] == here:
+        return False
+    return RANKS.index(parts[1]) > RANKS.index(here)
 
 
 def package_root() -> Path:
@@ -220,8 +237,8 @@ def test_nobody_imports_what_the_table_forbids():
 @pytest.mark.parametrize(
     ("file", "source", "name"),
     [
-        ("bundle.py", "import onnx", "onnx"),
-        ("bundle.py", "from pgxport.models.spec import ModelSpec", "pgxport.models.spec.ModelSpec"),
+        ("bundle/reader.py", "import onnx", "onnx"),
+        ("bundle/reader.py", "from pgxport.models.spec import ModelSpec", "pgxport.models.spec.ModelSpec"),
         ("errors.py", "import click", "click"),
         ("runners/loop.py", "def f():\n    import onnxruntime", "onnxruntime"),
         ("runners/runner.py", "from pgxport import exporter", "pgxport.exporter"),
@@ -235,16 +252,19 @@ def test_nobody_imports_what_the_table_forbids():
         ("models/tiny/train.py", "def f():\n    import torch.nn", "torch.nn"),
         ("exporter/export.py", "from pgxport.calib import ranges", "pgxport.calib.ranges"),
         ("exporter/export.py", "def f():\n    from transformers import AutoModel", "transformers"),
-        ("exporter/verify.py", "class A:\n    import torch", "torch"),
-        ("exporter/verify.py", "try:\n    import torch\nexcept ImportError:\n    pass", "torch"),
+        ("reporting/asking.py", "class A:\n    import torch", "torch"),
+        ("exporter/parity.py", "try:\n    import torch\nexcept ImportError:\n    pass", "torch"),
         ("calib/ranges.py", "import importlib\nimportlib.import_module('torch')", "torch"),
         ("cli.py", "import numpy", "numpy"),
         ("cli.py", "from pgxport.runners import Runner", "pgxport.runners.Runner"),
-        ("__init__.py", "from .bundle import Bundle", "pgxport.bundle.Bundle"),
-        ("report/html.py", "def f():\n    import pickle", "pickle"),
-        ("report/html.py", "import plotly.express", "plotly.express"),
-        ("exporter/export.py", "def f():\n    from pgxport.tune.search import front", "pgxport.tune.search.front"),
-        ("report/cluster_pass.py", "def f():\n    import ray", "ray"),
+        ("__init__.py", "from .bundle.reader import Bundle", "pgxport.bundle.reader.Bundle"),
+        ("reporting/page.py", "def f():\n    import pickle", "pickle"),
+        ("reporting/page.py", "import plotly.express", "plotly.express"),
+        ("exporter/export.py", "def f():\n    from pgxport.tuning.search import front", "pgxport.tuning.search.front"),
+        ("metrics/sample.py", "from pgxport.data.loader import load", "pgxport.data.loader.load"),
+        ("files.py", "from pgxport import bundle", "pgxport.bundle"),
+        ("attic/old.py", "import json", "attic"),
+        ("reporting/cluster_pass.py", "def f():\n    import ray", "ray"),
     ],
 )
 def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str, name: str):
@@ -255,18 +275,33 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str, na
     assert all(line.startswith(f"pgxport/{file}:") and repr(name) in line for line in found)
 
 
+def test_every_path_that_a_law_or_pyproject_names_exists():
+    root = package_root()
+    named = [file for law in LAWS for file in (*law.files, *law.but_not)]
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    if project.is_file():
+        ignored = tomllib.loads(project.read_text())["tool"]["ruff"]["lint"]["per-file-ignores"]
+        named += [file.removeprefix("pgxport/") for file in ignored if file.startswith("pgxport/")]
+        assert all(list(project.parent.glob(file)) for file in ignored if not file.startswith("pgxport/"))
+    assert [file for file in named if not list(root.glob(file))] == []
+    assert [name for name in RANKS if not (root / name).is_dir() and not (root / f"{name}.py").is_file()] == []
+
+
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("bundle.py", "import numpy as np\nfrom pydantic import BaseModel\nfrom pgxport.errors import IntegrityError"),
-        ("runners/image.py", "from PIL import Image\nfrom pgxport.bundle import Bundle\nfrom . import loop"),
+        ("bundle/reader.py", "import numpy as np\nfrom pydantic import BaseModel\nfrom pgxport.errors import IntegrityError"),
+        ("runners/image.py", "from PIL import Image\nfrom pgxport.bundle.reader import Bundle\nfrom . import loop"),
         ("runners/ort.py", "import onnxruntime as ort"),
         ("runners/tensorrt.py", "import tensorrt\nfrom cuda import cudart"),
         ("models/checkpoint.py", "import ml_dtypes\nfrom safetensors import safe_open"),
-        ("exporter/verify.py", "def f():\n    import torch\n    import transformers"),
-        ("report/measure.py", "def f():\n    import torch"),
+        ("reporting/transformers_subject.py", "def f():\n    import torch\n    import transformers"),
+        ("exporter/parity.py", "from pgxport.metrics.fidelity import kl_divergence"),
         ("cli.py", "import click\nfrom pgxport.errors import PgxError\ndef f():\n    import onnx_ir"),
-        ("__init__.py", "from pgxport.errors import PgxError\ndef __getattr__(name):\n    from pgxport.bundle import Bundle"),
+        (
+            "__init__.py",
+            "from pgxport.errors import PgxError\ndef __getattr__(name):\n    from pgxport.bundle.reader import Bundle",
+        ),
     ],
 )
 def test_an_import_the_design_allows_is_not_reported(tmp_path: Path, file: str, source: str):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pgxport.bundle import MANIFEST, Bundle
+from pgxport.bundle.manifest import MANIFEST
+from pgxport.bundle.reader import Bundle
 from pgxport.errors import CheckpointError, InputError, IntegrityError
 from pgxport.inspection import describe, render
 

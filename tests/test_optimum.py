@@ -16,7 +16,7 @@ from gemma_tokenizer import build_tokenizer
 from reference import random_paligemma
 from tokenizers import Tokenizer
 
-from pgxport.bundle import Bundle
+from pgxport.bundle.reader import Bundle
 from pgxport.exporter.export import ExportOptions, export
 
 PLUGIN = Path("optimum/commands/register/register_pgx.py")

@@ -203,7 +203,7 @@ def test_the_cases_leave_no_option_of_the_reference_at_its_default():
 
 
 def test_the_mask_decoder_equals_the_same_layers_in_torch(tmp_path):
-    from pgxport.exporter.locate import TINY
+    from pgxport.hub.locate import TINY
 
     weights = {k: torch.from_numpy(v.astype(np.float32)) for k, v in np.load(TINY / "vae-oid.npz").items()}
     conv, up, relu = torch.nn.functional.conv2d, torch.nn.functional.conv_transpose2d, torch.relu

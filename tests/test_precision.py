@@ -15,15 +15,15 @@ from gemma_tokenizer import build_tokenizer  # noqa: E402
 from reference import random_paligemma  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
-from pgxport.bundle import Bundle  # noqa: E402
+from pgxport.bundle.reader import Bundle  # noqa: E402
 from pgxport.errors import CheckpointError, EngineError  # noqa: E402
-from pgxport.exporter.audit import FLOAT16_MAX, audit, residual_divisor  # noqa: E402
-from pgxport.exporter.eager import Eager  # noqa: E402
+from pgxport.exporter.activation_ranges import FLOAT16_MAX, audit, residual_divisor  # noqa: E402
 from pgxport.exporter.export import ExportOptions, export  # noqa: E402
 from pgxport.exporter.graph import GraphBuilder  # noqa: E402
 from pgxport.exporter.recipe import RECIPES  # noqa: E402
 from pgxport.exporter.targets import TARGETS  # noqa: E402
 from pgxport.models.checkpoint import Checkpoint  # noqa: E402
+from pgxport.models.eager import Eager  # noqa: E402
 from pgxport.models.gemma import decoder_step  # noqa: E402
 from pgxport.models.projector import projector  # noqa: E402
 from pgxport.models.siglip import vision_encoder  # noqa: E402

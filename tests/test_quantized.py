@@ -33,10 +33,10 @@ from rounded import (
 )
 from safetensors.numpy import load_file, save_file
 
-from pgxport.bundle import Bundle
+from pgxport.bundle.reader import Bundle
 from pgxport.calib import observe
 from pgxport.errors import CheckpointError, PgxError, UsageError
-from pgxport.exporter.calibration import Calibration
+from pgxport.exporter.calibration_file import Calibration
 from pgxport.exporter.export import ExportOptions, dry_run, export
 from pgxport.exporter.plan import PlanOptions, plan
 from pgxport.exporter.recipe import Recipe, Rule, Scheme

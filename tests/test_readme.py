@@ -56,18 +56,9 @@ def test_the_readmes_python_runs(folder):
         assert "orange cross" in printed
 
 
-def test_the_file_tree_is_true():
-    (tree,) = re.findall(r"```\n(pgxport/\n.*?)```", README, re.DOTALL)
-    tree = tree.partition("\ntests/")[0]
-    named, folders = set(), []
-    for line in tree.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        name = line.split()[0]
-        folders[depth:] = [name.rstrip("/")]
-        if name.endswith(".py"):
-            named.add("/".join([*folders[:-1], name]))
-    there = {str(p.relative_to(ROOT)) for p in (ROOT / "pgxport").rglob("*.py") if p.name not in ("__init__.py", "__main__.py")}
-    assert named == there
+def test_the_reading_order_and_the_list_of_files_are_true():
+    done = subprocess.run([sys.executable, ROOT / "tools" / "structure.py", "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("page", sorted(p.relative_to(ROOT) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=str)

@@ -18,15 +18,15 @@ from pathlib import Path
 
 from PIL import Image
 
+from pgxport.benchmarking.throughput import sizes
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
+from pgxport.data.loader import DataOptions
 from pgxport.errors import UsageError
 from pgxport.exporter.export import ExportOptions, export
-from pgxport.exporter.locate import TINY
 from pgxport.exporter.recipe import RECIPES
 from pgxport.exporter.targets import TARGETS
-from pgxport.report.datasets import DataOptions
-from pgxport.report.report import ReportOptions, report
-from pgxport.report.throughput import sizes
+from pgxport.hub.locate import TINY
+from pgxport.reporting.report import ReportOptions, report
 
 ROOT = Path(__file__).parent.parent
 MAX_BYTES = 1_000_000  # of all that is committed

@@ -11,12 +11,12 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from pgxport.board import available_memory
-from pgxport.bundle import Bundle
+from pgxport.bundle.reader import Bundle
 from pgxport.calib.observe import Statistics
-from pgxport.calib.samples import Encoded, token_weights
+from pgxport.data.calibration_samples import Encoded, token_weights
 from pgxport.errors import NumericError, UsageError
 from pgxport.exporter.stream import Progress
+from pgxport.machine.board import available_memory
 from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
 from pgxport.models.weights import weight_shapes
 from pgxport.runners.image import pixel_values

@@ -11,18 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgxport import __version__
-from pgxport.bundle import MANIFEST, Bundle
-from pgxport.calib.samples import Encoded, digest, encode, read_samples
+from pgxport.bundle.manifest import MANIFEST
+from pgxport.bundle.reader import Bundle
+from pgxport.data.calibration_samples import Encoded, digest, encode, read_samples
 from pgxport.errors import CheckpointError, EngineError, UsageError
-from pgxport.exporter.calibration import (
-    About,
-    Array,
-    Calibration,
-    check_output,
-    checkpoint_sha256,
-    disk,
-    write_calibration,
-)
+from pgxport.exporter.calibration_file import About, Array, Calibration, check_output, checkpoint_sha256, disk, write_calibration
 from pgxport.exporter.stream import Progress
 from pgxport.models.safetensors import Tensor
 from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
@@ -122,9 +115,9 @@ def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None
 
 def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibration:
     from pgxport.calib.checkpoint_pass import observe_checkpoint, step_findings
-    from pgxport.exporter.audit import Census
+    from pgxport.exporter.activation_ranges import Census
     from pgxport.exporter.export import check_weights as check_weights
-    from pgxport.exporter.locate import locate
+    from pgxport.hub.locate import locate
     from pgxport.models.checkpoint import Checkpoint
     from pgxport.models.safetensors import read_header
     from pgxport.models.spec import read_config

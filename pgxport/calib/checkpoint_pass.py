@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from pgxport.calib.observe import Statistics
-from pgxport.calib.samples import Encoded, token_weights
-from pgxport.exporter.audit import Census
-from pgxport.exporter.calibration import Array, disk, read_metadata, write_tensors
-from pgxport.exporter.eager import Eager
-from pgxport.exporter.stream import Progress, to_float32
+from pgxport.data.calibration_samples import Encoded, token_weights
+from pgxport.exporter.activation_ranges import Census
+from pgxport.exporter.calibration_file import Array, disk, read_metadata, write_tensors
+from pgxport.exporter.stream import Progress
 from pgxport.models import gemma, siglip
-from pgxport.models.checkpoint import TensorSource
+from pgxport.models.checkpoint import TensorSource, to_float32
+from pgxport.models.eager import Eager
 from pgxport.models.layers import layer_norm
 from pgxport.models.projector import projector
 from pgxport.models.spec import ModelSpec

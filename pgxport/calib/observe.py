@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pgxport.errors import NumericError
-from pgxport.exporter.calibration import OBSERVERS, pack, site_tensors
+from pgxport.exporter.calibration_file import OBSERVERS, pack, site_tensors
 
 BINS = 4096  # of a histogram; a power of two, so that two histograms of other ranges can be put together exactly
 PERCENTILE = 99.99  # of the values lie in the range that the observer of that name keeps

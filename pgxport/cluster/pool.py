@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from pgxport.cluster.parcels import CHUNK, Depot, cache, digest_of, fetch, passing
+from pgxport.cluster.file_server import CHUNK, Depot, cache, digest_of, fetch, passing
 from pgxport.errors import EngineError, PgxError, UsageError
 
 ADDRESS = re.compile(r"auto|local|[\w.-]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")

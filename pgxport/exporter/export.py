@@ -8,28 +8,30 @@ from pathlib import Path
 from typing import cast
 
 from pgxport import __version__
-from pgxport.bundle import CARD, Bundle, BundleWriter, Cache, Kept, Manifest, Parity, Provenance, Ranges, TokenIds
-from pgxport.card import card
+from pgxport.bundle.manifest import CARD, Cache, Kept, Manifest, Parity, Provenance, Ranges, TokenIds
+from pgxport.bundle.model_card import card
+from pgxport.bundle.reader import Bundle
+from pgxport.bundle.writer import BundleWriter
+from pgxport.compile.lint import check
 from pgxport.errors import CheckpointError, GateError, UsageError
-from pgxport.exporter.audit import audit, residual_divisor
-from pgxport.exporter.calibration import Calibration, checkpoint_sha256
-from pgxport.exporter.forced import Forced, scene
+from pgxport.exporter.activation_ranges import audit, residual_divisor
+from pgxport.exporter.calibration_file import Calibration, checkpoint_sha256
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, file_sizes, serialized, stored, token_table, write_graphs
 from pgxport.exporter.legacy_cache import legacy_caches
-from pgxport.exporter.locate import Located, locate
-from pgxport.exporter.parity import FIRST_SCENE, Run, StoredWeights, parity
+from pgxport.exporter.parity import FIRST_SCENE, Run, StoredWeights, parity, scene
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.recipe_toml import read_recipe, to_toml
 from pgxport.exporter.scaling import Rescaled, RescaledStatistics, Statistics, check_sites, rescaled
 from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
 from pgxport.exporter.targets import Target, find_target
+from pgxport.hub.locate import Located, locate
 from pgxport.models.checkpoint import Checkpoint, TensorSource
+from pgxport.models.eager import Forced
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import ModelSpec, read_config, shrunk, without_window
 from pgxport.models.weights import parameters, weight_shapes
 from pgxport.runners.tokenizer import read_token_ids
-from pgxport.trt_lint import check
 
 MAX_NEW_TOKENS = 256
 LOCAL = ("local_bias", "local_visible")  # inputs that tell what a window hides

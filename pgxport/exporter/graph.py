@@ -14,14 +14,15 @@ import numpy as np
 import onnx_ir as ir
 
 from pgxport import __version__
-from pgxport.bundle import GraphInfo, TensorInfo
+from pgxport.bundle.manifest import GraphInfo, TensorInfo
 from pgxport.errors import UsageError
-from pgxport.exporter import lower, lower_standard
-from pgxport.exporter.coded import Coded, Layout
+from pgxport.exporter import lower_onnxruntime as lower
+from pgxport.exporter import lower_standard
+from pgxport.exporter.quantized_matrix import Coded, Layout
 from pgxport.exporter.recipe import Recipe, Scheme
-from pgxport.exporter.stream import Promise, narrow, row_blocks, to_float32
+from pgxport.exporter.stream import Promise, narrow
 from pgxport.exporter.targets import Target
-from pgxport.models.checkpoint import TensorSource
+from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
 from pgxport.models.layers import Transform, times
 from pgxport.models.spec import TextSpec
 

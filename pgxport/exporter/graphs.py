@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
-from pgxport.bundle import Counted, TokenTable
+from pgxport.bundle.manifest import Counted, TokenTable
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.stream import DataLayout

@@ -13,10 +13,9 @@ import numpy as np
 
 from pgxport.errors import UsageError
 from pgxport.exporter.float8 import LARGEST
-from pgxport.exporter.lower import rotary_tables
 from pgxport.exporter.recipe import Scheme
 from pgxport.exporter.stream import FLOAT8
-from pgxport.models.layers import Transform, times
+from pgxport.models.layers import Transform, rotary_tables, times
 from pgxport.models.spec import TextSpec
 
 if TYPE_CHECKING:

@@ -12,20 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from pgxport.bundle import Parity
-from pgxport.divergence import divergence
-from pgxport.exporter.eager import Eager
+from pgxport.bundle.manifest import Parity, TokenIds
 from pgxport.exporter.float8 import to_float8
-from pgxport.exporter.forced import Forced, forced_logits
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.lower import CANDIDATES, SCREENED, prefix_copy, uint8_grid
+from pgxport.exporter.lower_onnxruntime import CANDIDATES, SCREENED, prefix_copy, uint8_grid
 from pgxport.exporter.lower_standard import activation_scale
 from pgxport.exporter.recipe import Recipe, Scheme
 from pgxport.exporter.scaling import Statistics
-from pgxport.exporter.stream import DataLayout, Progress, to_float32
+from pgxport.exporter.stream import DataLayout, Progress
 from pgxport.exporter.targets import Target
-from pgxport.models.checkpoint import TensorSource
+from pgxport.metrics.fidelity import kl_divergence
+from pgxport.models.checkpoint import TensorSource, to_float32
+from pgxport.models.eager import Eager, Forced, forced_logits
 from pgxport.models.spec import ModelSpec
+from pgxport.models.tiny.scenes import Question, ask, draw, locations
+from pgxport.runners.image import pixel_values
+from pgxport.runners.tokenizer import PromptTokenizer
 
 FIRST_SCENE = 1 << 20  # beyond what anybody calibrates on
 
@@ -167,7 +169,9 @@ def parity(exact: Run, rounded: Run, samples: Sequence[Forced], *, progress: Pro
             progress("comparing with the checkpoint", i, len(samples))
         p = exact.logits(sample)
         q = rounded.logits(sample)
-        losses += [float(divergence(a[None], b[None])[0]) for a, b in zip(p, q, strict=True)]  # a token at a time: a row is wide
+        losses += [
+            float(kl_divergence(b[None], a[None])[0]) for a, b in zip(p, q, strict=True)
+        ]  # a token at a time: a row is wide
         agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
     if progress:
         progress("comparing with the checkpoint", len(samples), len(samples))
@@ -185,3 +189,19 @@ def _symmetric(x: np.ndarray, largest: np.ndarray) -> np.ndarray:
     """x in int8, each row of it on the grid up to its largest, and back."""
     scale = np.maximum(largest, np.float32(1e-30)) / np.float32(127)
     return np.clip(np.rint(x / scale), -128, 127) * scale
+
+
+def scene(index: int, spec: ModelSpec, tokenizer: Path, ids: TokenIds) -> Forced:
+    """A scene of the calibration split with one of its questions, captions and boxes by turns."""
+    drawn, words = draw("calibration", index), PromptTokenizer(tokenizer, ids)
+    kinds = {q.task: q for q in ask(drawn, index)}
+    question = kinds["detect"] if index % 2 and "detect" in kinds else kinds["caption"]
+    prompt = words.prompt_ids(question.prompt, 0)
+    answer = words.prompt_ids(_answer(question), 0)[1:-1]  # without bos and newline
+    return Forced(pixel_values(drawn.image, spec.resolution)[None], prompt, answer)
+
+
+def _answer(question: Question) -> str:
+    if question.answer is not None:
+        return question.answer
+    return " ; ".join(f"{locations(thing.box)} {label}" for label, thing in question.things)

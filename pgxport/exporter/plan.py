@@ -16,18 +16,18 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from pgxport.compile import COPIES, WORKSPACE_BYTES, build_memory
+from pgxport.compile.tensorrt import COPIES, WORKSPACE_BYTES, build_memory
 from pgxport.errors import UsageError, choose
 from pgxport.exporter.export import context_length, named
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, file_sizes, write_graphs
-from pgxport.exporter.locate import TINY, published_name
-from pgxport.exporter.lower import SCREENED
+from pgxport.exporter.lower_onnxruntime import SCREENED
 from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.recipe_toml import to_toml
-from pgxport.exporter.stream import BLOCK_BYTES, DataLayout, Promise
+from pgxport.exporter.stream import DataLayout, Promise
 from pgxport.exporter.targets import TARGETS, Target, find_target
-from pgxport.models.checkpoint import Checkpoint, TensorSource
+from pgxport.hub.locate import TINY, published_name
+from pgxport.models.checkpoint import BLOCK_BYTES, Checkpoint, TensorSource
 from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import SIZES, TINY_RESOLUTIONS, ModelSpec, published, read_config, without_window

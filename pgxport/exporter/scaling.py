@@ -13,8 +13,7 @@ import numpy as np
 from pgxport.errors import NumericError, UsageError
 from pgxport.exporter.quantize import Grid, hessian_error, nearest
 from pgxport.exporter.recipe import Scheme
-from pgxport.exporter.stream import row_blocks, to_float32
-from pgxport.models.checkpoint import TensorSource
+from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
 from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
 from pgxport.models.weights import weight_shapes
 

@@ -13,10 +13,8 @@ import numpy as np
 from pgxport.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]  # what is being written, bytes so far, bytes in all
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 INT4, FLOAT8 = np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.float8_e4m3fn)
 
-BLOCK_BYTES = 4 << 20  # of float32; the export holds a few of them. Larger ones leave the processor's cache, at half the speed
 PAGE = 4096  # weights begin at a page, so that an engine can map them
 
 
@@ -124,24 +122,6 @@ def ahead(chunks: Iterable[memoryview], depth: int = 4) -> Iterator[memoryview]:
     finally:
         left.set()
         thread.join()
-
-
-def row_blocks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """Cut rows into (start, stop) pairs of at most `BLOCK_BYTES`, one row at least.
-
-    >>> list(row_blocks(5, BLOCK_BYTES // 2))
-    [(0, 2), (2, 4), (4, 5)]
-    """
-    step = max(1, BLOCK_BYTES // max(1, row_bytes))
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)
-
-
-def to_float32(block: np.ndarray) -> np.ndarray:
-    """Widen exactly; bfloat16 is the upper half of a float32, which is quicker to say than to convert."""
-    if block.dtype == BFLOAT16:
-        return (block.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return block.astype(np.float32, copy=False)
 
 
 def narrow(block: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

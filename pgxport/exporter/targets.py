@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-from pgxport.bundle import CacheKind, TrtVersion
+from pgxport.bundle.manifest import CacheKind, TrtVersion
 from pgxport.errors import UsageError, choose
 from pgxport.exporter.recipe import INT4_CPU, RECIPES, TENSORRT_RECIPES, Recipe, Rule, Scheme
 

@@ -4,12 +4,13 @@
 The only door to weights. Opening reads headers; every row that is asked for is remembered, so that nothing is dropped in silence.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from pgxport.errors import CheckpointError
@@ -264,3 +265,27 @@ def _why_no_weights(folder: Path) -> str:
     if (folder / "snapshots").is_dir():
         return "is a whole repository of the hub's cache; give one of the folders under snapshots/"
     return f"holds no weights; expected {WHOLE}, {INDEX} with its shards, or a training npz"
+
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+BLOCK_BYTES = 4 << 20  # of float32; the export holds a few of them. Larger ones leave the processor's cache, at half the speed
+
+
+def row_blocks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut rows into (start, stop) pairs of at most `BLOCK_BYTES`, one row at least.
+
+    >>> list(row_blocks(5, BLOCK_BYTES // 2))
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def to_float32(block: np.ndarray) -> np.ndarray:
+    """Widen exactly; bfloat16 is the upper half of a float32, which is quicker to say than to convert."""
+    if block.dtype == BFLOAT16:
+        return (block.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return block.astype(np.float32, copy=False)

@@ -76,3 +76,10 @@ def softcap(g: Writer, x: Value, cap: float | None) -> Value:
 def times(gain: float) -> Transform | None:
     """Multiply a weight by a number as it is written; nothing where the number is 1."""
     return None if gain == 1.0 else lambda w: w * np.float32(gain)
+
+
+def rotary_tables(text: TextSpec, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin [length, D / 2] (Su et al., 2021, half-split). Row 0 is position 1, where PaliGemma begins to count."""
+    frequency = text.rope_theta ** (-np.arange(0, text.head_dim, 2, dtype=np.float64) / text.head_dim)
+    angle = np.arange(1, length + 1, dtype=np.float64)[:, None] * frequency
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)

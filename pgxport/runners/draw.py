@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from pgxport.errors import DiskError, UsageError
-from pgxport.runners.outputs import Box, Mask, terminal_safe
+from pgxport.runners.outputs import Box, Mask
+from pgxport.text import terminal_safe
 
 # Told apart side by side, on photos, and with the common colour blindnesses: Okabe and Ito's set, brightened, and two more.
 COLOURS = (

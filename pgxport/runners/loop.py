@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from pgxport.bundle import Manifest
+from pgxport.bundle.manifest import Manifest
+from pgxport.bundle.mask import visible
 from pgxport.errors import InputError, NumericError
 from pgxport.runners.session import Arrays, Session
 
@@ -143,13 +144,6 @@ def local_bias(tokens: int, total: int, window: int) -> np.ndarray:
 def seen(tokens: int, total: int, window: int | None) -> np.ndarray:
     """[T, S] bool: what the last `tokens` of `total` look at; all of them are a prefix."""
     return visible(total if tokens == total else 0, total, window, first=total - tokens)
-
-
-def visible(prefix: int, total: int, window: int | None = None, *, first: int = 0) -> np.ndarray:
-    """[T, S] bool: which of `total` tokens each token from `first` on looks at; the first `prefix` ones see each other."""
-    i, j = np.arange(first, total)[:, None], np.arange(total)[None, :]
-    causal = (j <= i) if window is None else (j <= i) & (i - j < window)
-    return causal | ((i < prefix) & (j < prefix))
 
 
 def generate(decoder: Decoder, prefix: np.ndarray, embed: Callable[[int], np.ndarray], *, eos: int, limit: int) -> Iterator[int]:

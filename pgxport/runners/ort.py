@@ -16,8 +16,8 @@ import numpy as np
 
 from pgxport.errors import EngineError, IntegrityError, NumericError
 from pgxport.machine.cpu import overflows_in_16_bits
+from pgxport.machine.driver import ask_driver, missing_libraries
 from pgxport.runners.allocator import map_blocks
-from pgxport.runners.driver import ask_driver, missing_libraries
 from pgxport.runners.session import Arrays
 
 try:

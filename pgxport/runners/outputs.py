@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pgxport.text import terminal_safe
+
 BINS = 1024
 CODES = 128
 CODES_PER_MASK = 16
@@ -17,11 +19,6 @@ CODES_PER_MASK = 16
 # One object of a clause. A label may be missing: models fine-tuned for one task write none.
 OBJECT = re.compile(
     r"\s*(?P<loc>(?:<loc[0-9]{4}>\s*)*)(?P<seg>(?:<seg[0-9]{3}>\s*)*)(?P<label>(?:(?!<loc[0-9]{4}>|<seg[0-9]{3}>).)*)", re.DOTALL
-)
-# CSI and OSC sequences first, or their letters stay; then every other control, and the marks that reorder a line.
-CONTROL = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?"
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 DecodeMask = Callable[[np.ndarray], np.ndarray]  # codes [1, 16] int64 -> mask [1, 64, 64] float32 in [-1, 1]
@@ -161,15 +158,6 @@ def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
     changes = np.flatnonzero(np.diff(column_wise, prepend=False))
     edges = [0, *changes.tolist(), column_wise.size]
     return {"size": list(mask.shape), "counts": np.diff(edges).tolist()}
-
-
-def terminal_safe(text: str) -> str:
-    """The text without what a terminal would obey: escape sequences, controls, and marks that reorder a line.
-
-    >>> terminal_safe("a \\x1b[31mred\\x1b[0m cat")
-    'a red cat'
-    """
-    return CONTROL.sub("", text)
 
 
 def _numbers(tokens: str) -> tuple[int, ...]:

@@ -7,10 +7,11 @@ processes that run the bundle, and dropped by the kernel where memory is short.
 
 from pathlib import Path
 
-from pgxport.bundle import Bundle, hashed
+from pgxport.bundle.reader import Bundle
 from pgxport.errors import IntegrityError
+from pgxport.files import hashed
 from pgxport.machine.cpu import instruction_key, overflows_in_16_bits
-from pgxport.runners.engines import Entry, Flags, Machine, cache_folder, entry_folder, key, read_entry
+from pgxport.runners.engine_cache import Entry, Flags, Machine, cache_folder, entry_folder, key, read_entry
 from pgxport.runners.ort import VERSION
 
 ENGINE = "cpu"

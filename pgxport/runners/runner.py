@@ -12,12 +12,13 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from pgxport.bundle import Bundle
+from pgxport.bundle.reader import Bundle
 from pgxport.errors import IntegrityError, UsageError
 from pgxport.runners.image import load_image, pixel_values
 from pgxport.runners.loop import Decoder, generate
+from pgxport.runners.open_session import graph_files, open_session
 from pgxport.runners.outputs import Answer, parse
-from pgxport.runners.session import Session, graph_files, open_session
+from pgxport.runners.session import Session
 from pgxport.runners.tokenizer import PromptTokenizer
 
 Picture = str | Path | bytes | Image.Image | np.ndarray

@@ -2,13 +2,9 @@
 """What every engine offers the runner: arrays in, arrays out, and a KV cache that it writes in place."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-
-from pgxport.bundle import Bundle
-from pgxport.errors import EngineError, UsageError
 
 Arrays = dict[str, np.ndarray]
 
@@ -42,53 +38,3 @@ class Session(Protocol):
     def new_cache(self, shapes: Mapping[str, tuple[int, ...]]) -> KVCache: ...
 
     def close(self) -> None: ...
-
-
-def open_session(engine: str, graph: Path, *, threads: int | None = None, low_memory: bool = False) -> Session:
-    """Load a graph into the engine that was asked for, and no other.
-
-    Args:
-        graph: One of `graph_files`.
-        low_memory: Give working memory back after each run, though the next one has to ask for it again.
-
-    Raises:
-        EngineError: the engine is unknown, not installed, or refuses the graph.
-    """
-    if engine == "cpu":
-        from pgxport.runners.ort import OrtSession
-
-        return OrtSession(graph, threads=threads, low_memory=low_memory)
-    if engine == "cuda":
-        from pgxport.runners.ort import CUDA, OrtSession
-
-        return OrtSession(graph, provider=CUDA, threads=threads, low_memory=low_memory)
-    if ENGINES.get(engine) == "tensorrt":
-        from pgxport.runners.tensorrt import TensorrtSession
-
-        if threads is not None:
-            raise UsageError(f"--threads is for engine cpu; {engine} computes on the device: leave it out")
-        return TensorrtSession(graph, engine)
-    raise EngineError(f"engine {engine!r} is not one this pgx runs; use --engine {', '.join(ENGINES)}")
-
-
-def graph_files(engine: str, bundle: Bundle) -> dict[str, Path]:
-    """What `open_session` loads, by the graph's name: the bundle's graphs, or the plans that `pgx compile` made of them here.
-
-    Raises:
-        EngineError: the bundle was written for another engine, or is not compiled.
-    """
-    target = bundle.manifest.target
-    if ENGINES.get(engine) != target:
-        raise EngineError(
-            f"{bundle.path} was written for target {target!r}, and engine {engine!r} was asked for; "
-            f"export it with --target {ENGINES.get(engine, engine)}, or run it with --engine {target}"
-        )
-    if target == "tensorrt":
-        from pgxport.runners.tensorrt import compiled
-
-        return compiled(bundle, engine)
-    if engine == "cpu":
-        from pgxport.runners.packed import packed
-
-        return packed(bundle)
-    return {name: bundle.graph(name) for name in bundle.manifest.graphs}

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from pgxport.bundle import Bundle
+from pgxport.bundle.reader import Bundle
 from pgxport.errors import EngineError, IntegrityError, NumericError, PgxError
-from pgxport.runners.device import Cuda, Memory, aligned
-from pgxport.runners.engines import Machine, cache_folder, entry_folder, missing, open_plan, read_entry
+from pgxport.runners.cuda import Cuda, Memory, aligned
+from pgxport.runners.engine_cache import Machine, cache_folder, entry_folder, missing, open_plan, read_entry
 from pgxport.runners.session import Arrays
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}

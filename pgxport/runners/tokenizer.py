@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pgxport.bundle import TokenIds
+from pgxport.bundle.manifest import TokenIds
 from pgxport.errors import CheckpointError, InputError, IntegrityError
 
 HEAD_BYTES = 4 << 20  # of a tokenizer.json; its added tokens take a tenth of that

@@ -14,13 +14,13 @@ pytest.importorskip("onnxruntime")
 
 from click.testing import CliRunner
 
-from pgxport.bundle import Bundle
+from pgxport.bundle.reader import Bundle
 from pgxport.calib import bundle_pass, observe
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.cli import cli
 from pgxport.errors import InputError, NumericError, UsageError
-from pgxport.exporter.audit import audit
-from pgxport.exporter.calibration import OBSERVERS, Calibration, checkpoint_sha256
+from pgxport.exporter.activation_ranges import audit
+from pgxport.exporter.calibration_file import OBSERVERS, Calibration, checkpoint_sha256
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.names import canonical

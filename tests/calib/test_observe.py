@@ -21,7 +21,7 @@ from pgxport.calib.observe import (
     percentile,
 )
 from pgxport.errors import NumericError
-from pgxport.exporter.calibration import OBSERVERS
+from pgxport.exporter.calibration_file import OBSERVERS
 
 RNG = np.random.default_rng(0)
 DATA = {

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("onnx_ir")
 
-from pgxport.bundle import Bundle
+from pgxport.bundle.reader import Bundle
 from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.export import ExportOptions, dry_run, export
 from pgxport.exporter.graphs import write_graphs

@@ -10,7 +10,7 @@ pytest.importorskip("onnx_ir")
 
 from in_memory import Observed, Tensors
 
-from pgxport.bundle import Bundle
+from pgxport.bundle.reader import Bundle
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.exporter.graph import GraphBuilder

@@ -16,11 +16,12 @@ pytest.importorskip("onnxruntime")
 
 from in_memory import Observed, Tensors, dequantized, run
 
-from pgxport.bundle import Embedding, TokenTable
+from pgxport.bundle.manifest import TokenTable
+from pgxport.bundle.token_table import Embedding
 from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import stored, token_table
-from pgxport.exporter.lower import CANDIDATES, SCREENED, uint8_grid
+from pgxport.exporter.lower_onnxruntime import CANDIDATES, SCREENED, uint8_grid
 from pgxport.exporter.recipe import DECODER, SCREEN, Recipe, Rule, Scheme
 from pgxport.exporter.stream import DataLayout
 from pgxport.exporter.targets import TARGETS

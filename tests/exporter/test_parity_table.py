@@ -31,18 +31,19 @@ from rounded import (
     transformers_logits,
 )
 
-from pgxport.bundle import Bundle
+from pgxport.bundle.reader import Bundle
 from pgxport.calib import observe
 from pgxport.errors import GateError, UsageError
-from pgxport.exporter.calibration import Calibration
+from pgxport.exporter.calibration_file import Calibration
 from pgxport.exporter.export import ExportOptions, Job, export, prepare, rescaled_for
-from pgxport.exporter.forced import Forced
 from pgxport.exporter.graphs import write_graphs
-from pgxport.exporter.parity import FIRST_SCENE, Run, StoredWeights, divergence, parity
+from pgxport.exporter.parity import FIRST_SCENE, Run, StoredWeights, parity
 from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import DataLayout
+from pgxport.metrics.fidelity import kl_divergence
 from pgxport.models.checkpoint import Checkpoint
+from pgxport.models.eager import Forced
 from pgxport.runners.loop import Decoder
 from pgxport.runners.runner import Runner
 
@@ -168,16 +169,16 @@ def test_divergence_is_that_of_torch():
     p, q = random.normal(0, 4, (20, 300)), random.normal(0, 4, (20, 300))
     logs = [torch.log_softmax(torch.from_numpy(x), -1) for x in (q, p)]
     expected = torch.nn.functional.kl_div(*logs, reduction="none", log_target=True).sum(-1).numpy()
-    assert divergence(p, q) == pytest.approx(expected, rel=1e-9)
-    assert divergence(p + 700, q - 1e4) == pytest.approx(expected, rel=1e-6)  # logits have no zero, and exp no room
-    assert divergence(p, p + 3.0).max() < 1e-14
-    assert (divergence(p.astype(np.float32), q.astype(np.float32)) >= 0).all()
+    assert kl_divergence(q, p) == pytest.approx(expected, rel=1e-9)
+    assert kl_divergence(q - 1e4, p + 700) == pytest.approx(expected, rel=1e-6)  # logits have no zero, and exp no room
+    assert kl_divergence(p + 3.0, p).max() < 1e-14
+    assert (kl_divergence(q.astype(np.float32), p.astype(np.float32)) >= 0).all()
 
 
 def test_divergence_by_its_definition():
     p, q = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.25, 0.5])
     by_hand = sum(a * np.log(a / b) for a, b in zip(p, q, strict=True))
-    assert divergence(np.log(p)[None], np.log(q)[None]) == pytest.approx([by_hand])
+    assert kl_divergence(np.log(q)[None], np.log(p)[None]) == pytest.approx([by_hand])
 
 
 def test_the_table_is_the_comparison_of_both_logits(case, tmp_path):

@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("ml_dtypes")
 
 from pgxport.errors import NumericError, UsageError
-from pgxport.exporter.eager import Eager
 from pgxport.exporter.quantize import Grid, hessian_error, nearest
 from pgxport.exporter.recipe import Scheme
 from pgxport.exporter.scaling import (
@@ -23,6 +22,7 @@ from pgxport.exporter.scaling import (
     sites,
     smoothquant_scale,
 )
+from pgxport.models.eager import Eager
 from pgxport.models.gemma import decoder_step
 from pgxport.models.projector import projector
 from pgxport.models.siglip import vision_encoder

@@ -10,7 +10,8 @@ import pytest
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
 from pgxport.errors import CheckpointError  # noqa: E402
-from pgxport.exporter.stream import PAGE, Counter, DataLayout, Promise, ahead, narrow, row_blocks, to_float32  # noqa: E402
+from pgxport.exporter.stream import PAGE, Counter, DataLayout, Promise, ahead, narrow  # noqa: E402
+from pgxport.models.checkpoint import row_blocks, to_float32  # noqa: E402
 
 
 def promise(name: str, array: np.ndarray, step: int = 2) -> Promise:

@@ -25,9 +25,9 @@ from rounded import apart, make_calibration, sample, transformers_logits
 from tensorrt_engines import forced_logits, onnxruntime, openvino, reference
 from tokenizers import Tokenizer
 
-from pgxport.bundle import Bundle
+from pgxport.bundle.reader import Bundle
 from pgxport.errors import UsageError
-from pgxport.exporter.calibration import Calibration
+from pgxport.exporter.calibration_file import Calibration
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import to_toml

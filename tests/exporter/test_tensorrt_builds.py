@@ -18,18 +18,18 @@ import numpy as np
 from in_memory import Tensors
 from tensorrt_builder import build
 
-from pgxport.board import ROWS
+from pgxport.compile.lint import check_file
 from pgxport.errors import InputError, UsageError
 from pgxport.exporter.export import ExportOptions, export, named
 from pgxport.exporter.graphs import TABLE_FILE, serialized, write_graphs
-from pgxport.exporter.locate import TINY
 from pgxport.exporter.recipe import RECIPES
 from pgxport.exporter.stream import DataLayout
 from pgxport.exporter.targets import TARGETS, TENSORRT, find_target
+from pgxport.hub.locate import TINY
+from pgxport.machine.board import ROWS
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import ModelSpec, published
 from pgxport.models.weights import weight_shapes
-from pgxport.trt_lint import check_file
 
 CONTEXT = 64
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "w8a8", "int4", "fp8")

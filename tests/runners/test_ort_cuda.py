@@ -17,13 +17,13 @@ pytest.importorskip("onnxruntime")
 
 import onnxruntime as ort
 
+from pgxport.benchmarking.measure import Steps, open_bundle, worker
 from pgxport.errors import EngineError, NumericError
-from pgxport.report.measure import Steps, open_bundle, worker
+from pgxport.machine.driver import Driver, Gpu
 from pgxport.runners import ort as engine
-from pgxport.runners.driver import Driver, Gpu
 from pgxport.runners.loop import Decoder
+from pgxport.runners.open_session import open_session
 from pgxport.runners.runner import Runner
-from pgxport.runners.session import open_session
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 STRICT, RECORD = "session.disable_cpu_ep_fallback", "session.record_ep_graph_assignment_info"
@@ -150,7 +150,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The embedded model for a GPU, in the types that are computed there, and for the CPU."""
     pytest.importorskip("onnx_ir")
     from pgxport.exporter.export import ExportOptions, export
-    from pgxport.exporter.locate import TINY
+    from pgxport.hub.locate import TINY
 
     if not (TINY / "tiny-112").is_dir():
         pytest.skip("not embedded")

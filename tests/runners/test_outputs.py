@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pgxport.runners.outputs import Answer, Box, Fault, Malformed, parse, run_lengths, terminal_safe
+from pgxport.runners.outputs import Answer, Box, Fault, Malformed, parse, run_lengths
+from pgxport.text import terminal_safe
 
 WIDTH, HEIGHT = 640, 480
 

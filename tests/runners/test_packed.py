@@ -14,14 +14,14 @@ pytest.importorskip("onnx_ir")
 
 import onnx
 
-from pgxport import pack as packing
-from pgxport.bundle import Bundle
+from pgxport.bundle.reader import Bundle
 from pgxport.cli import cli
+from pgxport.compile import cpu as packing
+from pgxport.compile.cpu import align, pack
 from pgxport.errors import DiskError, EngineError, IntegrityError, UsageError
 from pgxport.exporter.export import ExportOptions, export
-from pgxport.pack import align, pack
 from pgxport.runners import packed as lookup
-from pgxport.runners.engines import FOLDER_VARIABLE, entry_folder
+from pgxport.runners.engine_cache import FOLDER_VARIABLE, entry_folder
 from pgxport.runners.ort import OrtSession
 from pgxport.runners.packed import machine, packed
 from pgxport.runners.runner import Runner

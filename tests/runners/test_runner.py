@@ -15,11 +15,12 @@ from gemma_tokenizer import build_tokenizer
 from PIL import Image
 from tokenizers import Tokenizer
 
-from pgxport.bundle import Bundle, Cache, GraphInfo, Manifest, TokenTable
+from pgxport.bundle.manifest import Cache, GraphInfo, Manifest, TokenTable
+from pgxport.bundle.reader import Bundle
 from pgxport.errors import EngineError, InputError, IntegrityError, NumericError, UsageError
 from pgxport.runners import runner as runner_module
+from pgxport.runners.open_session import open_session
 from pgxport.runners.runner import Runner
-from pgxport.runners.session import open_session
 from pgxport.runners.tokenizer import read_token_ids
 
 RES, IMAGE_TOKENS, WIDTH, CONTEXT, LIMIT = 28, 4, 8, 60, 12

@@ -17,12 +17,12 @@ pytest.importorskip("onnx_ir")
 from fake_tensorrt import Builder, Code, Config, Context, Engine, FakeCudart, FakeTensorrt, Parser, Profile
 from tensorrt_signatures import GOLDEN, signatures
 
-from pgxport.bundle import Bundle
-from pgxport.compile import CompileOptions, compile_bundle
+from pgxport.bundle.reader import Bundle
+from pgxport.compile.tensorrt import CompileOptions, compile_bundle
 from pgxport.errors import EngineError, NumericError, PgxError, UsageError
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.models.tiny.scenes import draw
-from pgxport.runners.device import ALIGNMENT
+from pgxport.runners.cuda import ALIGNMENT
 from pgxport.runners.loop import Decoder
 from pgxport.runners.runner import Runner
 from pgxport.runners.tensorrt import DTYPES, TensorrtSession, load_cuda, logger

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from pgxport.bundle import TokenIds
+from pgxport.bundle.manifest import TokenIds
 from pgxport.errors import CheckpointError, InputError, IntegrityError
 from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
 

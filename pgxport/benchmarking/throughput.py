@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure a bundle at batch sizes: one picture and prompt repeated, so that all rows have one length. A module that is a worker.
+
+python -m pgxport.benchmarking.throughput, then a line of JSON a request (worker.py)
+"""
+
+import os
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pgxport.benchmarking.measure import WARM_UP_STEPS, Answers, _photo
+from pgxport.benchmarking.worker import Worker, read_memory, serve
+from pgxport.bundle.manifest import MANIFEST
+from pgxport.bundle.reader import Bundle
+from pgxport.errors import UsageError
+from pgxport.files import file_sha256
+from pgxport.machine.nvml import find_vram
+from pgxport.runners.image import load_image, pixel_values
+from pgxport.runners.loop import Decoder
+from pgxport.runners.runner import Runner
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A repetition is `size` answers at a time, for each size, each as long as it is told to be."""
+
+    sizes: tuple[int, ...] = (1, 2, 4)
+    prompt_tokens: int = Answers.prompt_tokens
+    new_tokens: int = Answers.new_tokens
+    images: tuple[str, ...] = ()  # one, or none: a photo-sized JPEG of noise
+
+
+def batch_worker(label: str, bundle: str, work: Batches, *, engine: str, threads: int | None) -> Worker:
+    """A process that will measure a bundle."""
+    request = {"bundle": bundle, "engine": engine, "threads": threads, "Batches": asdict(work)}
+    return Worker(label, [sys.executable, "-m", "pgxport.benchmarking.throughput"], request)
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Batch sizes, from the command line, the smallest first.
+
+    Raises:
+        UsageError: they are not whole numbers from 1 on.
+
+    >>> sizes("4,1")
+    (1, 4)
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if wrong := [part for part in parts if not (part.isascii() and part.isdecimal()) or not 1 <= int(part) <= 4096]:
+        raise UsageError(f"{wrong[0]!r} is not a batch size; give whole numbers from 1 to 4096, as in 1,2,4")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+class Batching:
+    """A bundle that answers several at a time."""
+
+    def __init__(self, request: dict[str, Any]):
+        work, engine = Batches(**request["Batches"]), request["engine"]
+        start = time.perf_counter()
+        bundle = Bundle.open(request["bundle"])
+        if bundle.manifest.cache.kind != "shared":
+            raise UsageError(
+                f"{bundle.path} was written for target {bundle.manifest.target}, whose cache holds one sequence; measure it without "
+                f"--batch"
+            )
+        verified = time.perf_counter()
+        self._runner = Runner(bundle, engine=engine, threads=request["threads"])
+        self.opening = {"verify": verified - start, "load": time.perf_counter() - verified}
+        self._work, self._vram = work, find_vram(engine)
+        self._image = work.images[0] if work.images else _photo()
+        ids = np.random.default_rng(0).integers(bundle.manifest.token_table.shape[0], size=work.prompt_tokens)
+        self._prompt, self._peaks = self._runner._embed(ids.tolist()), dict[str, dict[str, int | None]]()
+        m = bundle.manifest
+        shown = m.model_dump(include={"name", "recipe", "target", "resolution", "image_tokens", "context_length"})
+        self.facts = shown | {"bytes": bundle.nbytes, "manifest_sha256": file_sha256(bundle.path / MANIFEST)}
+
+    def repeat(self, *, warm_up: bool) -> dict[str, float]:
+        seconds: dict[str, float] = {}
+        for size in self._work.sizes:
+            _forget_peak()
+            seconds |= {f"{stage}/{size}": wall for stage, wall in self._answers(size, warm_up=warm_up).items()}
+            held = read_memory(os.getpid(), peak=True)
+            vram = self._vram.held_by(os.getpid()) if self._vram else None
+            # Of the first time, when the sizes rise: engines keep what they took for a larger one.
+            self._peaks.setdefault(str(size), {"resident": held.resident if held else None, "vram": vram})
+        return seconds
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The most that was resident, and what the GPU held, in bytes, by size."""
+        return {"peaks": self._peaks}
+
+    def _answers(self, size: int, *, warm_up: bool) -> dict[str, float]:
+        runner, work = self._runner, self._work
+        steps = min(WARM_UP_STEPS, work.new_tokens) if warm_up else work.new_tokens
+        start = time.perf_counter()
+        pixels = np.stack([pixel_values(load_image(self._image), runner.manifest.resolution) for _ in range(size)])
+        hidden = runner._session("vision_encoder").run({"pixel_values": pixels})
+        features = runner._session("projector").run(hidden)["image_features"]
+        embeds = np.concatenate([features, np.repeat(self._prompt, size, 0)], axis=1)
+        decoder = Decoder(runner._session("decoder_step"), runner.manifest, embeds.shape[1] + work.new_tokens, rows=size)
+        tokens = decoder.feed_rows(embeds).argmax(-1)
+        first = time.perf_counter()
+        for _ in range(steps):
+            tokens = decoder.feed_rows(runner._embed(tokens.tolist()).swapaxes(0, 1)).argmax(-1)
+        end = time.perf_counter()
+        return {"first_token": first - start, "step": (end - first) / steps, "answer": end - start}
+
+
+def _forget_peak() -> None:
+    """Let the kernel begin again with the most this process has had resident, where it can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+if __name__ == "__main__":
+    serve(Batching)

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read records from JSON, JSON lines, parquet and Arrow files, known by their content; nothing outside the folder, no pickle.
+
+Knows no data set: a record is a dictionary and the place where it stands.
+"""
+
+import json
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pgxport.errors import DiskError, InputError, UsageError, require
+from pgxport.files import read_object, read_text
+
+MAX_JSON = 1 << 30  # bytes of one file; instances_train2014.json has 450 MB
+LINE = "every line is one object"
+MAX_FILES = 2_000_000  # below a data folder
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# COCO's name of a picture, of 2014 and of 2017.
+NUMBERED = re.compile(r"(?:COCO_[a-z]+[0-9]{4}_)?([0-9]{12})\.jpg")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One entry of a file, and the place to name when it is wrong."""
+
+    where: str
+    fields: Mapping[str, Any]
+
+    def get(self, *names: str) -> Any:
+        """The first of these fields that is there and not null."""
+        return next((self.fields[name] for name in names if self.fields.get(name) is not None), None)
+
+    def text(self, *names: str) -> str:
+        """The first of these fields, which has to be text.
+
+        Raises:
+            InputError: there is none, or it is something else.
+        """
+        value = self.get(*names)
+        if not isinstance(value, str) or not value.strip():
+            raise self.wrong(names, "text")
+        return value.strip()
+
+    def texts(self, *names: str) -> tuple[str, ...]:
+        """The first of these fields as texts: one, several, or objects with an `answer` each."""
+        value = self.get(*names)
+        entries = [v.get("answer") if isinstance(v, Mapping) else v for v in (value if isinstance(value, list) else [value])]
+        texts = tuple(entry for entry in entries if isinstance(entry, str))
+        if not texts or len(texts) < len(entries):
+            raise self.wrong(names, "text or a list of texts")
+        return texts
+
+    def parts(self, name: str) -> Iterator["Record"]:
+        """The objects of a list, each a record of this place."""
+        value = self.get(name)
+        if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
+            raise self.wrong([name], "a list of objects")
+        return (Record(f"{self.where}, {name} {entry.get('id', n)}", entry) for n, entry in enumerate(value))
+
+    def one_of(self, name: str, table: Iterable[str], default: str) -> str:
+        """The field, which has to be of the table, or the default where it is absent."""
+        value = default if self.get(name) is None else self.fields[name]
+        if not isinstance(value, str) or value not in table:
+            raise self.wrong([name], f"one of {', '.join(table)}")
+        return value
+
+    def numbers(self, *names: str, count: int | None = None) -> tuple[float, ...]:
+        """The first of these fields as finite numbers."""
+        value = self.get(*names)
+        right = isinstance(value, list) and (count is None or len(value) == count)
+        if not right or not all(type(v) in (int, float) and math.isfinite(v) for v in value):
+            raise self.wrong(names, f"{count or 'a list of'} finite numbers")
+        return tuple(float(v) for v in value)
+
+    def wrong(self, names: Sequence[str], expected: str) -> InputError:
+        """What to raise where the first of these fields is not what it has to be."""
+        name = next((name for name in names if name in self.fields), None)
+        if name is None:
+            there = ", ".join(repr(key) for key in list(self.fields)[:8])
+            return InputError(f"{self.where}: has no {' or '.join(map(repr, names))}, which has to be {expected}; it has {there}")
+        return InputError(f"{self.where}: {name!r} is {self.fields[name]!r:.200}, and has to be {expected}")
+
+
+class Rows(Protocol):
+    """Records that are read when they are asked for."""
+
+    @property
+    def where(self) -> str: ...
+    def __len__(self) -> int: ...
+    def at(self, indices: Iterable[int]) -> Iterator[Record]: ...
+
+
+@dataclass(frozen=True)
+class ListRows:
+    """Records in memory, each with the name of its place."""
+
+    where: str
+    records: Sequence[Record]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def at(self, indices: Iterable[int]) -> Iterator[Record]:
+        """The records of these numbers."""
+        return (self.records[i] for i in indices)
+
+
+@dataclass(frozen=True)
+class ArrowRows:
+    """Records of parquet or Arrow files, of which only those that are asked for become Python objects."""
+
+    where: str
+    files: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return sum(len(batch) for _, batch in self._batches(columns=False))
+
+    def at(self, indices: Iterable[int]) -> Iterator[Record]:
+        """The records of these rising numbers."""
+        arrow = require("pyarrow", "a parquet or Arrow data set")
+        wanted, start = sorted(indices), 0
+        for file, batch in self._batches(columns=True):
+            first, last = bisect_left(wanted, start), bisect_left(wanted, start + len(batch))
+            if first < last:
+                here = arrow.array([row - start for row in wanted[first:last]])
+                for row, fields in zip(wanted[first:last], batch.take(here).to_pylist(), strict=True):
+                    yield Record(f"{file}: row {row}", fields)
+            start += len(batch)
+            if last == len(wanted):
+                return
+
+    def _batches(self, *, columns: bool) -> Iterator[tuple[Path, Any]]:
+        arrow = require("pyarrow", "a parquet or Arrow data set")
+        for file in self.files:
+            try:
+                if _head(file).startswith(b"PAR1"):
+                    parquet = require("pyarrow.parquet", "a parquet data set").ParquetFile(file)
+                    if columns:
+                        yield from ((file, batch) for batch in parquet.iter_batches(batch_size=64))
+                    else:
+                        yield file, range(parquet.metadata.num_rows)
+                else:
+                    opened = arrow.ipc.open_file if _head(file).startswith(b"ARROW1") else arrow.ipc.open_stream
+                    with arrow.memory_map(str(file)) as source:
+                        yield from ((file, batch) for batch in opened(source).read_all().to_batches())
+            except (arrow.ArrowException, OSError) as error:
+                raise InputError(f"{file}: not a sound parquet or Arrow file: {str(error)[:200]}; fetch it again") from error
+
+
+class Pictures:
+    """The image files below a folder, by the names that data sets give them."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._names: dict[str, list[Path]] | None = None
+
+    def find(self, name: str, where: str) -> Path:
+        """The file that `name` means: a path below the folder, or the end of exactly one.
+
+        Raises:
+            InputError: it leads out of the folder, there is none, or there are several.
+        """
+        parts = Path(name).parts
+        if Path(name).is_absolute() or ".." in parts or "\0" in name or not parts:
+            raise InputError(f"{where}: the image {name[:200]!r} leads out of {self.root}; use paths below that folder")
+        if (self.root / name).is_file():
+            return self._inside(self.root / name, where)
+        return self._one([path for path in self._index().get(parts[-1], []) if path.parts[-len(parts) :] == parts], name, where)
+
+    def numbered(self, number: int, where: str) -> Path:
+        """COCO's picture of that number, from whichever part of COCO it is."""
+        name = f"{number:012}.jpg"
+        return self._one(self._index().get(name, []), f"COCO_…_{name}", where)
+
+    def _one(self, found: list[Path], name: str, where: str) -> Path:
+        if not found:
+            raise InputError(
+                f"{where}: no image {name[:200]!r} below {self.root}; put the images there, or name their folder with --images"
+            )
+        if len(found) > 1:
+            several = ", ".join(str(path) for path in found[:3])
+            raise InputError(
+                f"{where}: {len(found)} images are called {name[:200]!r}: {several}; name the one folder with --images"
+            )
+        return self._inside(found[0], where)
+
+    def _inside(self, path: Path, where: str) -> Path:
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise InputError(f"{where}: {path} is a link out of {self.root}; copy the file into the folder")
+        return path
+
+    def _index(self) -> dict[str, list[Path]]:
+        if self._names is None:
+            self._names = {}
+            for path in files_below(self.root, IMAGES):
+                self._names.setdefault(path.name, []).append(path)
+                if (numbered := NUMBERED.fullmatch(path.name)) and path.name != f"{numbered[1]}.jpg":
+                    self._names.setdefault(f"{numbered[1]}.jpg", []).append(path)
+        return self._names
+
+
+def files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files with one of these endings, in order; folders that are links are not entered.
+
+    Raises:
+        InputError: the folder holds more than MAX_FILES.
+    """
+    found = []
+    for seen, path in enumerate(folder.rglob("*")):
+        if seen > MAX_FILES:
+            raise InputError(
+                f"{folder}: holds more than {MAX_FILES:,} files; name a smaller folder, or the images' with --images"
+            )
+        if path.suffix.lower() in suffixes and path.is_file():
+            found.append(path)
+    return sorted(found)
+
+
+def is_arrow(file: Path) -> bool:
+    """Whether it is a parquet file, an Arrow file or an Arrow stream."""
+    return _head(file).startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"))
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds; JSON lines give the list of their values as `Record`s with line numbers.
+
+    Raises:
+        InputError: it is neither, too large, or a pickle, which would run its author's code.
+        DiskError: it cannot be read.
+    """
+    if _head(file).startswith(b"\x80") or file.suffix in (".p", ".pkl", ".pickle"):
+        raise InputError(
+            f"{file}: is a pickle, which pgx never opens: reading one runs its author's code; take the JSON or parquet "
+            f"edition of the data set (RefCOCO: refs as a JSON list beside instances.json, MDETR's JSON, or the hub's parquet)"
+        )
+    text = read_text(file, MAX_JSON)
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise InputError(f"{file}: is nested too deeply to be a data set") from error
+    except json.JSONDecodeError as error:
+        lines = text.split("\n")
+        if not _is_object(next((line for line in lines if line.strip()), "")):
+            raise InputError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
+        return [Record(f"{file}:{n}", read_object(line, f"{file}:{n}", LINE)) for n, line in enumerate(lines, 1) if line.strip()]
+    return value
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _head(file: Path) -> bytes:
+    try:
+        if not file.is_file():
+            raise UsageError(f"{file}: is not a file; give a data file or a folder of them")
+        with file.open("rb") as opened:
+            return opened.read(8)
+    except OSError as error:
+        raise DiskError(f"{file}: cannot be read: {error.strerror or error}; check the permissions and the disk") from error

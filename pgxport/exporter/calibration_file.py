@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calibration file: what the inputs of every linear look like on samples, written once and read by any later export.
+
+Laid out as safetensors (docs/calibration.md). A second moment is read when it is asked for, and no two are held at once.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isqrt, prod
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from pgxport.bundle.manifest import Ranges
+from pgxport.errors import CheckpointError, DiskError, IntegrityError, UsageError, choose
+from pgxport.files import file_sha256
+from pgxport.models.checkpoint import row_blocks
+from pgxport.models.safetensors import Tensor, listed, opened, parse_json, read_exactly, read_header, shown
+
+FORMAT, VERSION = "pgx calibration", "1"
+CHANNELS = ("absmax", "mean", "mean_abs", "square")  # rows of inputs/PATH
+OBSERVERS = ("minmax", "percentile", "entropy", "mse")  # rows of range/PATH
+PARTS = ("key", "value")
+UNSIGNED = "0" * 64  # in the place of the digest while it is worked out
+AGAIN = "make it again with pgx calibrate"
+
+
+class About(BaseModel):
+    """What a calibration file says about itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str  # a name for people, never a path
+    model_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    engine: Literal["numpy", "onnxruntime"]  # what ran the model: a checkpoint is run in numpy, a bundle by ONNX Runtime
+    samples: PositiveInt
+    samples_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    prefix_tokens: PositiveInt  # of all samples together, image tokens included
+    suffix_tokens: int = Field(ge=0)
+    moments: bool
+    layers: PositiveInt  # of the decoder, each with a cache of keys and values
+    inputs: dict[str, str]  # a linear's weight, and the weight under whose name its input is stored: q, k and v share one
+    ranges: Ranges | None  # the census for float16; None where a bundle was run
+    versions: dict[str, str]
+    command: str
+
+
+@dataclass(frozen=True)
+class Array:
+    """A tensor in memory, as `write_calibration` takes it."""
+
+    values: np.ndarray
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.values.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.values[start:stop]
+
+
+class Calibration:
+    """A calibration file, open. Paths are those of weights in the checkpoint."""
+
+    def __init__(self, path: Path, about: About, tensors: Mapping[str, Tensor], digest: str):
+        self.path, self.about, self.digest = path, about, digest
+        self._tensors = tensors
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a calibration file and verify every byte of it.
+
+        Raises:
+            UsageError: there is no such file.
+            IntegrityError: it is damaged, is something else, or was written by another version of pgx.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise UsageError(f"{path}: there is no such calibration file; pgx calibrate -o {path} writes one")
+        try:
+            tensors = read_header(path)
+            metadata = read_metadata(path)
+        except CheckpointError as error:
+            raise IntegrityError(f"{path} is not a sound calibration file ({error}); {AGAIN}") from error
+        if metadata.get("format") != FORMAT:
+            raise IntegrityError(f"{path} is a safetensors file, and not one that pgx calibrate wrote; {AGAIN}")
+        if metadata.get("format_version") != VERSION:
+            seen = shown(str(metadata.get("format_version")))
+            raise IntegrityError(f"{path} is a calibration file of version {seen}, and this pgx reads {VERSION}; {AGAIN}")
+        plain, unsigned = _digests(path, metadata.get("sha256", ""))
+        if unsigned != metadata.get("sha256"):
+            raise IntegrityError(
+                f"{path} was changed after it was written: its own sha256 does not hold; copy it again, or {AGAIN}"
+            )
+        try:
+            about = About.model_validate_json(metadata.get("about", ""))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the whole"
+            raise IntegrityError(f"{path}: {where}: {first['msg']}; {AGAIN}") from None
+        _check_tensors(path, about, {name: tensor.shape for name, tensor in tensors.items()})
+        return cls(path, about, tensors, plain)
+
+    @property
+    def model_sha256(self) -> str:
+        return self.about.model_sha256
+
+    @property
+    def samples(self) -> int:
+        return self.about.samples
+
+    @property
+    def tokens(self) -> int:
+        """Positions of prefix and suffix that the decoder was observed at."""
+        return self.about.prefix_tokens + self.about.suffix_tokens
+
+    @property
+    def ranges(self) -> Ranges | None:
+        """The census for float16, as `audit` makes it; None where a bundle was run."""
+        return self.about.ranges
+
+    def absmax(self, path: str) -> np.ndarray:
+        """[K] the largest |x| of each input channel of the linear whose weight is `path`"""
+        return self._channels(path, "absmax")
+
+    def mean(self, path: str) -> np.ndarray:
+        """[K] E[x]"""
+        return self._channels(path, "mean")
+
+    def mean_abs(self, path: str) -> np.ndarray:
+        """[K] E[|x|]"""
+        return self._channels(path, "mean_abs")
+
+    def square(self, path: str) -> np.ndarray:
+        """[K] E[x²]"""
+        return self._channels(path, "square")
+
+    def moment(self, path: str) -> np.ndarray | None:
+        """[K, K] E[x xᵀ] in float32, read now; None where the file was made without --moments"""
+        site = self._site(path)
+        if not self.about.moments:
+            return None
+        stored = self._tensors[f"moment/{site}"]
+        k = _side(stored.shape[0])
+        moment = np.empty((k, k), np.float32)
+        for start, stop in row_blocks(k, 4 * k):
+            triangle = stored.rows(_area(start), _area(stop))
+            for row in range(start, stop):
+                at = _area(row) - _area(start)
+                moment[row, : row + 1] = triangle[at : at + row + 1]
+            corner = moment[start:stop, start:stop]
+            corner[:] = np.tril(corner) + np.tril(corner, -1).T
+            moment[:start, start:stop] = moment[start:stop, :start].T
+        return moment
+
+    def range(self, path: str, observer: str) -> tuple[float, float]:
+        """The lowest and highest x that the observer keeps, over all channels of the linear's input.
+
+        Raises:
+            UsageError: there is no such observer.
+        """
+        row = choose("observer", observer, {name: i for i, name in enumerate(OBSERVERS)})
+        low, high = self._tensors[f"range/{self._site(path)}"].rows(row, row + 1)[0]
+        return float(low), float(high)
+
+    def cache(self, layer: int, part: str) -> np.ndarray:
+        """[K, D] the largest |x| of each channel of a layer's keys after rotation, or of its values"""
+        assert part in PARTS, f"Bug: a cache has no {part!r}"
+        if not 0 <= layer < self.about.layers:
+            raise UsageError(f"{self.path} knows the cache of {self.about.layers} layers, and layer {layer} was asked for")
+        tensor = self._tensors[f"cache/{layer}/{part}"]
+        return tensor.rows(0, tensor.shape[0])
+
+    def check(self, model_sha256: str, name: str) -> None:
+        """Refuse a file that was made from another model.
+
+        Raises:
+            UsageError: it was.
+        """
+        if model_sha256 != self.model_sha256:
+            raise UsageError(
+                f"{self.path} was made from {shown(self.about.model)} (sha256 {self.model_sha256[:12]}), "
+                f"and {name} is another model ({model_sha256[:12]}); run pgx calibrate on the checkpoint that is exported"
+            )
+
+    def _channels(self, path: str, row: str) -> np.ndarray:
+        i = CHANNELS.index(row)
+        return self._tensors[f"inputs/{self._site(path)}"].rows(i, i + 1)[0]
+
+    def _site(self, path: str) -> str:
+        if path not in self.about.inputs:
+            raise UsageError(
+                f"{self.path} knows nothing about the input of {shown(path)}; it knows {listed(sorted(self.about.inputs))}. "
+                f"It may be of another model"
+            )
+        return self.about.inputs[path]
+
+
+def write_calibration(path: Path, about: About, tensors: Mapping[str, Tensor], *, overwrite: bool = False) -> Calibration:
+    """Write the file, a few rows at a time, under another name until it is complete.
+
+    Raises:
+        UsageError: it is there already.
+        DiskError: it cannot be written; nothing is left at its name.
+    """
+    check_output(path, overwrite=overwrite)
+    _check_tensors(path, about, {name: tensor.shape for name, tensor in tensors.items()})
+    metadata = {"format": FORMAT, "format_version": VERSION, "sha256": UNSIGNED, "about": about.model_dump_json()}
+    write_tensors(path, tensors, metadata)
+    return Calibration.open(path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file of float32; the `sha256` of the metadata, where it is `UNSIGNED`, becomes that of the file.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
+    head = _header(tensors, metadata)
+    partial = path.with_name(path.name + ".partial")
+    digest = hashlib.sha256(head)
+    with disk(f"cannot write {path}"):
+        try:
+            with open(partial, "wb") as file:
+                file.write(head)
+                for tensor in tensors.values():
+                    for start, stop in row_blocks(tensor.shape[0], 4 * prod(tensor.shape[1:])):
+                        block = np.ascontiguousarray(tensor.rows(start, stop), np.float32)
+                        piece = block.reshape(-1).view(np.uint8).data
+                        digest.update(piece)
+                        file.write(piece)
+                if metadata.get("sha256") == UNSIGNED:
+                    file.seek(head.index(UNSIGNED.encode()))
+                    file.write(digest.hexdigest().encode())
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(path)
+            fsync_folder(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def site_tensors(path: str, channels: np.ndarray, ranges: np.ndarray, moment: np.ndarray | None) -> dict[str, np.ndarray]:
+    """One linear's input under the names of the file: channels [4, K], ranges [4, 2], moment [K, K] or None."""
+    packed = {} if moment is None else {f"moment/{path}": pack(moment, len(moment))}
+    return {f"inputs/{path}": channels.astype(np.float32), f"range/{path}": ranges.astype(np.float32), **packed}
+
+
+def pack(rows: Iterable[np.ndarray], k: int) -> np.ndarray:
+    """The lower triangle of a symmetric [K, K], row after row: [K (K + 1) / 2]; of a row, what is right of it is not read.
+
+    >>> pack(np.array([[1, 2], [2, 3]], np.float32), 2).tolist()
+    [1.0, 2.0, 3.0]
+    """
+    packed = np.empty(_area(k), np.float32)
+    for i, row in enumerate(rows):
+        packed[_area(i) : _area(i + 1)] = row[: i + 1]
+    return packed
+
+
+def checkpoint_sha256(files: Iterable[Path]) -> str:
+    """One digest of all files of a checkpoint, their names included."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """What is at the file's name is replaced only if that was asked for, and it is a file.
+
+    Raises:
+        UsageError: it is not replaced.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name the file to write with -o")
+    if os.path.lexists(path) and not overwrite:
+        raise UsageError(f"{path} already exists; pass --overwrite to replace it, or another -o")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent}: there is no such folder to write {path.name} into; make it, or choose another -o")
+
+
+@contextmanager
+def disk(what: str) -> Iterator[None]:
+    """Say what could not be read or written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{what}: {error.strerror or error}; free some space or choose another -o") from error
+
+
+def fsync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _area(rows: int) -> int:
+    """Numbers in the first rows of a triangle."""
+    return rows * (rows + 1) // 2
+
+
+def _side(area: int) -> int:
+    """Rows of a triangle of so many numbers.
+
+    >>> _side(_area(7))
+    7
+    """
+    return (isqrt(8 * area + 1) - 1) // 2
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 4 * prod(tensor.shape)
+        entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings of a file whose header `read_header` has accepted."""
+    with opened(path) as file:
+        length = int.from_bytes(read_exactly(file, 8, path), "little")
+        found = parse_json(read_exactly(file, length, path), path).get("__metadata__", {})
+    assert isinstance(found, dict), "Bug: read_header accepted metadata that is no table"
+    return found
+
+
+def _digests(path: Path, signature: str) -> tuple[str, str]:
+    """sha256 of the file, and of the file as it was before its signature was put in."""
+    plain, unsigned = hashlib.sha256(), hashlib.sha256()
+    with opened(path) as file:
+        length = int.from_bytes(start := read_exactly(file, 8, path), "little")
+        head = start + read_exactly(file, length, path)
+        plain.update(head)
+        unsigned.update(head.replace(signature.encode(), UNSIGNED.encode(), 1) if len(signature) == 64 else head)
+        while block := file.read(1 << 20):
+            plain.update(block)
+            unsigned.update(block)
+    return plain.hexdigest(), unsigned.hexdigest()
+
+
+def _check_tensors(path: Path, about: About, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """The file holds what it says it knows, and nothing else."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for site in about.inputs.values():
+        k = shapes.get(f"inputs/{site}", (len(CHANNELS), 1))[-1]
+        expected |= {f"inputs/{site}": (len(CHANNELS), k), f"range/{site}": (len(OBSERVERS), 2)}
+        if about.moments:
+            expected[f"moment/{site}"] = (_area(k),)
+    for layer in range(about.layers):
+        for part in PARTS:
+            name = f"cache/{layer}/{part}"
+            seen = shapes.get(name, ())
+            expected[name] = seen if len(seen) == 2 else (1, 1)
+    if wrong := sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)):
+        raise IntegrityError(f"{path}: {listed(wrong)} is missing, unknown, or of another shape than the file says; {AGAIN}")

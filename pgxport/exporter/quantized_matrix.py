@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A matrix in whole numbers or FP8, as promises: its codes, then its scales and zero points, all made in one pass over its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+
+from pgxport.errors import CheckpointError, UsageError
+from pgxport.exporter.float8 import row_scales, to_float8
+from pgxport.exporter.quantize import Gptq, Grid, Quantized, nearest, pack, pack_zeros, sqnr, unpack, unpack_zeros
+from pgxport.exporter.recipe import Scheme
+from pgxport.exporter.stream import FLOAT8, INT4, Promise, narrow
+from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
+
+if TYPE_CHECKING:
+    from pgxport.exporter.scaling import Statistics
+
+Layout = Literal["blocks", "columns", "rows", "groups"]
+T = TypeVar("T")
+GPTQ_ROWS = 16  # blocks of rows at once: the loop over columns is paid once for all of them
+
+
+class Coded:
+    """The parts of one matrix [N, K], to be written in this order: `codes`, `scales`, and `zeros` where the grid has them.
+
+    Args:
+        layout: "blocks", as MatMulNBits reads it: codes uint8 [N, G, group * bits / 8], scales [N, G];
+            "columns", for integer products: codes int8 [K, N], scales [N]; "rows": codes int8 or FP8 [N, K], scales [N];
+            "groups", as DequantizeLinear reads blocks of the first axis: codes int8 or int4 [K, N], scales [K / group, N].
+        source: Where the matrix is read from, in row blocks.
+        gain: What the product is multiplied by; it goes into the scales.
+        dtype: That of the scales.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        source: TensorSource,
+        scheme: Scheme,
+        layout: Layout,
+        *,
+        gain: float = 1.0,
+        dtype: Any = np.float32,
+        statistics: Statistics | None = None,
+    ):
+        assert scheme.bits is not None, f"Bug: {path} is stored in floats"
+        self.path, self.shape, self.scheme, self.layout, self.gain = path, source.shape(path), scheme, layout, gain
+        self.compensation: np.ndarray | None = None  # [N], what rounding takes from the mean output
+        self._source, self._statistics = source, statistics
+        self._grid = Grid(scheme.bits, scheme.group, scheme.symmetric)
+        self._signal = self._noise = 0.0
+        self._scales: list[np.ndarray] = []
+        self._zeros: list[np.ndarray] = []
+        n, k = self.shape
+        dtype = np.dtype(dtype)
+        self.zeros: Promise | None = None
+        if layout == "blocks":
+            assert scheme.group is not None, f"Bug: {path} has no group"
+            groups = -(-k // scheme.group)
+            packed = (n, groups, scheme.group * scheme.bits // 8)
+            self.codes = Promise(f"{path}.codes", np.dtype(np.uint8), packed, self._blocks)
+            self.scales = Promise(f"{path}.scales", dtype, (n, groups), lambda: self._made(self._scales, dtype))
+            if not scheme.symmetric:
+                zeros = (n, -(-groups * scheme.bits // 8))
+                self.zeros = Promise(f"{path}.zeros", np.dtype(np.uint8), zeros, lambda: self._made(self._zeros, np.uint8))
+        else:
+            codes = (n, k) if layout == "rows" else (k, n)
+            kind = FLOAT8 if scheme.format == "e4m3" else np.dtype(np.int8) if scheme.bits == 8 else INT4
+            self.codes = Promise(f"{path}.codes", kind, codes, self._blocks)
+            scales = (k // scheme.group, n) if layout == "groups" and scheme.group else (n,)
+            self.scales = Promise(f"{path}.scales", dtype, scales, lambda: self._made(self._scales, dtype))
+
+    @property
+    def promises(self) -> list[Promise]:
+        return [p for p in (self.codes, self.scales, self.zeros) if p]
+
+    @property
+    def sqnr(self) -> float:
+        """Signal to noise of the weights in dB, weighted by the mean square of each input channel where that is known."""
+        return sqnr(self._signal, self._noise)
+
+    def dequantized(self, parts: Mapping[str, np.ndarray], start: int, stop: int) -> np.ndarray:
+        """Rows of the matrix as they were rounded, float32 [stop - start, K], without the gain.
+
+        Args:
+            parts: The promises' arrays by name, as they were written.
+        """
+        codes, scales = parts[self.codes.name], parts[self.scales.name]
+        if self.layout == "groups":
+            if self.scheme.bits == 4:
+                codes = (_unpaired(codes).reshape(self.codes.shape) ^ 8).view(np.int8) - np.int8(8)
+            wide = np.repeat(scales[:, start:stop].astype(np.float32), self.shape[1] // len(scales), 0)
+            return (codes[:, start:stop].astype(np.float32) * wide).T / np.float32(self.gain)
+        scales = scales[start:stop].astype(np.float32) / np.float32(self.gain)
+        if self.layout != "blocks":
+            codes = codes[:, start:stop].T if self.layout == "columns" else codes[start:stop]
+            return codes.astype(np.float32) * scales[:, None]
+        bits, groups = self._grid.bits, scales.shape[1]
+        zeros = np.full(scales.shape, self._grid.middle, np.uint8)
+        if self.zeros:
+            zeros = unpack_zeros(parts[self.zeros.name][start:stop], bits, groups)
+        return Quantized(self._grid, unpack(codes[start:stop], bits, self.shape[1]), scales, zeros).dequantized()
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """The codes as they are stored."""
+        if self.scheme.format == "e4m3":
+            yield from self._float8()
+            return
+        whole = np.empty(self.shape[::-1], np.int8) if self.layout in ("columns", "groups") else None
+        row = 0
+        for q in self._quantized():
+            if self.layout == "blocks":
+                assert self.scheme.group is not None
+                self._scales.append(q.scales * np.float32(self.gain))
+                if self.zeros:
+                    self._zeros.append(pack_zeros(q.zeros, self._grid.bits))
+                yield pack(q.codes, self._grid.bits, self.scheme.group)
+                continue
+            scales = q.scales * np.float32(self.gain)
+            self._scales.append(scales if self.layout == "groups" else scales[:, 0])
+            # Around the middle of the grid, 128 or 8 -> around 0
+            signed = (q.codes ^ 0x80).view(np.int8) if self.scheme.bits == 8 else q.codes.view(np.int8) - np.int8(8)
+            if whole is None:
+                yield signed
+            else:
+                whole[:, row : row + len(signed)] = signed.T
+                row += len(signed)
+        if whole is None:
+            return
+        for start, stop in row_blocks(len(whole), whole.shape[1]):
+            yield _paired(whole[start:stop]) if self.scheme.bits == 4 else whole[start:stop]
+
+    def _quantized(self) -> Iterator[Quantized]:
+        quantize = self._method(self._weight())
+
+        def rounded(block: np.ndarray) -> tuple[Quantized, np.ndarray]:
+            q = quantize(block)
+            return q, replace(q, scales=self._as_stored(q.scales)).dequantized()
+
+        yield from self._rounded(rounded)
+
+    def _as_stored(self, scales: np.ndarray) -> np.ndarray:
+        """Scales as what is written stands for, without the gain."""
+        if self.scales.dtype == np.float32:
+            return scales
+        stored = narrow(scales * np.float32(self.gain), self.scales.dtype, f"scales of {self.path}: one")
+        return stored.astype(np.float32) / np.float32(self.gain)
+
+    def _float8(self) -> Iterator[np.ndarray]:
+        def rounded(block: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+            scales = row_scales(block)
+            codes = to_float8(block, scales)
+            return (codes, scales[:, 0]), codes.astype(np.float32) * scales
+
+        for codes, scales in self._rounded(rounded):
+            self._scales.append(scales * np.float32(self.gain))
+            yield codes
+
+    def _rounded(self, rounded: Callable[[np.ndarray], tuple[T, np.ndarray]]) -> Iterator[T]:
+        """Each block of rows as it is rounded, counting what that loses; `rounded` gives the floats that it stands for as well."""
+        (n, k), statistics, weight = self.shape, self._statistics, self._weight()
+        self._scales, self._zeros, self._signal, self._noise = [], [], 0.0, 0.0
+        mean = statistics.mean(self.path) if statistics is not None and self.scheme.compensate else None
+        lost = []
+        for start, stop in row_blocks(n, 4 * k // (GPTQ_ROWS if self.scheme.method == "gptq" else 1)):
+            block = to_float32(self._source.rows(self.path, start, stop))
+            if not np.isfinite(block).all():
+                row, column = np.argwhere(~np.isfinite(block))[0]
+                raise CheckpointError(
+                    f"{self.path} holds {block[row, column]} at [{start + row}, {column}]; whole numbers cannot stand for it"
+                )
+            q, floats = rounded(block)
+            error = floats - block
+            self._signal += _energy(block, weight)
+            self._noise += _energy(error, weight)
+            if mean is not None:
+                lost.append(-error @ mean * np.float32(self.gain))
+            yield q
+        self.compensation = np.concatenate(lost) if mean is not None else None
+
+    def _weight(self) -> np.ndarray | None:
+        """E[x²] of the inputs [K], where it is known"""
+        return None if self._statistics is None else self._statistics.square(self.path)
+
+    def _method(self, importance: np.ndarray | None) -> Callable[[np.ndarray], Quantized]:
+        if self.scheme.method != "gptq":
+            clip = self.scheme.method == "clip"
+            return lambda w: nearest(w, self._grid, clip=clip, importance=importance)
+        moment = None if self._statistics is None else self._statistics.moment(self.path)
+        if moment is None:
+            raise UsageError(
+                f"{self.path} is to be rounded by gptq, which needs second moments of its inputs; "
+                f"calibrate with --moments, or choose the method clip"
+            )
+        return Gptq(moment, self._grid).quantize
+
+    def _made(self, parts: list[np.ndarray], dtype: Any) -> Iterator[np.ndarray]:
+        assert parts, f"Bug: the codes of {self.path} were not written before what belongs to them"
+        made = np.concatenate(parts)
+        made = made.T if self.layout == "groups" else made
+        yield narrow(made, np.dtype(dtype), f"scales of {self.path}: one")
+        parts.clear()
+
+
+def _paired(codes: np.ndarray) -> np.ndarray:
+    """int8 from -8 to 7, an even number of them -> uint8, the first of a pair in the lower half, as ONNX packs INT4."""
+    nibbles = codes.reshape(-1).view(np.uint8) & 15
+    return nibbles[::2] | nibbles[1::2] << 4
+
+
+def _unpaired(pairs: np.ndarray) -> np.ndarray:
+    """uint8 from 0 to 15, twice as many."""
+    return np.stack([pairs & 15, pairs >> 4], -1).reshape(-1)
+
+
+def _energy(w: np.ndarray, weight: np.ndarray | None) -> float:
+    squares = np.einsum("ij,ij->j", w, w)
+    return float(squares.sum() if weight is None else squares @ weight)

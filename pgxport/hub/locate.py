@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find a checkpoint: the embedded one, a folder, or what was published on the model hub."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pgxport.errors import UsageError
+from pgxport.hub import fetch as hub
+from pgxport.models import tiny
+from pgxport.models.spec import RESOLUTIONS, SIZES, TINY_RESOLUTIONS, ModelSpec, published
+
+TINY = Path(tiny.__file__).parent
+HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w.][\w./-]*))?")
+MIX_RESOLUTIONS = (224, 448)
+# Of PaliGemma 1 some fifty fine-tunes were published, of PaliGemma 2 these.
+FINE_TUNES = {("paligemma2", "3b"): ("ft-docci", 448), ("paligemma2", "10b"): ("ft-docci", 448)}
+License = Literal["apache-2.0", "gemma"]
+TASK = re.compile(r"ft-[a-z0-9]+(-[a-z0-9]+)*")
+
+
+@dataclass(frozen=True)
+class Located:
+    """A checkpoint's folder, a name for people, and the spec that it has to have, where one was asked for."""
+
+    name: str
+    path: Path
+    spec: ModelSpec | None = None
+    masks: Path | None = None  # vae-oid.npz
+    revision: str | None = None  # the hub's commit
+    repository: str | None = None  # and its name there
+    license: License | None = None  # as the hub calls it; None: not known
+
+
+def locate(
+    size: str | None,
+    res: int | None,
+    family: str,
+    variant: str,
+    checkpoint: str | Path | None,
+    *,
+    precision: str | None = None,
+    progress: hub.Progress | None = None,
+) -> Located:
+    """Find the checkpoint that the options name; `checkpoint` is a folder, or a hub id, which @REVISION may follow.
+
+    Args:
+        precision: What will be written, where more than one revision of a published model holds it.
+
+    Raises:
+        UsageError: they name nothing, or what does not exist.
+        HubError: it is not on disk, and the hub cannot be reached or refuses.
+        IntegrityError: the local copy, or what was downloaded, is not what the hub says it is.
+    """
+    if size is not None and size not in SIZES:
+        raise UsageError(f"size {size!r} does not exist; choose --size {', '.join(SIZES)}, or a folder with --checkpoint")
+    if size == "tiny" and checkpoint is None:
+        if res is not None and res not in TINY_RESOLUTIONS:
+            raise UsageError(f"the embedded checkpoint has no {res} px; choose --res {' or '.join(map(str, TINY_RESOLUTIONS))}")
+        name = f"tiny-{res or TINY_RESOLUTIONS[0]}"
+        return Located(name, TINY / name, masks=TINY / "vae-oid.npz", license="apache-2.0")
+    if checkpoint is not None:
+        folder = Path(checkpoint)
+        spec = published(family, size, res) if size in ("3b", "10b", "28b") and res else None
+        if not folder.exists() and (named := HUB_ID.fullmatch(str(checkpoint))):
+            repository, revision = named.groups()
+            return _from_hub(repository, [revision or "main"], spec, progress)
+        return Located(folder.resolve().name, folder, spec)
+    if size is None:
+        raise UsageError("no model was named; pass --size tiny, --size 3b --res 448, or --checkpoint DIR")
+    if res is None:
+        raise UsageError(f"--size {size} was published at several resolutions; choose --res 224, 448 or 896")
+    spec = published(family, size, res)
+    name = published_name(family, size, res, variant)
+    return _from_hub(f"google/{name}", revisions(family, precision), spec, progress)
+
+
+def published_name(family: str, size: str, res: int, variant: str) -> str:
+    """The hub's name of a published model.
+
+    >>> published_name("paligemma2", "10b", 448, "ft-docci")
+    'paligemma2-10b-ft-docci-448'
+
+    Raises:
+        UsageError: that variant of it was not published.
+    """
+    task, task_res = FINE_TUNES.get((family, size), (None, None))
+    there = {"pt": RESOLUTIONS, "mix": MIX_RESOLUTIONS} | ({task: (task_res,)} if task else {})
+    if res in there.get(variant, ()) or (family == "paligemma" and TASK.fullmatch(variant)):
+        return f"{family}-{size}-{variant}-{res}"
+    listed = ", ".join(f"{v} at {'/'.join(map(str, sizes))}" for v, sizes in there.items())
+    tasks = ", and fine-tunes as ft-TASK (for example ft-docvqa at 896)" if family == "paligemma" else ""
+    raise UsageError(f"no {family} {size} {variant!r} at {res} px was published; there are: {listed}{tasks}")
+
+
+def revisions(family: str, precision: str | None) -> list[str]:
+    """The branches that hold the weights a precision wants, the one to download first.
+
+    PaliGemma 1 was published in float32 (main), bfloat16 and float16; PaliGemma 2 in bfloat16 alone. Rounding to bfloat16 is
+    what a bf16 export does anyway, so half the bytes give the same bundle. All other precisions begin from float32: what was
+    rounded to bfloat16 first would be rounded twice.
+    """
+    return ["bfloat16", "main"] if family == "paligemma" and precision == "bf16" else ["main"]
+
+
+def _from_hub(repository: str, branches: list[str], spec: ModelSpec | None, progress: hub.Progress | None) -> Located:
+    """The local copy of a repository: the hub cache's if it is there, else downloaded."""
+    found = next((folder for branch in branches if (folder := hub.cached(repository, branch))), None)
+    folder = found or hub.download(repository, branches[0], progress)
+    owner, _, name = repository.partition("/")
+    license: License | None = "gemma" if owner == "google" else None
+    return Located(name, folder, spec, revision=folder.name, repository=repository, license=license)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What machine this is: board, JetPack, GPU libraries and memory, read from files; and what to install on which board.
+
+Nothing is run and nothing needs root. Every reader takes the root of the tree it reads, for tests.
+"""
+
+import json
+import platform
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgxport.machine.cpu import has_vnni
+from pgxport.machine.driver import Driver
+
+ROOT = Path("/")
+PAGE = 4096
+GIB = 1 << 30
+
+# Jetson Linux -> JetPack, the longest match counts (NVIDIA's JetPack archive; R39 is JetPack 7.2).
+JETPACKS = {
+    "35": "5", "36.2": "6.0", "36.3": "6.0", "36.4": "6.2", "36.4.0": "6.1", "36.5": "6.2", "38": "7.0", "38.2": "7.0",
+    "38.4": "7.1", "39": "7.2",
+}  # fmt: skip
+# What the device tree's model says -> boards of `pgx plan`, by memory in GiB: the same name stands on modules of two sizes.
+BOARDS = (
+    ("AGX Thor", {128: "thor-128gb"}),
+    ("AGX Orin", {32: "agx-orin-32gb", 64: "agx-orin-64gb"}),
+    ("Orin NX", {8: "orin-nx-8gb", 16: "orin-nx-16gb"}),
+    ("Orin Nano", {8: "orin-nano-8gb"}),
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """In bytes. `block`: the largest that is free in one piece, which some of a Jetson's drivers need; None where not told."""
+
+    total: int
+    available: int
+    block: int | None
+    zram: int
+    swap: int  # on disks and in files
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the files say. None: not there."""
+
+    arch: str
+    model: str | None  # of the device tree; None on most that are no boards
+    board: str | None  # as `pgx plan --board` calls it
+    l4t: str | None  # Jetson Linux, "36.4.3"
+    jetpack: str | None
+    driver: str | None  # NVIDIA's kernel module
+    cuda: str | None  # toolkit
+    cudnn: str | None
+    tensorrt: str | None  # libnvinfer of the system; a package of pip's is another
+    vnni: bool | None  # 8-bit products in hardware; None where that is no question
+    memory: Memory | None
+
+
+def look(root: Path = ROOT, *, arch: str | None = None) -> Machine:
+    """Read it all."""
+    model = _text(root / "proc/device-tree/model").strip("\0 \n") or None
+    memory, release = read_memory(root), l4t(root)
+    arch = arch or platform.machine()
+    return Machine(
+        arch, model, _board(model, memory), release, jetpack(release), _kernel_module(root), _cuda(root),
+        _library(root, "libcudnn.so"), _library(root, "libnvinfer.so"), has_vnni(root / "proc/cpuinfo", arch=arch), memory,
+    )  # fmt: skip
+
+
+def l4t(root: Path = ROOT) -> str | None:
+    """Of "# R36 (release), REVISION: 4.3, GCID: ...", 36.4.3."""
+    found = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release"))
+    return f"{found[1]}.{found[2]}" if found else None
+
+
+def jetpack(release: str | None) -> str | None:
+    """The JetPack that a Jetson Linux belongs to; a newer revision counts as the one before it.
+
+    >>> jetpack("36.4.3"), jetpack("36.4.0"), jetpack("39.2"), jetpack("40.1")
+    ('6.2', '6.1', '7.2', None)
+    """
+    fitting = [of for of in JETPACKS if release and f"{release}.".startswith(f"{of}.")]
+    return JETPACKS[max(fitting, key=len)] if fitting else None
+
+
+def read_memory(root: Path = ROOT) -> Memory | None:
+    """From /proc/meminfo, /proc/buddyinfo and /proc/swaps."""
+    kilobytes = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE))
+    if not {"MemTotal", "MemAvailable"} <= set(kilobytes):
+        return None
+    # A line a zone: "Node 0, zone   Normal   9600   5890 ...", free blocks of 1, 2, 4, ... pages.
+    zones = [line.split("zone", 1)[1].split()[1:] for line in _text(root / "proc/buddyinfo").splitlines() if "zone" in line]
+    free = [order for zone in zones for order, count in enumerate(zone) if count != "0"]
+    swaps = [line.split() for line in _text(root / "proc/swaps").splitlines()[1:] if len(line.split()) >= 3]
+    zram, swap = (
+        sum(int(size) * 1024 for name, _, size, *_ in swaps if name.startswith("/dev/zram") == compressed)
+        for compressed in (True, False)
+    )
+    return Memory(
+        int(kilobytes["MemTotal"]) * 1024, int(kilobytes["MemAvailable"]) * 1024, PAGE << max(free) if free else None, zram, swap
+    )
+
+
+def _board(model: str | None, memory: Memory | None) -> str | None:
+    for name, sizes in BOARDS:
+        if model and memory and name in model:
+            # Firmware keeps some: a module of 8 GB reports 7.4 GiB.
+            return next((board for size, board in sorted(sizes.items()) if memory.total <= size * GIB), None)
+    return None
+
+
+def _kernel_module(root: Path) -> str | None:
+    # "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build ..."
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _text(root / "proc/driver/nvidia/version"))
+    return found[1] if found else None
+
+
+def _cuda(root: Path) -> str | None:
+    with suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(_text(root / "usr/local/cuda/version.json"))["cuda"]["version"])
+    return None
+
+
+def _library(root: Path, name: str) -> str | None:
+    """The version in the file's name, as packages install it: libnvinfer.so.10.3.0."""
+    folders = [root / "usr/lib" / kind for kind in ("aarch64-linux-gnu", "x86_64-linux-gnu")]
+    files = [file.name for folder in folders for file in folder.glob(f"{name}.*")]
+    versions = [found[1] for file in files if (found := re.fullmatch(rf"{re.escape(name)}\.(\d+\.\d+\.\d+)", file))]
+    return max(versions, key=lambda v: [int(n) for n in v.split(".")]) if versions else None
+
+
+def _text(file: Path) -> str:
+    with suppress(OSError):
+        return file.read_text(errors="replace")
+    return ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What to install where: the first row that fits a machine counts.
+
+    Attributes:
+        jetpacks: JetPacks by their beginning; empty: no Jetson.
+        boards: A part of the device tree's model; empty: any.
+        sm: From this compute capability on, where there is no JetPack to tell.
+        tensorrt: What comes with it, or what to install.
+        trt: The flag of `pgx export --target tensorrt`; None: TensorRT is of no use there.
+        precisions: Worth trying, smallest last.
+        commands: In order.
+        note: What else has to be known.
+    """
+
+    name: str
+    jetpacks: tuple[str, ...]
+    boards: tuple[str, ...]
+    sm: tuple[int, int]
+    tensorrt: str
+    trt: str | None
+    precisions: tuple[str, ...]
+    commands: tuple[str, ...]
+    note: str = ""
+
+
+_BINDINGS = 'pip install "pgxport" cuda-python "tensorrt-cu13-bindings=={0}"'
+_ORIN = ("fp16", "w8a8-static", "int4")
+_GPU = ('pip install "pgxport[gpu]" "onnxruntime-gpu[cuda,cudnn]"', 'or, for TensorRT: pip install "pgxport[tensorrt]"')
+# JetPack -> TensorRT: NVIDIA's JetPack archive. TensorRT 11 on Jetson: "Migrating TensorRT from 10.x to 11.x on Jetson/JetPack".
+ROWS = (
+    Row(
+        "JetPack 5", ("5",), (), (0, 0), "8.5", None, (), (),
+        "its TensorRT is too old for every graph that pgx writes; flash JetPack 6.2, on Orin 7.2 too",
+    ),
+    Row(
+        "JetPack 6.0", ("6.0",), (), (0, 0), "8.6", None, (), (),
+        "its TensorRT is too old; sudo apt full-upgrade to JetPack 6.2 without flashing",
+    ),
+    Row(
+        "JetPack 6.1 and 6.2", ("6",), (), (0, 0), "10.3", "10.3", _ORIN,
+        ("pip install pgxport \"cuda-python~=12.6\"", "then TensorRT 10.3's Python bindings for your Python (docs/jetson.md)"),
+        "TensorRT's bindings come for Python 3.10 alone, and pgx needs 3.11: docker/Dockerfile.jetpack6 builds them",
+    ),
+    Row(
+        "JetPack 7.2 on Thor", ("7.2",), ("Thor",), (0, 0), "10.16", "10.16", ("bf16", "fp8", "int4"),
+        (_BINDINGS.format("10.16.1.11"),), "from JetPack 7.2.2 on, TensorRT 11.4.1 (SBSA) can be installed: then --trt 11",
+    ),
+    Row(
+        "JetPack 7.2 on Orin", ("7.2",), (), (0, 0), "10.16", "10.16", _ORIN,
+        (_BINDINGS.format("10.16.1.11"),), "on AGX Orin from JetPack 7.2.2 on, TensorRT 11.4.1 (SBSA) can be installed: then --trt 11",
+    ),
+    Row(
+        "JetPack 7.0 and 7.1", ("7",), (), (0, 0), "10.13", "10.3", ("bf16", "fp8", "int4"),
+        (_BINDINGS.format("10.13.3.9"),), "TensorRT 10.13 is older than 10.16, so it takes the graphs for 10.3",
+    ),
+    Row("GPU of Ada, Hopper, Blackwell", (), (), (8, 9), "11", "11", ("bf16", "fp16", "fp8", "int4"), _GPU),
+    Row("GPU of Ampere", (), (), (8, 0), "11", "11", ("bf16", "fp16", "int8", "int4"), _GPU),
+    Row(
+        "GPU of Turing", (), (), (7, 5), "11", "11", ("fp16", "int8", "int4"), _GPU,
+        "it has no bfloat16",
+    ),
+    Row(
+        "older GPU", (), (), (0, 1), "none", None, (), ('pip install "pgxport[cpu]"',),
+        "CUDA 13 and TensorRT begin with Turing, compute capability 7.5; run on the CPU",
+    ),
+    Row("no NVIDIA GPU", (), (), (0, 0), "none", None, ("w8a8", "int4-fast", "fp32"), ('pip install "pgxport[export,cpu]"',)),
+)  # fmt: skip
+
+
+def advise(machine: Machine, driver: Driver | None, rows: Iterable[Row] = ROWS) -> Row:
+    """What to install on a machine.
+
+    >>> advise(look(Path("/nonexistent")), None).name
+    'no NVIDIA GPU'
+    """
+    sm = max((gpu.sm for gpu in driver.gpus), default=(0, 0)) if driver else (0, 0)
+    for row in rows:
+        release = any(f"{machine.jetpack}.".startswith(f"{of}.") for of in row.jetpacks)
+        if machine.jetpack is not None and release and all(part in (machine.model or "") for part in row.boards):
+            return row
+        if machine.jetpack is None and not row.jetpacks and sm >= row.sm:
+            return row
+    raise AssertionError("Bug: the table's last row is for no GPU, and JetPacks that are not in it are not told")
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that can be had, where the system says."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

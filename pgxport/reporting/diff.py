@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pgx diff: what two bundles do not share, in their manifests and in their answers; or what two reports do not agree on."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pgxport.benchmarking.worker import Progress
+from pgxport.bundle.manifest import MANIFEST
+from pgxport.bundle.reader import Bundle
+from pgxport.data.loader import DataOptions
+from pgxport.errors import UsageError
+from pgxport.reporting import files
+from pgxport.reporting.advice import gate_failures, latency, percent, ratio
+from pgxport.reporting.report import ReportOptions, report
+from pgxport.reporting.schema import Device, Report, Row
+
+SHOWN = 40  # changes, in the rendering for people
+# Of a manifest: what differs between any two bundles, and says nothing that the sizes do not.
+LEFT_OUT = ("files", "graphs", "parity", "ranges")
+
+
+@dataclass(frozen=True)
+class DiffOptions:
+    """What to compare. Names and meanings are the command's flags."""
+
+    first: Path
+    second: Path
+    data: Path | None = None
+    format: str | None = None
+    limit: int | None = None
+    gate: float | None = None
+    output: Path | None = None
+    engine: str = "cpu"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that is not the same; None where one side has none."""
+
+    what: str
+    first: str | None
+    second: str | None
+    says: str = ""
+
+
+@dataclass(frozen=True)
+class Diff:
+    """All changes, and why a gate stops them."""
+
+    first: str
+    second: str
+    changes: list[Change] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def render(self) -> str:
+        """The same, for people."""
+        if not self.changes:
+            return f"{self.first} and {self.second}: no difference"
+        lines = [f"- {self.first}", f"+ {self.second}"]
+        for c in self.changes[:SHOWN]:
+            lines.append(f"{c.what}: {_absent(c.first)} → {_absent(c.second)}" + (f"  ({c.says})" if c.says else ""))
+        if len(self.changes) > SHOWN:
+            lines.append(f"and {len(self.changes) - SHOWN} more; --json lists them all")
+        return "\n".join(lines)
+
+
+def diff(options: DiffOptions, *, progress: Progress | None = None) -> Diff:
+    """Compare two bundles, or two reports.
+
+    Raises:
+        UsageError: one is a bundle and the other is not.
+        InputError: a report cannot be read.
+        IntegrityError: a bundle is not sound.
+    """
+    bundles = [(path / MANIFEST).exists() for path in (options.first, options.second)]
+    if bundles[0] != bundles[1]:
+        raise UsageError(f"{options.first} and {options.second}: one is a bundle and the other is not; give two of a kind")
+    if not bundles[0]:
+        asked = {"--data": options.data, "--format": options.format, "--limit": options.limit, "-o": options.output}
+        if wrong := [flag for flag, value in asked.items() if value is not None]:
+            raise UsageError(f"{wrong[0]} asks bundles, and {options.first} is a report")
+        return _reports(options)
+    found = Diff(str(options.first), str(options.second), list(_manifests(options)))
+    if options.data is None and options.limit is None:
+        if options.gate is not None:
+            raise UsageError("--gate needs answers to judge; add --limit 20 for the drawn scenes, or --data")
+        return found
+    with tempfile.TemporaryDirectory(prefix="pgx-diff-") as scratch:
+        given = ReportOptions(
+            (str(options.first), str(options.second)), options.output or Path(scratch) / "report",
+            DataOptions(options.data, options.format, limit=options.limit), gate=options.gate or 0, engine=options.engine,
+            threads=options.threads, first_is_reference=True,
+        )  # fmt: skip
+        device = report(given, progress=progress).devices[0]
+    found.changes.extend(_answers(device))
+    if options.gate is not None:
+        found.failures.extend(gate_failures(device))
+    return found
+
+
+def _manifests(options: DiffOptions) -> Iterator[Change]:
+    first, second = (Bundle.open(path, verify=False) for path in (options.first, options.second))
+    a, b = (_flat(bundle.manifest.model_dump(exclude=set(LEFT_OUT))) for bundle in (first, second))
+    for key in dict.fromkeys([*a, *b]):
+        if a.get(key) != b.get(key):
+            yield Change(key, a.get(key), b.get(key))
+    sizes = [{name: info.size for name, info in bundle.manifest.files.items()} for bundle in (first, second)]
+    digests = [{name: info.sha256 for name, info in bundle.manifest.files.items()} for bundle in (first, second)]
+    for name in dict.fromkeys([*sizes[0], *sizes[1]]):
+        if digests[0].get(name) != digests[1].get(name):
+            before, after = (f"{size[name]} bytes" if name in size else None for size in sizes)
+            yield Change(name, before, after, "other content of the same size" if before == after else "")
+    if (before := _parity(first)) != (after := _parity(second)):
+        yield Change("parity", before, after)
+    if first.nbytes != second.nbytes:
+        yield Change("all files", f"{first.nbytes} bytes", f"{second.nbytes} bytes", f"×{second.nbytes / first.nbytes:.3f}")
+
+
+def _parity(bundle: Bundle) -> str | None:
+    p = bundle.manifest.parity
+    return f"KL {p.kl:.2g} nats, top-1 {p.agreement:.2%} of {p.positions}" if p else None
+
+
+def _answers(device: Device) -> Iterator[Change]:
+    first, second = device.rows
+    for row in device.rows:
+        if row.status == "failed":
+            yield Change("answers", None, None, f"{row.label} failed: {row.reason}")
+    if first.status == second.status == "ok":
+        for score in second.scores:
+            before = next(s for s in first.scores if (s.task, s.metric) == (score.task, score.metric))
+            if score.change and (score.change.value or score.change.low or score.change.high):
+                says = f"{score.change.value:+.4f}, {score.change.verdict}"
+                yield Change(f"{score.task}, {score.title}", f"{before.result.value:.4f}", f"{score.result.value:.4f}", says)
+        if second.kept:
+            yield Change("quality", "100 %", percent(second.kept), f"{second.measured} samples")
+        if second.fidelity:
+            yield Change("same answers", None, f"{second.fidelity.identical:.1%} of {second.fidelity.answers}")
+        if times := latency(device, first.label, second.label):
+            a, b = (row.seconds["answer"].p50 for row in (first, second))
+            yield Change("answer, median", f"{a * 1e3:.3g} ms", f"{b * 1e3:.3g} ms", f"{ratio(times)} as long")
+
+
+def _reports(options: DiffOptions) -> Diff:
+    first, second = files.read(options.first), files.read(options.second)
+    found = Diff(str(options.first), str(options.second))
+    devices = [_by_name(one) for one in (first, second)]
+    for name in dict.fromkeys([*devices[0], *devices[1]]):
+        a, b = (side.get(name) for side in devices)
+        if a is None or b is None:
+            found.changes.append(Change(name, "measured" if a else None, "measured" if b else None))
+            continue
+        if a.data.digest != b.data.digest:
+            found.changes.append(Change(f"{name}: samples", a.data.digest[:16], b.data.digest[:16], "the data is another"))
+        rows = [{row.label: row for row in device.rows} for device in (a, b)]
+        for label in dict.fromkeys([*rows[0], *rows[1]]):
+            _rows(found, f"{name}: {label}", rows[0].get(label), rows[1].get(label), options.gate)
+    return found
+
+
+def _rows(found: Diff, where: str, a: Row | None, b: Row | None, gate: float | None) -> None:
+    if a is None or b is None or a.status != b.status:
+        said = [None if row is None else row.status if row.status == "ok" else f"failed: {row.reason}" for row in (a, b)]
+        found.changes.append(Change(where, said[0], said[1]))
+        if gate is not None and a is not None and a.status == "ok":
+            found.failures.append(f"{where}: {said[1] or 'is not in the second report'}")
+        return
+    shown = {
+        "bytes": [str(row.bytes) for row in (a, b)],
+        "quality": [f"{row.quality.value:.4f}" if row.quality else "not measured" for row in (a, b)],
+        "answer, median": [
+            f"{row.seconds['answer'].p50 * 1e3:.3g} ms" if "answer" in row.seconds else "not measured" for row in (a, b)
+        ],
+    }
+    before = {(s.task, s.metric): s for s in a.scores}
+    for score in b.scores:
+        if old := before.get((score.task, score.metric)):
+            shown[f"{score.task}, {score.title}"] = [f"{s.result.value:.4f}" for s in (old, score)]
+    found.changes.extend(Change(f"{where}, {what}", old, new) for what, (old, new) in shown.items() if old != new)
+    if gate is not None and a.quality and a.quality.value > 0:
+        kept = (b.quality.value if b.quality else 0) / a.quality.value
+        if kept < gate:
+            found.failures.append(f"{where}: keeps {kept:.1%} of the first report's quality; the gate is {gate:.4g}")
+
+
+def _by_name(report: Report) -> dict[str, Device]:
+    """Devices by their names; one that comes twice has a number."""
+    found: dict[str, Device] = {}
+    for device in report.devices:
+        same = sum(name == device.name or name.startswith(f"{device.name} #") for name in found)
+        found[f"{device.name} #{same + 1}" if same else device.name] = device
+    return found
+
+
+def _flat(value: Any, path: str = "") -> dict[str, str]:
+    """
+    >>> _flat({"a": {"b": 1}, "c": [2]})
+    {'a.b': '1', 'c': '[2]'}
+    """
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{path}.{key}" if path else str(key)).items()}
+    return {path: str(value)}
+
+
+def _absent(value: str | None) -> str:
+    return "none" if value is None else value

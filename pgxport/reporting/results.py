@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what was measured to the rows of a report: a pure function of samples, answers and times."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pgxport.metrics import bootstrap, fidelity
+from pgxport.metrics.bootstrap import Curve, Drawn
+from pgxport.metrics.metrics import METRICS, groups, metrics_for, tally
+from pgxport.metrics.sample import Sample
+from pgxport.reporting import schema
+from pgxport.reporting.shared_pass import Run
+from pgxport.reporting.store import Asked, answer_of
+from pgxport.runners.outputs import Answer
+
+WORST = 10  # of the matrices that rounding hurt most
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The samples of one task that one metric can judge."""
+
+    task: str
+    metric: str
+    decides: bool
+    at: tuple[int, ...]
+
+
+def subsets(samples: Sequence[Sample]) -> list[Subset]:
+    """Which metric is taken over which samples; the first of a task decides."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for i, sample in enumerate(samples):
+        for metric in metrics_for(sample):
+            found.setdefault((sample.task, metric), []).append(i)
+    deciding = {(s.task, s.metric) for s in samples}
+    return [Subset(task, metric, (task, metric) in deciding, tuple(at)) for (task, metric), at in found.items()]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A run's curves: one of each subset over all samples, and the quality."""
+
+    curves: Mapping[Subset, Curve]
+    quality: Curve
+
+
+def judge(samples: Sequence[Sample], answers: Sequence[Answer], parts: Sequence[Subset]) -> Judged:
+    """The metrics of a run, as functions of how often each sample counts."""
+    curves = {part: _restricted(samples, answers, part) for part in parts}
+    deciding = [(METRICS[part.metric], curves[part]) for part in parts if part.decides]
+
+    def quality(weights: np.ndarray) -> np.ndarray:
+        shares = [c(weights) / m.scale if m.higher_is_better else 1 - c(weights) for m, c in deciding]
+        return np.mean(shares, axis=0)
+
+    return Judged(curves, quality)
+
+
+def rows(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[Run], reference: int) -> tuple[schema.Row, ...]:
+    """A row for each run, in their order."""
+    parts, drawn = subsets(samples), groups(samples)
+    whole = [run.reason is None and all(key in run.asked for key in keys) for run in runs]
+    theirs = _answers(runs[reference], keys) if whole[reference] else None
+    judged = judge(samples, theirs, parts) if theirs else None
+    before = _drawn(judged, drawn) if judged else None
+    found = []
+    for i, (run, complete) in enumerate(zip(runs, whole, strict=True)):
+        if not complete:
+            found.append(_failed(run, keys))
+            continue
+        answers = _answers(run, keys)
+        mine = judge(samples, answers, parts)
+        now = before if before and i == reference else _drawn(mine, drawn)
+        scores = [_score(part, now[part], before[part] if before and i != reference else None) for part in parts]
+        kept = _kept(mine, judged, drawn) if judged else None
+        near = _fidelity(run, answers, theirs, keys) if theirs and i != reference else None
+        found.append(_row(run, keys, samples, answers).model_copy(update={
+            "quality": _interval(bootstrap.estimate(mine.quality, drawn)), "kept": kept, "scores": tuple(s for s in scores if s), "fidelity": near,
+        }))  # fmt: skip
+    return tuple(found)
+
+
+def pairs(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[Run]) -> tuple[schema.Pair, ...]:
+    """Every two runs that came to their end: how far their qualities and their times can be told apart."""
+    whole = [run for run in runs if run.reason is None and all(key in run.asked for key in keys)]
+    parts, drawn = [part for part in subsets(samples) if part.decides], groups(samples)
+    quality = {run.label: bootstrap.draw(judge(samples, _answers(run, keys), parts).quality, drawn) for run in whole}
+    found = []
+    for n, first in enumerate(whole):
+        for second in whole[n + 1 :]:
+            change = quality[second.label].change(quality[first.label])
+            found.append(
+                schema.Pair(
+                    first=first.label, second=second.label, quality=_interval(change), latency=_ratio(first, second, keys)
+                )
+            )
+    return tuple(found)
+
+
+def _restricted(samples: Sequence[Sample], answers: Sequence[Answer], part: Subset) -> Curve:
+    at = np.array(part.at)
+    inner = tally(part.metric, [samples[i] for i in at], [answers[i] for i in at]).curve
+    return lambda weights: inner(weights[:, at])
+
+
+def _drawn(judged: Judged, groups: Sequence[Hashable]) -> dict[Subset, Drawn]:
+    """Each metric on all draws of its own samples, once: for its interval, and for the difference to another run's."""
+    return {part: bootstrap.draw(_over(part, curve), [groups[at] for at in part.at]) for part, curve in judged.curves.items()}
+
+
+def _score(part: Subset, mine: Drawn, reference: Drawn | None) -> schema.Score | None:
+    metric, change = METRICS[part.metric], None
+    if reference is not None:
+        d = mine.change(reference, higher_is_better=metric.higher_is_better, biased=metric.biased)
+        if changed := _interval(d):
+            change = schema.Change(**changed.model_dump(), verdict=d.verdict.value)
+    value = _interval(mine.estimate(biased=metric.biased))
+    if value is None:
+        return None
+    return schema.Score(
+        task=part.task, metric=part.metric, title=metric.title, decides=part.decides, best=metric.scale, samples=len(part.at),
+        higher_is_better=metric.higher_is_better, result=value, change=change,
+    )  # fmt: skip
+
+
+def _over(part: Subset, curve: Curve) -> Curve:
+    """The curve as a function of its own samples' weights, which are drawn by themselves."""
+    width, at = max(part.at) + 1, np.array(part.at)
+
+    def own(weights: np.ndarray) -> np.ndarray:
+        whole = np.zeros((len(weights), width))
+        whole[:, at] = weights
+        return curve(whole)
+
+    return own
+
+
+def _kept(mine: Judged, reference: Judged, drawn: Sequence[Hashable]) -> schema.Interval | None:
+    if not float(reference.quality(np.ones((1, len(drawn))))[0]) > 0:
+        return None  # of nothing, nothing can be kept
+
+    def share(weights: np.ndarray) -> np.ndarray:
+        before = reference.quality(weights)
+        return np.divide(mine.quality(weights), before, out=np.full(len(before), np.nan), where=before > 0)
+
+    return _interval(bootstrap.estimate(share, drawn))
+
+
+def retimed(rows: Sequence[schema.Row], runs: Sequence[Run], keys: Sequence[str]) -> tuple[schema.Row, ...]:
+    """The rows of the same answers, with the times of these runs."""
+    return tuple(
+        row if row.status == "failed" else row.model_copy(update=_cost(run, keys)) for row, run in zip(rows, runs, strict=True)
+    )
+
+
+def retimed_pairs(pairs: Sequence[schema.Pair], runs: Sequence[Run], keys: Sequence[str]) -> tuple[schema.Pair, ...]:
+    """The same for pairs."""
+    named = {run.label: run for run in runs}
+    return tuple(p.model_copy(update={"latency": _ratio(named[p.first], named[p.second], keys)}) for p in pairs)
+
+
+def _row(run: Run, keys: Sequence[str], samples: Sequence[Sample], answers: Sequence[Answer]) -> schema.Row:
+    asked = [run.asked[key] for key in dict.fromkeys(keys)]
+    broken = fidelity.faults(samples, answers)
+    facts = run.facts
+    return schema.Row(
+        label=run.label, name=facts["name"], recipe=facts["recipe"], target=facts["target"], status="ok", digest=facts["digest"],
+        bytes=facts["bytes"], measured=len(asked), refused=sum(a.refused is not None for a in asked),
+        empty=broken.empty, malformed=broken.malformed, truncated=broken.truncated, rounding=_rounding(facts.get("parity")),
+    ).model_copy(update=_cost(run, keys))  # fmt: skip
+
+
+def _cost(run: Run, keys: Sequence[str]) -> dict[str, object]:
+    """The fields of a row that depend on the machine: times, memory, energy, clocks."""
+    asked = [run.asked[key] for key in dict.fromkeys(keys)]
+    stages = {stage for a in asked for stage in a.seconds}
+    rates = [1 / a.seconds["step"] for a in asked if a.seconds.get("step", 0) > 0]
+    sources = dict.fromkeys(source for a in asked for source in a.joules)
+    opened = run.opened[-1] if run.opened else None
+    peaks = [a.peak for a in run.asked.values() if a.peak]
+    energy = [schema.Energy(source=s, joules=spread([a.joules[s] for a in asked if s in a.joules])) for s in sources]
+    return {
+        "seconds": {stage: spread([a.seconds[stage] for a in asked if stage in a.seconds]) for stage in stages},
+        "tokens_per_second": spread(rates) if rates else None,
+        "load_seconds": opened.seconds if opened else {},
+        "loaded": schema.Memory(**opened.loaded.model_dump()) if opened and opened.loaded else None,
+        "peak": schema.Memory(**{k: max(getattr(p, k) for p in peaks) for k in ("private", "mapped", "resident")})
+        if peaks
+        else None,
+        "peak_vram": max((a.vram for a in run.asked.values() if a.vram is not None), default=None),
+        "energy": tuple(energy),
+        "notes": tuple(notes(asked)),
+    }
+
+
+def _failed(run: Run, keys: Sequence[str]) -> schema.Row:
+    facts = {"name": "?", "recipe": "?", "target": "?", "digest": "", "bytes": 0, **run.facts}
+    there = sum(key in run.asked for key in set(keys))
+    reason = run.reason or f"measured on {there} of {len(set(keys))} samples only"
+    return schema.Row(
+        label=run.label, name=facts["name"], recipe=facts["recipe"], target=facts["target"], digest=facts["digest"],
+        bytes=facts["bytes"], status="failed", reason=reason, exit_code=run.exit_code, measured=there,
+    )  # fmt: skip
+
+
+def _fidelity(run: Run, answers: Sequence[Answer], theirs: Sequence[Answer], keys: Sequence[str]) -> schema.Fidelity:
+    # Samples that share a picture and a prompt share an answer, which counts once.
+    once = {key: (a.token_ids, b.token_ids) for key, a, b in zip(keys, answers, theirs, strict=True)}
+    found = list(once.values())
+    diverged = [at for a, b in found if (at := fidelity.first_divergence(a, b)) is not None]
+    along = [run.followed[key].along for key in once if key in run.followed and run.followed[key].along]
+    refused = [f.refused for f in run.followed.values() if f.refused]
+    positions, located = (int(sum(a[of] for a in along)) for of in ("positions", "located"))
+    return schema.Fidelity(
+        identical=statistics.fmean(float(a == b) for a, b in found),
+        token_agreement=statistics.fmean(fidelity.token_agreement(a, b) for a, b in found),
+        first_divergence=statistics.median(diverged) if diverged else None, diverged=len(diverged), answers=len(found),
+        followed=len(along), positions=positions,
+        top1=sum(a["agreed"] for a in along) / positions if positions else None,
+        kl=sum(a["kl"] for a in along) / positions if positions else None,
+        kl_worst=max(a["kl_worst"] for a in along) if positions else None,
+        kl_located=sum(a["kl_located"] for a in along) / located if located else None,
+        not_compared=refused[0] if refused else None,
+    )  # fmt: skip
+
+
+def spread(values: Sequence[float]) -> schema.Spread:
+    """Percentiles, and the interval of the median from the order of the values (Conover 1999, ch. 3.2).
+
+    >>> spread([3.0, 1.0, 2.0]).p50
+    2.0
+    """
+    ordered = np.sort(np.asarray(values, np.float64))
+    p50, p90, p99 = (float(p) for p in np.percentile(ordered, (50, 90, 99)))
+    count = len(ordered)
+    margin = 1.96 * count**0.5 / 2
+    first, last = int(np.floor(count / 2 - margin)), int(np.ceil(count / 2 + margin))
+    inside = first >= 0 and last < count
+    low, high = (float(ordered[first]), float(ordered[last])) if inside else (None, None)
+    return schema.Spread(p50=p50, p90=p90, p99=p99, low=low, high=high, count=count)
+
+
+def notes(asked: Sequence[Asked]) -> list[str]:
+    """What the clocks did, in words, whether they were held back first; that is said too where it did not happen or is not told."""
+    found = []
+    if times := sum(a.throttled or 0 for a in asked):
+        found.append(f"throttled {times} times")
+    slowed = Counter(reason for a in asked for reason in a.slowed)
+    found += [f"{reason} at the end of {count} of {len(asked)} answers" for reason, count in slowed.items()]
+    if not found:
+        told = any(a.throttled is not None or a.gpu_mhz is not None for a in asked)
+        found.append("not throttled" if told else "throttling not told")
+    for name, clocks in (("clock", [a.mhz for a in asked if a.mhz]), ("GPU clock", [a.gpu_mhz for a in asked if a.gpu_mhz])):
+        if clocks and min(clocks) < 0.9 * max(clocks):
+            found.append(f"{name} between {min(clocks):.0f} and {max(clocks):.0f} MHz")
+    if heat := [a.celsius for a in asked if a.celsius]:
+        found.append(f"up to {max(heat):.0f} °C")
+    return found
+
+
+def _ratio(first: Run, second: Run, keys: Sequence[str]) -> schema.Interval | None:
+    """How many times as long the second took, sample by sample: of the geometric mean."""
+    both = [(first.asked[k].seconds.get("answer"), second.asked[k].seconds.get("answer")) for k in dict.fromkeys(keys)]
+    logs = np.array([np.log(b / a) for a, b in both if a and b])
+    if len(logs) < 2:
+        return None
+    e = bootstrap.estimate(bootstrap.mean(logs), range(len(logs)))
+    value, low, high = (None if x is None else float(np.exp(x)) for x in (e.value, e.low, e.high))
+    assert value is not None
+    return schema.Interval(value=value, low=low, high=high)
+
+
+def _rounding(parity: Mapping[str, object] | None) -> schema.Rounding | None:
+    if parity is None:
+        return None
+    sqnr: dict[str, float] = parity["sqnr"]  # type: ignore[assignment]
+    worst = tuple(sorted(sqnr.items(), key=lambda item: item[1])[:WORST])
+    return schema.Rounding(positions=parity["positions"], kl=parity["kl"], agreement=parity["agreement"], worst=worst)  # type: ignore[arg-type]
+
+
+def _answers(run: Run, keys: Sequence[str]) -> list[Answer]:
+    known: dict[str, Answer] = {}
+    return [known[key] if key in known else known.setdefault(key, answer_of(run.asked[key])) for key in keys]
+
+
+def _interval(e: bootstrap.Estimate) -> schema.Interval | None:
+    """None where there was nothing to judge."""
+    return None if math.isnan(e.value) else schema.Interval(value=e.value, low=e.low, high=e.high)

@@ -1,0 +1,471 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pgx tune: its search against enumeration, its measurements against the runner, and what a kill leaves of it."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx_ir")
+pytest.importorskip("onnxruntime")
+
+from pgxport import cli
+from pgxport.data.loader import scene_samples
+from pgxport.errors import EngineError, UsageError
+from pgxport.exporter.export import ExportOptions, export
+from pgxport.exporter.recipe import NORMS, RECIPES, Scheme
+from pgxport.exporter.recipe_toml import read_recipe, to_toml
+from pgxport.exporter.scaling import sites
+from pgxport.exporter.targets import CPU
+from pgxport.metrics.sample import Sample
+from pgxport.models.checkpoint import Checkpoint
+from pgxport.models.spec import published, read_config
+from pgxport.models.weights import weight_shapes
+from pgxport.runners.outputs import Answer
+from pgxport.runners.runner import Runner
+from pgxport.tuning import bundles, score, tune
+from pgxport.tuning.candidates import CANDIDATES, FLOAT, Group, chosen, groups, options, recipe
+from pgxport.tuning.loss import Loss, loss
+from pgxport.tuning.result import Limits, Tuning
+from pgxport.tuning.score import Samples, along, features_of, prefix_of
+from pgxport.tuning.search import Option, front, spread
+from pgxport.tuning.store import Store, alone
+from pgxport.tuning.tune import TuneOptions
+
+TINY = Path(tune.__file__).parents[1] / "models" / "tiny" / "tiny-112"
+
+
+# The search ---------------------------------------------------------------------------------------------------------
+
+
+def random_table(seed: int) -> dict[str, list[Option]]:
+    rng = np.random.default_rng(seed)
+    return {
+        f"group {g}": [
+            Option(f"o{i}", int(rng.integers(-50, 1)), float(rng.integers(-9, 3)), float(rng.integers(0, 1000)) / 8)
+            for i in range(4)
+        ]
+        for g in range(5)
+    }
+
+
+def every_choice(table: dict[str, list[Option]]) -> list[tuple[int, float, float]]:
+    """(bytes, ms, loss) of all there are."""
+    picks = itertools.product(*table.values())
+    return [(sum(o.nbytes for o in p), sum(o.ms for o in p), sum(o.loss for o in p)) for p in picks]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_front_is_that_of_exhaustive_enumeration(seed):
+    table = random_table(seed)
+    best: list[tuple[int, float]] = []
+    for nbytes, _, lost in sorted(every_choice(table), key=lambda c: (c[0], c[2])):
+        if not best or lost < best[-1][1]:
+            best.append((nbytes, lost))
+    found = front(table)
+    assert [(c.nbytes, c.loss) for c in found] == best
+    for choice in found:
+        picked = [next(o for o in table[g] if o.name == name) for g, name in choice.names.items()]
+        assert (choice.nbytes, choice.ms, choice.loss) == tuple(
+            sum(getattr(o, k) for o in picked) for k in ("nbytes", "ms", "loss")
+        )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_limit_of_time_is_kept_and_costs_no_more_than_rounding(seed):
+    table, limit = random_table(seed), -15.0
+    found = front(table, max_ms=limit)
+    assert found
+    assert all(c.ms <= limit for c in found)
+    # Times are rounded up to bins, which are finer than this.
+    for nbytes in {c.nbytes for c in found}:
+        ours = min(c.loss for c in found if c.nbytes <= nbytes)
+        strict = min(lost for b, ms, lost in every_choice(table) if b <= nbytes and ms <= limit)
+        looser = [lost for b, ms, lost in every_choice(table) if b <= nbytes and ms <= limit - 5]
+        assert strict <= ours <= min(looser, default=np.inf)
+
+
+def test_where_no_choice_is_fast_enough_there_is_none():
+    table = random_table(0)
+    fastest = sum(min(o.ms for o in options) for options in table.values())
+    assert front(table, max_ms=fastest - 0.5) == []
+    assert next(c.ms for c in front(table, max_ms=fastest)) == fastest
+
+
+def test_some_of_a_front_keep_its_ends():
+    found = front(random_table(3))
+    some = spread(found, 4)
+    assert (some[0], some[-1]) == (found[0], found[-1])
+    assert len(some) <= 6
+    assert spread(found, 1000) == found
+
+
+# Groups and recipes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["tiny", "3b", "paligemma-3b"])
+def spec(request):
+    if request.param == "tiny":
+        return read_config(Checkpoint.open(TINY).config)
+    return published("paligemma2" if request.param == "3b" else "paligemma", "3b", 224)
+
+
+def members(group: Group, names: list[str]) -> set[str]:
+    patterns = [p.format(layer) for p in group.patterns for layer in group.layers or ("",)]
+    return {n for n in names if any(fnmatchcase(n, p) for p in patterns)}
+
+
+def test_every_matrix_that_is_multiplied_by_is_in_one_group(spec):
+    shapes = weight_shapes(spec)
+    linears = {n for n, shape in shapes.items() if len(shape) == 2 and "position" not in n}
+    found = [members(g, list(shapes)) for g in groups(spec)]
+    assert set().union(*found) == linears
+    assert sum(map(len, found)) == len(linears)
+
+
+def test_linears_that_share_an_input_are_in_one_group(spec):
+    found = [members(g, list(weight_shapes(spec))) for g in groups(spec)]
+    for site in sites(spec):
+        assert sum(bool(group & set(site.linears)) for group in found) == 1
+
+
+def test_a_choices_recipe_gives_every_group_its_scheme(spec, tmp_path):
+    shapes, found, rng = weight_shapes(spec), groups(spec), np.random.default_rng(7)
+    for _ in range(2):
+        choice = {g.name: list(CANDIDATES)[rng.integers(len(CANDIDATES))] for g in found}
+        made = recipe("tuned", found, choice)
+        made.check(shapes)
+        CPU.check(made)
+        for g in found:
+            for name in members(g, list(shapes)):
+                scheme = CANDIDATES[choice[g.name]]
+                fixed = not any(name in site.linears for site in sites(spec))
+                scheme = replace(scheme, scaling="none") if fixed else scheme
+                table = "embed_tokens" in name
+                expected = replace(scheme, symmetric=True) if table else replace(scheme, screen=False)
+                assert made.scheme(name) == expected, name
+        assert all(made.scheme(n) == NORMS.scheme for n in shapes if "norm" in n)
+        (tmp_path / "r.toml").write_text(to_toml(made))
+        assert read_recipe(tmp_path / "r.toml") == made
+
+
+def test_the_named_recipes_lie_in_the_space_that_is_searched(spec):
+    shapes, found = weight_shapes(spec), groups(spec)
+    # Every group in another kind of float; or all of the decoder twice, which is no choice of a group's.
+    for name in RECIPES.keys() - {"fp32", "bf16", "fp8", "mixed"}:
+        named = CPU.recipe(name)
+        choice = {}
+        for g in found:
+            schemes = {named.scheme(n) for p in g.patterns for n in members(replace(g, patterns=(p,)), list(shapes))}
+            fitting = [c for c in CANDIDATES if {g.scheme(p, c) for p in g.patterns} == schemes]
+            assert fitting, f"{name} stores {g.name} in {schemes}, and no candidate does"
+            choice[g.name] = fitting[0]
+        made = recipe("same", found, choice)
+        assert all(made.scheme(n) == named.scheme(n) for n in shapes)
+
+
+def test_candidates_that_need_calibration_are_left_out_without_it():
+    assert not any(CANDIDATES[name].calibrated for name in chosen((), calibrated=False))
+    assert chosen((), calibrated=True) == list(CANDIDATES)
+    assert chosen(("w4-g32",), calibrated=False) == [FLOAT, "w4-g32"]
+    with pytest.raises(UsageError, match="choose float16, w8-dynamic"):
+        chosen(("w5",), calibrated=False)
+
+
+def test_a_candidate_that_is_the_same_as_another_for_a_group_is_not_tried_twice(spec, monkeypatch):
+    table, projector, attention, *_ = groups(spec)
+    monkeypatch.setitem(CANDIDATES, "clip", Scheme(bits=4, group=32, symmetric=False, method="clip"))
+    both = ["clip", "w4-g32-awq"]
+    # Neither the table nor the projector has anything before it that can be divided.
+    assert (options(table, both), options(projector, both), options(attention, both)) == (["clip"], ["clip"], both)
+
+
+# Losses -------------------------------------------------------------------------------------------------------------
+
+
+def answer(text: str) -> Answer:
+    return Answer(text, tuple(map(ord, text)), (), (), (), truncated=False, timings={})
+
+
+def test_points_lost_are_the_mean_of_the_tasks():
+    samples = [
+        Sample(str(i), bytes([i]), "q", task, "exact_match", ("a",)) for i, task in enumerate(["ocr"] * 4 + ["answer"] * 2)
+    ]
+    before = [answer(t) for t in "aaaaab"]
+    after = [answer(t) for t in "aaabbb"]
+    found = loss(samples, after, before)
+    assert found.tasks == {"ocr exact match": 25.0, "answer exact match": 50.0}
+    assert found.points == pytest.approx(37.5)
+    assert found.changed == 2
+    assert found.low <= found.points <= found.high
+    assert loss(samples, before, after).points == pytest.approx(-37.5)
+
+
+def test_doubt_says_how_many_samples_would_tell():
+    wide = Loss(0.5, -3.5, 4.5, {}, 3, 100)
+    assert "± 4 points, wider than the limit of 1; about 1,600 samples" in wide.doubt(1)
+    assert Loss(0.5, 0.1, 0.9, {}, 3, 100).doubt(1) is None
+    # Without any change the interval is a point, which knows only what was drawn.
+    assert "up to 3 points may be hidden" in Loss(0, 0, 0, {}, 0, 100).doubt(1)
+    assert Loss(0, 0, 0, {}, 0, 300).doubt(1) is None
+
+
+# Results ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_result_is_found_only_for_all_that_it_depends_on(tmp_path):
+    Store(tmp_path, {"checkpoint": "a"}).keep({"kl": 1}, rules="r")
+    assert Store(tmp_path, {"checkpoint": "a"}).find(rules="r") == {"kl": 1}
+    assert Store(tmp_path, {"checkpoint": "b"}).find(rules="r") is None
+    assert Store(tmp_path, {"checkpoint": "a"}).find(rules="s") is None
+    (file,) = tmp_path.glob("*.json")
+    file.write_text(file.read_text()[:30])
+    assert Store(tmp_path, {"checkpoint": "a"}).find(rules="r") is None
+
+
+def test_two_tunes_do_not_work_in_one_folder(tmp_path):
+    with alone(tmp_path), pytest.raises(UsageError, match="another pgx works"), alone(tmp_path):
+        pass
+
+
+# The whole ----------------------------------------------------------------------------------------------------------
+
+# A model of four groups, the others of which stay floats, and some of the named recipes.
+FEW = ("token table", "vision 0–1 mlp", "decoder 0 q,k,v", "decoder 3 gate,up")
+ASKED = {"size": "tiny", "res": 112, "samples": 2, "candidates": ("w8-dynamic", "w4-g32"), "max_loss": 60.0, "threads": 1}
+
+
+NAMED = ("fp32", "fp16", "fp8", "int8", "int4-gptq")
+
+
+@pytest.fixture(scope="module")
+def few():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "groups", lambda spec: [g for g in groups(spec) if g.name in FEW])
+        patch.setattr(tune, "RECIPES", dict.fromkeys(NAMED))
+        patch.setattr(score, "ROUNDS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tuned(few, tmp_path_factory) -> tuple[Tuning, Path]:
+    folder = tmp_path_factory.mktemp("tune")
+    return tune.tune(TuneOptions(output=folder / "recipe.toml", **ASKED)), folder
+
+
+def again(folder: Path, **changes) -> Tuning:
+    return tune.tune(TuneOptions(output=folder / "recipe.toml", overwrite=True, **(ASKED | changes)))
+
+
+def without_times(found: Tuning) -> dict:
+    """What has to be the same however often it is measured."""
+    plain = json.loads(json.dumps(found.to_json()))
+    for m in [plain["float"], *plain["wholes"], *plain["probes"]]:
+        del m["ms"], m["stages"]
+        m.pop("on_front", None)
+    for mix in plain["mixes"].values():
+        del mix["expected_ms"]
+    del plain["machine"], plain["reference"]["ms"], plain["output"]
+    return plain
+
+
+@pytest.fixture
+def exports(monkeypatch) -> list[str]:
+    """The recipes that are exported, the float one apart."""
+    done = []
+
+    def counted(o: ExportOptions):
+        if o.recipe:
+            done.append(Path(o.recipe).read_text())
+        return export(o)
+
+    monkeypatch.setattr(bundles, "export", counted)
+    return done
+
+
+def test_the_winner_is_written_and_exports_to_what_was_measured(tuned, tmp_path):
+    found, folder = tuned
+    winner = found.winner
+    assert winner == min((m for m in found.wholes if m.loss.points <= 60), key=lambda m: (m.nbytes, m.kl))
+    text = (folder / "recipe.toml").read_text()
+    assert f"KL {winner.kl:.3g} nats" in text
+    assert "Chosen by pgx tune for --size tiny --res 112" in text
+    assert read_recipe(folder / "recipe.toml").rules == winner.recipe.rules
+    made = export(ExportOptions(output=tmp_path / "b", size="tiny", res=112, recipe=folder / "recipe.toml", parity=0))
+    # The manifest says the recipe's name, and the time.
+    assert abs(made.nbytes - winner.nbytes) < 200
+
+
+def test_every_group_was_tried_in_every_candidate(tuned):
+    found, _ = tuned
+    assert {(p.group, p.candidate) for p in found.probes} == set(itertools.product(FEW, ["w8-dynamic", "w4-g32"]))
+    assert all(p.measured.kl > found.base.kl and p.measured.nbytes < found.base.nbytes for p in found.probes)
+    kl = {(p.group, p.candidate): p.measured.kl for p in found.probes}
+    assert all(kl[g, "w4-g32"] > kl[g, "w8-dynamic"] for g, _ in kl)
+    assert [m.label for m in found.named] == ["fp32", "fp16", "int8"]
+    assert [reason.partition(":")[0] for reason in found.skipped] == ["fp8", "int4-gptq"]
+
+
+def test_a_named_recipe_is_beaten_at_its_size_or_it_is_said_why_not(tuned):
+    found, _ = tuned
+    said = found.comparisons()
+    assert said.keys() == {m.label for m in found.named}
+    for m in found.named:
+        beaten = [
+            x
+            for x in found.mixes
+            if x.measured.nbytes <= m.nbytes and x.measured.kl <= m.kl and x.measured.recipe.rules != m.recipe.rules
+        ]
+        assert bool(beaten) == ("beats it" in said[m.label]), said[m.label]
+
+
+def test_what_was_measured_is_not_measured_again(tuned, exports, tmp_path):
+    found, folder = tuned
+    once_more = again(folder)
+    assert exports == []
+    assert without_times(once_more) == without_times(found)
+    assert [m.ms for m in once_more.wholes] == [m.ms for m in found.wholes]
+
+
+def test_answers_of_the_float_model_that_were_deleted_are_asked_for_again(tuned, exports):
+    found, folder = tuned
+    (logits,) = folder.glob("recipe.toml.work/reference-*/logits-3.npy")
+    logits.unlink()
+    assert without_times(again(folder)) == without_times(found)
+    assert logits.exists()
+    assert exports == []
+
+
+def test_a_tune_that_was_killed_goes_on_to_the_same_result(tuned, exports, tmp_path):
+    found, folder = tuned
+    code = (
+        "from pgxport.tune import score, tune\nscore.ROUNDS = 2\nfrom pgxport.tuning.candidates import groups\n"
+        f"tune.RECIPES = dict.fromkeys({NAMED!r})\n"
+        f"tune.groups = lambda spec: [g for g in groups(spec) if g.name in {FEW!r}]\n"
+        f"tune.tune(tune.TuneOptions(output={str(tmp_path / 'recipe.toml')!r}, **{ASKED!r}))"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env)
+    results = tmp_path / "recipe.toml.work" / "results"
+    deadline = time.monotonic() + 120
+    while len(list(results.glob("*.json"))) < 9:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = len(list(results.glob("*.json")))
+    assert not (tmp_path / "recipe.toml").exists()
+    rest = tune.tune(TuneOptions(output=tmp_path / "recipe.toml", **ASKED))
+    assert without_times(rest) == without_times(found)
+    assert len(set(exports)) == len(exports)
+    # All results but the reference are of exports.
+    assert len(exports) == len(list(results.glob("*.json"))) - kept
+
+    def body(file: Path) -> str:
+        return "".join(line for line in file.read_text().splitlines(keepends=True) if not line.startswith("#"))
+
+    assert body(tmp_path / "recipe.toml") == body(folder / "recipe.toml")
+
+
+def test_limits_of_size_and_time_are_kept(tuned):
+    found, folder = tuned
+    sizes, times = [m.nbytes for m in found.wholes], [m.ms for m in found.wholes]
+    small = again(folder, max_size=(min(sizes) + 1) / 1e6)
+    assert small.winner is not None
+    assert small.winner.nbytes <= min(sizes) + 1
+    quick = again(folder, max_latency=sorted(times)[len(times) // 2])
+    assert quick.winner is None or quick.winner.ms <= sorted(times)[len(times) // 2]
+    exact = again(folder, max_loss=0.0)
+    assert exact.winner is not None
+    assert exact.winner.loss.points <= 0
+
+
+def test_limits_that_nothing_keeps_end_with_code_8_and_the_nearest(tuned, monkeypatch, capsys):
+    _, folder = tuned
+    output = folder / "none.toml"
+    words = "tune --size tiny --res 112 --samples 2 --candidates w8-dynamic,w4-g32 --max-loss 60% --threads 1 --max-size 0.5"
+    monkeypatch.setattr(sys, "argv", ["pgx", *words.split(), "--work", str(folder / "recipe.toml.work"), "-o", str(output)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 8
+    printed = capsys.readouterr()
+    assert "whole bundles" in printed.out
+    assert "none of" in printed.err
+    assert "The nearest, " in printed.err
+    assert not output.exists()
+
+
+def test_the_command_prints_the_front_and_what_to_do_next(tuned, monkeypatch, capsys):
+    _, folder = tuned
+    words = "tune --size tiny --res 112 --samples 2 --candidates w8-dynamic,w4-g32 --max-loss 60 --threads 1 --overwrite"
+    output = str(folder / "recipe.toml")
+    for more in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["pgx", *words.split(), "-o", output, *more])
+        cli.main()
+        printed = capsys.readouterr().out
+        if more:
+            assert json.loads(printed)["winner"]
+        else:
+            assert f"try: pgx export --size tiny --res 112 --recipe {output} -o tuned" in printed
+            assert all(f"  {name}\n" in printed for name in ("fp32", "fp16", "int8"))
+
+
+def test_answers_along_a_reference_are_those_of_the_runner(tiny_112, tmp_path):
+    every = groups(read_config(Checkpoint.open(TINY).config))
+    (tmp_path / "r.toml").write_text(to_toml(recipe("rough", every, {g.name: "w4-g128" for g in every})))
+    rough = export(ExportOptions(output=tmp_path / "rough", size="tiny", res=112, recipe=tmp_path / "r.toml", parity=0))
+    samples = scene_samples(3)
+    differ = 0
+    with Runner.from_pretrained(tiny_112, threads=1) as exact, Runner(rough, threads=1) as runner:
+        asked = Samples(samples, tmp_path / "kept")
+        asked.answer_all(exact, lambda text: None)
+        found = asked.score(runner, range(len(samples)), "v", keep=True)
+        for i, sample in enumerate(samples):
+            assert asked.ids[i] == list(exact.answer(sample.open(), sample.prompt).token_ids)
+            assert found.ids[i] == list(runner.answer(sample.open(), sample.prompt).token_ids)
+            differ += found.ids[i] != asked.ids[i]
+        assert asked.score(runner, range(len(samples)), "v", keep=True) == found  # from kept features
+        same = asked.score(exact, range(len(samples)), "w", keep=False)
+        assert (same.ids, same.kl, same.agreement) == (asked.ids, 0.0, 1.0)
+        # Cut off at the bundle's limit, as the runner does.
+        short = replace_limit(exact, 2)
+        logits, ids = along(short, prefix_of(exact, samples[0], features_of(exact, samples[0])), asked.ids[0][:2])
+        assert (len(logits), ids) == (2, asked.ids[0][:2])
+    assert differ
+    assert found.kl > 0
+
+
+def replace_limit(runner: Runner, tokens: int) -> Runner:
+    """The same sessions with another limit."""
+    other = object.__new__(Runner)
+    other.__dict__ = {**runner.__dict__, "manifest": runner.manifest.model_copy(update={"max_new_tokens": tokens})}
+    return other
+
+
+def test_mistakes_are_refused_before_any_work(tmp_path):
+    for error, match, changes in (
+        (UsageError, "--max-loss nan", {"max_loss": float("nan")}),
+        (UsageError, "'w5' does not exist", {"candidates": ("w5",)}),
+        (UsageError, "name one model", {"size": None}),
+        (EngineError, "does not run target 'cuda'", {"target": "cuda"}),
+    ):
+        with pytest.raises(error, match=match):
+            tune.tune(TuneOptions(output=tmp_path / "recipe.toml", **(ASKED | changes)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_is_over_a_limit_by_its_part(tuned):
+    found, _ = tuned
+    m = replace(found.base, nbytes=200, ms=3.0, loss=replace(found.base.loss, points=1.5))
+    assert Limits(1.0, 2.0, 100).excess(m) == pytest.approx(0.5 + 0.5 + 1.0)
+    assert Limits(1.5, None, None).excess(m) == 0
