@@ -29,7 +29,6 @@ from pgxport.models.eager import Forced
 from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.names import canonical
 from pgxport.models.spec import read_config
-from pgxport.runners.loop import Decoder
 from pgxport.runners.runner import Runner
 from pgxport.runners.tokenizer import read_token_ids
 
@@ -88,12 +87,11 @@ def engine_logits(bundle: Path, given: Forced) -> np.ndarray:
     """[answer tokens + 1, V] of ONNX Runtime on the CPU, whatever the bundle's target: the prefix at once, then token by token."""
     opened = Bundle.open(bundle)
     with Runner(Bundle(bundle, opened.manifest.model_copy(update={"target": "cpu"})), threads=1) as runner:
-        hidden = runner._sessions["vision_encoder"].run({"pixel_values": given.pixels})["image_hidden"]
-        features = runner._sessions["projector"].run({"image_hidden": hidden})["image_features"]
-        embeds = np.concatenate([features, runner._embed(given.prompt)], 1)
-        decoder = Decoder(runner._sessions["decoder_step"], runner.manifest, embeds.shape[1] + len(given.answer))
+        pipeline, m = runner.pipeline, runner.manifest
+        embeds = pipeline.prefix(pipeline.encode_pixels(given.pixels), [m.token_ids.image] * m.image_tokens + given.prompt)
+        decoder = pipeline.decoder(embeds.shape[1] + len(given.answer))
         logits = [decoder.feed(embeds).copy()]
-        return np.stack([*logits, *(decoder.feed(runner._embed([token])).copy() for token in given.answer)])
+        return np.stack([*logits, *(decoder.feed(pipeline.embed([token])).copy() for token in given.answer)])
 
 
 @torch.no_grad()

@@ -27,7 +27,6 @@ from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.eager import Forced
 from pgxport.models.spec import read_config
 from pgxport.models.tiny.scenes import draw
-from pgxport.runners.loop import Decoder
 from pgxport.runners.runner import Runner
 from pgxport.runners.session import ENGINES
 from pgxport.runners.tensorrt import RECORDING_VARIABLE, load_cuda
@@ -87,11 +86,10 @@ def given(tiny_112: Path) -> Forced:
 
 def logits(runner: Runner, given: Forced) -> np.ndarray:
     """[answer tokens + 1, V]"""
-    hidden = runner._session("vision_encoder").run({"pixel_values": given.pixels})
-    features = runner._session("projector").run(hidden)["image_features"]
-    embeds = np.concatenate([features, runner._embed(given.prompt)], 1)
-    decoder = Decoder(runner._session("decoder_step"), runner.manifest, embeds.shape[1] + len(given.answer))
-    return np.stack([decoder.feed(embeds).copy(), *(decoder.feed(runner._embed([t])).copy() for t in given.answer)])
+    pipeline, m = runner.pipeline, runner.manifest
+    embeds = pipeline.prefix(pipeline.encode_pixels(given.pixels), [m.token_ids.image] * m.image_tokens + given.prompt)
+    decoder = pipeline.decoder(embeds.shape[1] + len(given.answer))
+    return np.stack([decoder.feed(embeds).copy(), *(decoder.feed(pipeline.embed([t])).copy() for t in given.answer)])
 
 
 def apart(got: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -216,13 +216,10 @@ def test_a_half_precision_bundle_for_the_cpu_computes_in_float32_with_rounded_we
                 p.copy_(p.to(dtype).float())
     spec = read_config(Checkpoint.open(tmp_path / "ck").config)
     ids, pixels = prompt(tmp_path / "ck", spec)
-    from pgxport.runners.loop import Decoder
 
     with Runner.from_pretrained(tmp_path / "b") as runner:
-        hidden = runner._sessions["vision_encoder"].run({"pixel_values": pixels})["image_hidden"]
-        features = runner._sessions["projector"].run({"image_hidden": hidden})["image_features"]
-        embeds = np.concatenate([features, runner._embed(ids[spec.image_tokens :])], 1)
-        got = Decoder(runner._sessions["decoder_step"], runner.manifest, len(ids)).feed(embeds)
+        pipeline = runner.pipeline
+        got = pipeline.decoder(len(ids)).feed(pipeline.prefix(pipeline.encode_pixels(pixels), ids))
     assert relative(got, reference_logits(model, tmp_path / "ck")) < 1e-4
 
 

@@ -19,8 +19,8 @@ from pgxport.exporter.activation_ranges import Census
 from pgxport.exporter.calibration_file import Array, disk, read_metadata, write_tensors
 from pgxport.exporter.stream import Progress
 from pgxport.models import gemma, siglip
-from pgxport.models.checkpoint import TensorSource, to_float32
-from pgxport.models.eager import Eager
+from pgxport.models.checkpoint import TensorSource
+from pgxport.models.eager import Eager, inputs_embeds
 from pgxport.models.layers import layer_norm
 from pgxport.models.projector import projector
 from pgxport.models.spec import ModelSpec
@@ -156,9 +156,7 @@ def _steps(source: TensorSource, spec: ModelSpec) -> list[Step]:
         with g.scope(VISION):
             g.feeds["image_hidden"] = layer_norm(g, x, "post_layernorm", v.eps)
         projector(g, spec)
-        rows = [to_float32(source.rows(gemma.TOKEN_TABLE, i, i + 1)) for i in (*sample.prompt, *sample.answer)]
-        text = np.concatenate(rows)[None] * np.float32(t.embed_scale)
-        embeds = np.concatenate([g.outputs["image_features"], text], 1)
+        embeds = inputs_embeds(source, spec, g.outputs["image_features"], (*sample.prompt, *sample.answer))
         g.observe("residual", "inputs_embeds", embeds)
         return embeds
 

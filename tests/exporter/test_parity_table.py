@@ -44,7 +44,6 @@ from pgxport.exporter.stream import DataLayout
 from pgxport.metrics.fidelity import kl_divergence
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.eager import Forced
-from pgxport.runners.loop import Decoder
 from pgxport.runners.runner import Runner
 
 # Of the largest logit, the median over the tokens of an answer. As floats agree, the worst seen is 8e-7; where a number lies
@@ -146,7 +145,7 @@ def test_a_prefix_and_a_new_token_are_each_multiplied_by_weights_of_their_own(ca
         decoders = {}
         for name, bundle in bundles.items():
             runner = stack.enter_context(Runner(bundle, threads=1))
-            decoders[name] = Decoder(runner._sessions["decoder_step"], runner.manifest, length + 4)
+            decoders[name] = runner.pipeline.decoder(length + 4)
         first = {name: decoder.feed(embeds).copy() for name, decoder in decoders.items()}
         assert np.array_equal(first["twice"], first["as its prefix"])
         assert not np.array_equal(first["twice"], first["as its steps"])

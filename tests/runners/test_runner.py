@@ -272,11 +272,12 @@ def test_the_first_tokens_do_not_depend_on_the_limit(real: Runner):
 def test_closing_frees_the_engines_memory(a_bundle: Path):
     pytest.importorskip("onnxruntime")
     runner = Runner.from_pretrained(a_bundle)
-    engines = [weakref.ref(session._session) for session in runner._sessions.values()]
+    sessions = [weakref.ref(runner.pipeline.session(name)) for name in runner.pipeline.loaded]
     runner.answer(RED, "caption en", max_new_tokens=2)
     runner.close()
     gc.collect()
-    assert [engine() for engine in engines] == [None] * len(engines)
+    assert sessions
+    assert [session() for session in sessions] == [None] * len(sessions)
 
 
 def test_a_graph_that_the_engine_refuses_is_an_integrity_error(tmp_path: Path):

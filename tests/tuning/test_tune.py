@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """pgx tune: its search against enumeration, its measurements against the runner, and what a kill leaves of it."""
 
+import copy
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.spec import published, read_config
 from pgxport.models.weights import weight_shapes
 from pgxport.runners.outputs import Answer
+from pgxport.runners.pipeline import Pipeline
 from pgxport.runners.runner import Runner
 from pgxport.tuning import bundles, score, tune
 from pgxport.tuning.candidates import CANDIDATES, FLOAT, Group, chosen, groups, options, recipe
@@ -426,15 +428,15 @@ def test_answers_along_a_reference_are_those_of_the_runner(tiny_112, tmp_path):
     rough = export(ExportOptions(output=tmp_path / "rough", size="tiny", res=112, recipe=tmp_path / "r.toml", parity=0))
     samples = scene_samples(3)
     differ = 0
-    with Runner.from_pretrained(tiny_112, threads=1) as exact, Runner(rough, threads=1) as runner:
+    with Pipeline.open(tiny_112, threads=1) as exact, Runner(rough, threads=1) as runner:
         asked = Samples(samples, tmp_path / "kept")
         asked.answer_all(exact, lambda text: None)
-        found = asked.score(runner, range(len(samples)), "v", keep=True)
+        found = asked.score(runner.pipeline, range(len(samples)), "v", keep=True)
         for i, sample in enumerate(samples):
             assert asked.ids[i] == list(exact.answer(sample.open(), sample.prompt).token_ids)
             assert found.ids[i] == list(runner.answer(sample.open(), sample.prompt).token_ids)
             differ += found.ids[i] != asked.ids[i]
-        assert asked.score(runner, range(len(samples)), "v", keep=True) == found  # from kept features
+        assert asked.score(runner.pipeline, range(len(samples)), "v", keep=True) == found  # from kept features
         same = asked.score(exact, range(len(samples)), "w", keep=False)
         assert (same.ids, same.kl, same.agreement) == (asked.ids, 0.0, 1.0)
         # Cut off at the bundle's limit, as the runner does.
@@ -445,10 +447,10 @@ def test_answers_along_a_reference_are_those_of_the_runner(tiny_112, tmp_path):
     assert found.kl > 0
 
 
-def replace_limit(runner: Runner, tokens: int) -> Runner:
+def replace_limit(pipeline: Pipeline, tokens: int) -> Pipeline:
     """The same sessions with another limit."""
-    other = object.__new__(Runner)
-    other.__dict__ = {**runner.__dict__, "manifest": runner.manifest.model_copy(update={"max_new_tokens": tokens})}
+    other = copy.copy(pipeline)
+    other.manifest = pipeline.manifest.model_copy(update={"max_new_tokens": tokens})
     return other
 
 
