@@ -20,7 +20,7 @@ from pgxport.bundle.onnx_wire import read_signature
 from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import DiskError, IntegrityError, PgxError, UsageError
-from pgxport.runners import runner as runner_module
+from pgxport.runners import pipeline as pipeline_module
 from pgxport.runners.runner import Runner
 
 ROOT = Path(writer_module.__file__).parents[2]
@@ -426,7 +426,7 @@ def _no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a bundle that is not sound reached the engine")
 
-    monkeypatch.setattr(runner_module, "open_session", refuse)
+    monkeypatch.setattr(pipeline_module, "open_session", refuse)
 
 
 def refused(path: Path) -> str:

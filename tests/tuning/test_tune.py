@@ -428,20 +428,21 @@ def test_answers_along_a_reference_are_those_of_the_runner(tiny_112, tmp_path):
     rough = export(ExportOptions(output=tmp_path / "rough", size="tiny", res=112, recipe=tmp_path / "r.toml", parity=0))
     samples = scene_samples(3)
     differ = 0
-    with Pipeline.open(tiny_112, threads=1) as exact, Runner(rough, threads=1) as runner:
+    with Runner.from_pretrained(tiny_112, threads=1) as exact, Runner(rough, threads=1) as runner:
         asked = Samples(samples, tmp_path / "kept")
-        asked.answer_all(exact, lambda text: None)
+        asked.answer_all(exact.pipeline, lambda text: None)
         found = asked.score(runner.pipeline, range(len(samples)), "v", keep=True)
         for i, sample in enumerate(samples):
             assert asked.ids[i] == list(exact.answer(sample.open(), sample.prompt).token_ids)
             assert found.ids[i] == list(runner.answer(sample.open(), sample.prompt).token_ids)
             differ += found.ids[i] != asked.ids[i]
         assert asked.score(runner.pipeline, range(len(samples)), "v", keep=True) == found  # from kept features
-        same = asked.score(exact, range(len(samples)), "w", keep=False)
+        same = asked.score(exact.pipeline, range(len(samples)), "w", keep=False)
         assert (same.ids, same.kl, same.agreement) == (asked.ids, 0.0, 1.0)
         # Cut off at the bundle's limit, as the runner does.
-        short = replace_limit(exact, 2)
-        logits, ids = along(short, prefix_of(exact, samples[0], features_of(exact, samples[0])), asked.ids[0][:2])
+        pipeline = exact.pipeline
+        short = replace_limit(pipeline, 2)
+        logits, ids = along(short, prefix_of(pipeline, samples[0], features_of(pipeline, samples[0])), asked.ids[0][:2])
         assert (len(logits), ids) == (2, asked.ids[0][:2])
     assert differ
     assert found.kl > 0
