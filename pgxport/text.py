@@ -72,7 +72,7 @@ def table(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:
 
     grid = Table.grid(padding=(0, 2, 0, 0))
     for column in range(max(map(len, rows), default=0)):
-        grid.add_column(no_wrap=True, overflow="ignore", justify="right" if column in right else "left")
+        grid.add_column(no_wrap=True, overflow="crop", justify="right" if column in right else "left")
     for row in rows:
         grid.add_row(*(Text(" ".join(cell.splitlines())) for cell in row))
     # A character takes at most two columns of a terminal.

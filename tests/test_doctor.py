@@ -105,7 +105,7 @@ def no_driver(name: str) -> Any:
 
 
 def driver(name: str, memory: int, sm: tuple[int, int], integrated: bool, cuda: int = 13000) -> Callable[[str], Any]:
-    """A libcuda with one GPU; cuda.h's attributes 75 and 76 are its compute capability, 18 says whether it is integrated."""
+    """A libcuda with one GPU; attributes 75 and 76 of cuda.h: compute capability, 18: integrated."""
     attributes = {75: sm[0], 76: sm[1], 18: int(integrated)}
 
     def put(value: int) -> Callable[..., int]:

@@ -56,5 +56,5 @@ def _positive(text: str) -> int:
 
 
 # optimum reads this once for every folder of its namespace. A source tree beside an installed pgxport makes
-# two folders of one module, and registering a command twice is an error: an iterator is empty the second time.
+# two folders of one module, and registering a command twice is an error: an iterator is empty at the second.
 REGISTER_COMMANDS = iter([(PgxExportCommand, ExportCommand)])
