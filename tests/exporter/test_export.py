@@ -27,7 +27,11 @@ def test_the_graphs_of_every_model_are_written_without_its_weights(family, size,
     """Every weight is in exactly one graph, and reaches it in its own shape."""
     spec = published(family, size, res)
     assert len(WRITABLE) >= 5
-    for recipe, target in WRITABLE:
+    # Recipes know no depth and no resolution: all of them for the smallest model of a family, and one a target for the others.
+    of_each = (
+        WRITABLE if (size, res) == ("3b", RESOLUTIONS[0]) else list({target.name: (r, target) for r, target in WRITABLE}.values())
+    )
+    for recipe, target in of_each:
         graphs, table = write_graphs(SpecSource(spec), spec, None, recipe, target, spec.image_tokens + 512, NoStatistics())
         shapes = {p.name: p.shape for p in table.promises}
         for g in graphs.values():
