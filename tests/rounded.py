@@ -25,10 +25,10 @@ from pgxport.exporter.calibration_file import Calibration
 from pgxport.exporter.parity import scene
 from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
 from pgxport.models.checkpoint import Checkpoint
+from pgxport.models.config import read_config
 from pgxport.models.eager import Forced
 from pgxport.models.gemma import TOKEN_TABLE
-from pgxport.models.names import canonical
-from pgxport.models.spec import read_config
+from pgxport.models.weights import canonical
 from pgxport.runners.runner import Runner
 from pgxport.runners.tokenizer import read_token_ids
 

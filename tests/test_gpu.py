@@ -24,8 +24,8 @@ from pgxport.exporter.parity import scene
 from pgxport.hub.locate import TINY
 from pgxport.machine.driver import ask_driver
 from pgxport.models.checkpoint import Checkpoint
+from pgxport.models.config import read_config
 from pgxport.models.eager import Forced
-from pgxport.models.spec import read_config
 from pgxport.models.tiny.scenes import draw
 from pgxport.runners.runner import Runner
 from pgxport.runners.session import ENGINES

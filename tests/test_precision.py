@@ -23,11 +23,12 @@ from pgxport.exporter.graph import GraphBuilder  # noqa: E402
 from pgxport.exporter.recipe import RECIPES  # noqa: E402
 from pgxport.exporter.targets import TARGETS  # noqa: E402
 from pgxport.models.checkpoint import Checkpoint  # noqa: E402
+from pgxport.models.config import read_config  # noqa: E402
 from pgxport.models.eager import Eager  # noqa: E402
 from pgxport.models.gemma import decoder_step  # noqa: E402
 from pgxport.models.projector import projector  # noqa: E402
 from pgxport.models.siglip import vision_encoder  # noqa: E402
-from pgxport.models.spec import read_config, shrunk  # noqa: E402
+from pgxport.models.spec import shrunk  # noqa: E402
 from pgxport.runners.runner import Runner  # noqa: E402
 from pgxport.runners.tokenizer import read_token_ids  # noqa: E402
 

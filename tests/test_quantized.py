@@ -42,8 +42,8 @@ from pgxport.exporter.plan import PlanOptions, plan
 from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import read_recipe, to_toml
 from pgxport.exporter.targets import TARGETS
-from pgxport.models.names import canonical
 from pgxport.models.tiny.scenes import ask, draw
+from pgxport.models.weights import canonical
 from pgxport.runners.runner import Runner
 
 # Of the largest logit, the median over the tokens of an answer.

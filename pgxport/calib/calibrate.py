@@ -119,8 +119,8 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibra
     from pgxport.exporter.export import check_weights as check_weights
     from pgxport.hub.locate import locate
     from pgxport.models.checkpoint import Checkpoint
+    from pgxport.models.config import read_config
     from pgxport.models.safetensors import read_header
-    from pgxport.models.spec import read_config
 
     found = locate(options.size, options.res, options.family, options.variant, options.source, progress=progress)
     checkpoint = Checkpoint.open(found.path, Path(options.adapter) if options.adapter else None)

@@ -18,7 +18,6 @@ from pgxport.exporter.activation_ranges import audit, residual_divisor
 from pgxport.exporter.calibration_file import Calibration, checkpoint_sha256
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, file_sizes, serialized, stored, token_table, write_graphs
-from pgxport.exporter.legacy_cache import legacy_caches
 from pgxport.exporter.parity import FIRST_SCENE, Run, StoredWeights, parity, scene
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.recipe_toml import read_recipe, to_toml
@@ -27,9 +26,10 @@ from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
 from pgxport.exporter.targets import Target, find_target
 from pgxport.hub.locate import Located, locate
 from pgxport.models.checkpoint import Checkpoint, TensorSource
+from pgxport.models.config import read_config
 from pgxport.models.eager import Forced
 from pgxport.models.mask_decoder import MaskWeights
-from pgxport.models.spec import ModelSpec, read_config, shrunk, without_window
+from pgxport.models.spec import ModelSpec, shrunk, without_window
 from pgxport.models.weights import parameters, weight_shapes
 from pgxport.runners.tokenizer import read_token_ids
 
@@ -128,8 +128,6 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
             if g.promises:
                 writer.write(f"{name}.data", count(f"{name}.data", ahead(layouts[name].bytes())))
             writer.write(f"{name}.onnx", [serialized(g, layouts[name], table)])
-        for name, text in legacy_caches(graphs, job.recipe, job.target, calibration).items():
-            writer.write(name, [text.encode()])
         writer.write("recipe.toml", [to_toml(job.recipe).encode()])
         writer.write("tokenizer.json", [job.tokenizer.read_bytes()])
         if left := job.checkpoint.unread():

@@ -76,7 +76,6 @@ class GraphBuilder:
         self.matrices: dict[str, Coded] = {}  # those in whole numbers
         self.copies: set[str] = set()  # names of those that stand beside others for the same weight
         self.rounded: dict[tuple[Any, ...], lower.Rounded] = {}
-        self.multiplied: dict[str, str] = {}  # names of values that matrices multiply, and a matrix that does
         self.shared: dict[tuple[Any, ...], Any] = {}  # values that many nodes read, by what they are
         self._lower = DIALECTS[target.dialect]
         self.graph = ir.Graph((), (), nodes=(), name=name, opset_imports=dict(target.opsets))

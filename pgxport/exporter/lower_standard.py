@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pgxport.errors import UsageError
-from pgxport.exporter.float8 import LARGEST
+from pgxport.exporter.quantize import FLOAT8_LARGEST
 from pgxport.exporter.recipe import Scheme
 from pgxport.exporter.stream import FLOAT8
 from pgxport.models.layers import Transform, rotary_tables, times
@@ -32,7 +32,6 @@ END = 2**31 - 1
 def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Value:
     """x [..., in] times the checkpoint's matrix [out, in] -> [..., out]"""
     scheme = g.recipe.scheme(path)
-    g.multiplied.setdefault(x.name or "", path)
     if scheme.bits is None:
         # As the checkpoint has it: nothing is transposed while writing, and an engine with two profiles holds less of it twice.
         return g.op("MatMul", x, _transposed(g, g.tensor(path, times(gain))))
@@ -98,7 +97,7 @@ def activation_scale(low: float, high: float, scheme: Scheme, dtype: np.dtype) -
     >>> activation_scale(-1.0, 1.27, Scheme(bits=8, activations="static"), FLOAT32).round(4)
     np.float32(0.01)
     """
-    steps = float(LARGEST) if scheme.format == "e4m3" else 127.0
+    steps = float(FLOAT8_LARGEST) if scheme.format == "e4m3" else 127.0
     scale = np.asarray(max(-low, high, 0.0) / steps, dtype)
     return scale if scale > 0 else np.asarray(1, dtype)
 

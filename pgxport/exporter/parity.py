@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from pgxport.bundle.manifest import Parity, TokenIds
-from pgxport.exporter.float8 import to_float8
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.lower_onnxruntime import CANDIDATES, SCREENED, prefix_copy, uint8_grid
 from pgxport.exporter.lower_standard import activation_scale
+from pgxport.exporter.quantize import to_float8
 from pgxport.exporter.recipe import Recipe, Scheme
 from pgxport.exporter.scaling import Statistics
 from pgxport.exporter.stream import DataLayout, Progress

@@ -28,9 +28,10 @@ from pgxport.exporter.stream import DataLayout, Promise
 from pgxport.exporter.targets import TARGETS, Target, find_target
 from pgxport.hub.locate import TINY, published_name
 from pgxport.models.checkpoint import BLOCK_BYTES, Checkpoint, TensorSource
+from pgxport.models.config import read_config
 from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.mask_decoder import MaskWeights
-from pgxport.models.spec import SIZES, TINY_RESOLUTIONS, ModelSpec, published, read_config, without_window
+from pgxport.models.spec import SIZES, TINY_RESOLUTIONS, ModelSpec, published, without_window
 from pgxport.models.weights import weight_shapes
 
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector"}

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from pgxport.errors import NumericError
+from pgxport.exporter.stream import FLOAT8
 
 # Below half of its range a group loses more to the values that are cut off than it wins for the others. AWQ searches the same.
 SHRINK = 1 - np.linspace(0, 0.5, 20, endpoint=False, dtype=np.float32)
 TINY = np.finfo(np.float32).tiny
 FACTOR_BLOCK = 512
 DAMPING_TRIES = 4
+# FP8 E4M3 (Micikevicius et al., 2022, arXiv 2209.05433): eight bits with an exponent, as Ada, Hopper and Blackwell multiply them.
+FLOAT8_LARGEST = np.float32(448)
 
 
 @dataclass(frozen=True)
@@ -283,6 +286,21 @@ def _factor(h: np.ndarray) -> None:
 def hessian_error(delta: np.ndarray, moment: np.ndarray) -> np.ndarray:
     """diag(Δ H Δᵀ) [N] of Δ [N, K] and H [K, K]: the expected squared error of each output, where H is E[x xᵀ]."""
     return np.maximum(np.einsum("nk,nk->n", delta @ moment, delta, dtype=np.float64), 0)
+
+
+def row_scales(w: np.ndarray) -> np.ndarray:
+    """[N, K] -> float32 [N, 1], by which the largest number of each row becomes the largest of E4M3; 1 for a row of zeros."""
+    scales = np.abs(w).max(-1, keepdims=True).astype(np.float32) / FLOAT8_LARGEST
+    return np.where(scales < np.finfo(np.float32).tiny, np.float32(1), scales)
+
+
+def to_float8(x: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
+    """x / scale in E4M3, to the nearest, ties to even; what lies beyond its range is cut off.
+
+    >>> to_float8(np.array([1.0, 1.06, 1e9], np.float32), np.float32(1)).astype(np.float32)
+    array([  1.,   1., 448.], dtype=float32)
+    """
+    return np.clip(x / scale, -FLOAT8_LARGEST, FLOAT8_LARGEST).astype(FLOAT8)
 
 
 def pack(codes: np.ndarray, bits: int, group: int) -> np.ndarray:

@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from pgxport.errors import CheckpointError, UsageError
-from pgxport.exporter.float8 import row_scales, to_float8
-from pgxport.exporter.quantize import Gptq, Grid, Quantized, nearest, pack, pack_zeros, sqnr, unpack, unpack_zeros
+from pgxport.exporter.quantize import (
+    Gptq,
+    Grid,
+    Quantized,
+    nearest,
+    pack,
+    pack_zeros,
+    row_scales,
+    sqnr,
+    to_float8,
+    unpack,
+    unpack_zeros,
+)
 from pgxport.exporter.recipe import Scheme
 from pgxport.exporter.stream import FLOAT8, INT4, Promise, narrow
 from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32

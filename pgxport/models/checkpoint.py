@@ -15,8 +15,8 @@ import numpy as np
 
 from pgxport.errors import CheckpointError
 from pgxport.models import lora, npz
-from pgxport.models.names import EMBEDDING, LM_HEAD, canonical
 from pgxport.models.safetensors import Stored, Tensor, listed, read_header, read_json, shown
+from pgxport.models.weights import EMBEDDING, LM_HEAD, canonical
 
 CONFIG = "config.json"
 WHOLE = "model.safetensors"

@@ -23,9 +23,9 @@ from pgxport.exporter.activation_ranges import audit
 from pgxport.exporter.calibration_file import OBSERVERS, Calibration, checkpoint_sha256
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.names import canonical
-from pgxport.models.spec import read_config
+from pgxport.models.config import read_config
 from pgxport.models.tiny.scenes import caption, draw
+from pgxport.models.weights import canonical
 from pgxport.runners.image import pixel_values
 from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
 

@@ -33,7 +33,7 @@ from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.targets import TENSORRT
 from pgxport.models.gemma import TOKEN_TABLE
-from pgxport.models.names import canonical
+from pgxport.models.weights import canonical
 
 # Of the largest logit. In float32 both add up in another order; worst seen 4e-6. float16 keeps eleven bits; worst seen 3.7e-3.
 # bfloat16 keeps eight; worst seen 4.4e-2, where transformers' own bfloat16 is 3.1e-2 away.

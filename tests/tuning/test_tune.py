@@ -29,7 +29,8 @@ from pgxport.exporter.scaling import sites
 from pgxport.exporter.targets import CPU
 from pgxport.metrics.sample import Sample
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.spec import published, read_config
+from pgxport.models.config import read_config
+from pgxport.models.spec import published
 from pgxport.models.weights import weight_shapes
 from pgxport.runners.outputs import Answer
 from pgxport.runners.pipeline import Pipeline
