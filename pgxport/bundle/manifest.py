@@ -94,10 +94,10 @@ class TokenTable(_Model):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        coded = self.dtype in ("int8", "int4")
-        if coded != (self.scales_offset is not None) or coded != (self.scales_dtype is not None):
+        quantized = self.dtype in ("int8", "int4")
+        if quantized != (self.scales_offset is not None) or quantized != (self.scales_dtype is not None):
             raise ValueError(f"a token table of {self.dtype} with scales of {self.scales_dtype} at {self.scales_offset}")
-        if (self.group is not None and not coded) or (self.group is None and self.dtype == "int4"):
+        if (self.group is not None and not quantized) or (self.group is None and self.dtype == "int4"):
             raise ValueError(f"a token table of {self.dtype} in groups of {self.group}")
         if self.group is not None and self.group & (self.group - 1):
             raise ValueError(f"groups of {self.group}, which is no power of two")

@@ -18,7 +18,7 @@ from pgxport.bundle.manifest import GraphInfo, TensorInfo
 from pgxport.errors import UsageError
 from pgxport.exporter import lower_onnxruntime as lower
 from pgxport.exporter import lower_standard
-from pgxport.exporter.quantized_matrix import Coded, Layout
+from pgxport.exporter.quantized_matrix import Layout, QuantizedMatrix
 from pgxport.exporter.recipe import Recipe, Scheme
 from pgxport.exporter.stream import Promise, narrow
 from pgxport.exporter.targets import Target
@@ -73,7 +73,7 @@ class GraphBuilder:
         self.context_length = context_length  # the longest prefix and answer together that a decoder is written for
         self.statistics = statistics  # of activations, from calibration
         self.promises: dict[str, Promise] = {}
-        self.matrices: dict[str, Coded] = {}  # those in whole numbers
+        self.matrices: dict[str, QuantizedMatrix] = {}  # those in whole numbers
         self.copies: set[str] = set()  # names of those that stand beside others for the same weight
         self.rounded: dict[tuple[Any, ...], lower.Rounded] = {}
         self.shared: dict[tuple[Any, ...], Any] = {}  # values that many nodes read, by what they are
@@ -182,18 +182,20 @@ class GraphBuilder:
             self._prefill = self.op("Greater", self.op("Squeeze", self.op("Shape", x, start=1, end=2)), 1)
         return self._prefill
 
-    def coded(self, path: str, layout: Layout, gain: float = 1.0) -> Coded:
+    def quantized_matrix(self, path: str, layout: Layout, gain: float = 1.0) -> QuantizedMatrix:
         """A matrix of the checkpoint in whole numbers; its parts become initializers by `initializer`."""
         if path not in self.matrices:
             scheme = self.recipe.scheme(path)
             dtype = self._scales(scheme, layout)
-            self.matrices[path] = Coded(path, self.source, scheme, layout, gain=gain, dtype=dtype, statistics=self.statistics)
+            self.matrices[path] = QuantizedMatrix(
+                path, self.source, scheme, layout, gain=gain, dtype=dtype, statistics=self.statistics
+            )
         return self.matrices[path]
 
-    def copied(self, path: str, layout: Layout, scheme: Scheme, name: str, gain: float = 1.0) -> Coded:
+    def copied(self, path: str, layout: Layout, scheme: Scheme, name: str, gain: float = 1.0) -> QuantizedMatrix:
         """The same in another scheme and under another name, beside what the recipe says of it."""
         source, dtype = Renamed(self.source, name, path), self._scales(scheme, layout)
-        self.matrices[name] = Coded(name, source, scheme, layout, gain=gain, dtype=dtype)
+        self.matrices[name] = QuantizedMatrix(name, source, scheme, layout, gain=gain, dtype=dtype)
         self.copies.add(name)
         return self.matrices[name]
 
@@ -204,7 +206,7 @@ class GraphBuilder:
         # In groups of 32, scales in float32 would be a fifth of all bytes. What float16 rounds is a hundredth of a step.
         return np.dtype(np.float16) if scheme.bits == 4 and self.target.short_scales else self.dtype
 
-    def activation_range(self, w: Coded) -> tuple[float, float]:
+    def activation_range(self, w: QuantizedMatrix) -> tuple[float, float]:
         """Lowest and highest input of a matrix, by its observer.
 
         Raises:

@@ -55,8 +55,8 @@ def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
 
 def rows_product(g: GraphBuilder, path: str, gain: float) -> ir.Value:
     """A matrix of 8 bits [out, in] with a scale for each row, in floats again: [in, out]"""
-    w = g.coded(path, "rows", gain)
-    return _transposed(g, g.op("DequantizeLinear", g.initializer(w.codes), g.initializer(w.scales), axis=0))
+    w = g.quantized_matrix(path, "rows", gain)
+    return _transposed(g, g.op("DequantizeLinear", g.initializer(w.quantized), g.initializer(w.scales), axis=0))
 
 
 def groups_product(g: GraphBuilder, path: str, gain: float) -> ir.Value:
@@ -74,9 +74,9 @@ def groups_product(g: GraphBuilder, path: str, gain: float) -> ir.Value:
             f"recipe {g.recipe.name!r}: {path} has {columns} input channels, of which target {g.target.name!r} writes "
             f"whole groups, and {group} do not divide them; {can}"
         )
-    w = g.coded(path, "groups", gain)
+    w = g.quantized_matrix(path, "groups", gain)
     g.needs_opset(21)
-    return g.op("DequantizeLinear", g.initializer(w.codes), g.initializer(w.scales), axis=0, block_size=group)
+    return g.op("DequantizeLinear", g.initializer(w.quantized), g.initializer(w.scales), axis=0, block_size=group)
 
 
 def rounded_activations(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:

@@ -57,15 +57,15 @@ class Quantized:
     """
 
     grid: Grid
-    codes: np.ndarray
+    values: np.ndarray
     scales: np.ndarray
     zeros: np.ndarray
 
     def dequantized(self) -> np.ndarray:
         """float32 [N, K]"""
-        columns = self.codes.shape[1]
+        columns = self.values.shape[1]
         group = self.grid.group or columns
-        w = self.codes.astype(np.float32)
+        w = self.values.astype(np.float32)
         w -= np.repeat(self.zeros.astype(np.float32), group, 1)[:, :columns]
         w *= np.repeat(self.scales, group, 1)[:, :columns]
         return w
@@ -100,10 +100,10 @@ def nearest(w: np.ndarray, grid: Grid, *, clip: bool = False, importance: np.nda
         # The first always counts, though its error may be beyond float32.
         better = (total < least) | (least == np.inf)
         least, scales, zeros = (np.where(better, new, old) for new, old in ((total, least), (scale, scales), (zero, zeros)))
-    codes = _rounded(groups, scales, zeros, grid)
-    codes += zeros
-    codes = codes.astype(np.uint8).reshape(len(w), -1)[:, :columns]
-    return Quantized(grid, np.ascontiguousarray(codes), scales[..., 0], zeros[..., 0].astype(np.uint8))
+    values = _rounded(groups, scales, zeros, grid)
+    values += zeros
+    values = values.astype(np.uint8).reshape(len(w), -1)[:, :columns]
+    return Quantized(grid, np.ascontiguousarray(values), scales[..., 0], zeros[..., 0].astype(np.uint8))
 
 
 def _grouped(w: np.ndarray, group: int | None) -> np.ndarray:
@@ -231,7 +231,7 @@ class Gptq:
         # Columns as rows from here on, [K, N], in the order of rounding.
         target = w.T[order]
         lost = np.zeros_like(target)  # w - (codes - zeros) * scales
-        codes = np.empty(target.shape, np.uint8)
+        values = np.empty(target.shape, np.uint8)
         scales, zeros = rounding.scales.T.copy(), rounding.zeros.T.astype(np.float32)
         for start in range(0, columns, self._block):
             stop = min(columns, start + self._block)
@@ -249,10 +249,10 @@ class Gptq:
                     )
                     scales[g], zeros[g] = fresh.scales[:, 0], fresh.zeros[:, 0]
                 q = _rounded(goal[i] + inner[i, :i] @ lost[start:j], scales[g], zeros[g], grid)
-                codes[order[j]] = q + zeros[g]
+                values[order[j]] = q + zeros[g]
                 lost[j] = target[j] - q * scales[g]
         return Quantized(
-            grid, np.ascontiguousarray(codes.T), np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros.T.astype(np.uint8))
+            grid, np.ascontiguousarray(values.T), np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros.T.astype(np.uint8))
         )
 
     def _better(self, w: np.ndarray, a: Quantized, b: Quantized) -> Quantized:
@@ -262,10 +262,10 @@ class Gptq:
         worse = np.einsum("nk,nk->n", (p - q) @ self._moment, p + q) > 0
         if not worse.any():
             return a
-        codes, scales, zeros = (
-            np.where(worse[:, None], y, x) for x, y in ((a.codes, b.codes), (a.scales, b.scales), (a.zeros, b.zeros))
+        values, scales, zeros = (
+            np.where(worse[:, None], y, x) for x, y in ((a.values, b.values), (a.scales, b.scales), (a.zeros, b.zeros))
         )
-        return Quantized(a.grid, codes, scales, zeros)
+        return Quantized(a.grid, values, scales, zeros)
 
 
 def _factor(h: np.ndarray) -> None:
@@ -303,19 +303,19 @@ def to_float8(x: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
     return np.clip(x / scale, -FLOAT8_LARGEST, FLOAT8_LARGEST).astype(FLOAT8)
 
 
-def pack(codes: np.ndarray, bits: int, group: int) -> np.ndarray:
+def pack(values: np.ndarray, bits: int, group: int) -> np.ndarray:
     """[N, K] -> uint8 [N, G, group * bits / 8], as MatMulNBits has it: the low nibble first, the last group filled with middles.
 
     >>> pack(np.array([[1, 2, 3]], np.uint8), 4, 4)
     array([[[ 33, 131]]], dtype=uint8)
     """
-    filled = np.pad(codes, ((0, 0), (0, -codes.shape[1] % group)), constant_values=1 << (bits - 1))
-    return _nibbles(filled.reshape(len(codes), -1, group), bits)
+    filled = np.pad(values, ((0, 0), (0, -values.shape[1] % group)), constant_values=1 << (bits - 1))
+    return _nibbles(filled.reshape(len(values), -1, group), bits)
 
 
 def unpack(packed: np.ndarray, bits: int, k: int) -> np.ndarray:
     """[N, G, group * bits / 8] -> uint8 [N, K], what `pack` was given."""
-    return _codes(packed, bits).reshape(len(packed), -1)[:, :k]
+    return _unpacked(packed, bits).reshape(len(packed), -1)[:, :k]
 
 
 def pack_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
@@ -325,15 +325,15 @@ def pack_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
 
 def unpack_zeros(packed: np.ndarray, bits: int, groups: int) -> np.ndarray:
     """[N, ceil(G * bits / 8)] -> uint8 [N, G], what `pack_zeros` was given."""
-    return _codes(packed, bits)[:, :groups]
+    return _unpacked(packed, bits)[:, :groups]
 
 
-def _nibbles(codes: np.ndarray, bits: int) -> np.ndarray:
-    codes = codes.astype(np.uint8, copy=False)
-    return codes if bits == 8 else codes[..., ::2] | codes[..., 1::2] << 4
+def _nibbles(values: np.ndarray, bits: int) -> np.ndarray:
+    values = values.astype(np.uint8, copy=False)
+    return values if bits == 8 else values[..., ::2] | values[..., 1::2] << 4
 
 
-def _codes(packed: np.ndarray, bits: int) -> np.ndarray:
+def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
     if bits == 8:
         return packed
     return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)

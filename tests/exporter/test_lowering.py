@@ -200,8 +200,8 @@ def spec(columns: int):
 
 def test_rows_come_in_any_order_and_again(tmp_path):
     table = TokenTable(file="t", dtype="int4", shape=(3, 20), scale=1, group=16, scales_offset=64, scales_dtype="float16")
-    codes, scales = np.arange(48, dtype=np.uint8), np.array([[1, 2], [0.5, 3], [4, 0.25]], np.float16)
-    (tmp_path / "t").write_bytes(codes.tobytes().ljust(64, b"\0") + scales.tobytes())
+    quantized, scales = np.arange(48, dtype=np.uint8), np.array([[1, 2], [0.5, 3], [4, 0.25]], np.float16)
+    (tmp_path / "t").write_bytes(quantized.tobytes().ljust(64, b"\0") + scales.tobytes())
     halves = [
         [(b & 15) - 8 if i % 2 == 0 else (b >> 4) - 8 for b in range(16 * n, 16 * n + 16) for i in (0, 1)] for n in range(3)
     ]
@@ -345,10 +345,10 @@ def test_attention_through_a_cache_is_that_of_numpy(cache):
     got, past = attention_by_engine(q, k, v, cache, largest)
     assert apart(got, attention_by_hand(q, k, v, keep)) < CACHES[cache]
     if cache == "int8":
-        step, codes = largest["value"][:, None] / 127, past["past_key_values.0.value"][0]
-        assert np.array_equal(codes[:, : len(v)], np.rint(keep("value", v.reshape(-1, 2, 16).swapaxes(0, 1)) / step))
-        assert (codes.min(), codes.max()) == (-128, 127)
-        assert not codes[:, len(v) :].any()
+        step, quantized = largest["value"][:, None] / 127, past["past_key_values.0.value"][0]
+        assert np.array_equal(quantized[:, : len(v)], np.rint(keep("value", v.reshape(-1, 2, 16).swapaxes(0, 1)) / step))
+        assert (quantized.min(), quantized.max()) == (-128, 127)
+        assert not quantized[:, len(v) :].any()
 
 
 def test_a_prefix_by_the_fused_node_comes_to_the_same_numbers(monkeypatch):

@@ -56,14 +56,14 @@ def test_nearest_stays_on_the_grid_and_within_half_a_step(grid, columns):
     w = weights(9, columns)
     q = nearest(w, grid)
     groups = -(-columns // (grid.group or columns))
-    assert (q.codes.shape, q.scales.shape, q.zeros.shape) == (w.shape, (9, groups), (9, groups))
-    assert (q.codes.dtype, q.scales.dtype, q.zeros.dtype) == (np.uint8, np.float32, np.uint8)
-    assert q.codes.max() < 2**grid.bits
+    assert (q.values.shape, q.scales.shape, q.zeros.shape) == (w.shape, (9, groups), (9, groups))
+    assert (q.values.dtype, q.scales.dtype, q.zeros.dtype) == (np.uint8, np.float32, np.uint8)
+    assert q.values.max() < 2**grid.bits
     assert (q.scales > 0).all()
     if grid.symmetric:
         assert (q.zeros == 2 ** (grid.bits - 1)).all()
     if grid == Grid(8, grid.group):
-        assert q.codes.min() >= 1  # -127, not -128
+        assert q.values.min() >= 1  # -127, not -128
     steps = np.repeat(q.scales, grid.group or columns, 1)[:, :columns]
     # Half a step, and a whole one where the only code beyond the largest value is left out of a symmetric grid of 4 bits, or
     # where the zero point was rounded.
@@ -74,14 +74,14 @@ def test_nearest_stays_on_the_grid_and_within_half_a_step(grid, columns):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_what_lies_on_the_grid_is_kept_exactly(grid):
     random = np.random.default_rng(2)
-    codes = random.integers(-7, 8, (5, 64))
-    codes[:, ::16], codes[:, 1::16] = -7, 7
+    values = random.integers(-7, 8, (5, 64))
+    values[:, ::16], values[:, 1::16] = -7, 7
     if not grid.symmetric:
-        codes = (codes + 7) * 15 // 14 - 5
+        values = (values + 7) * 15 // 14 - 5
     step = (2.0 ** -random.integers(3, 9, (5, 1))).astype(np.float32)
     if grid.bits == 8:
-        codes, step = codes * 127 // 7 if grid.symmetric else codes * 17, step / 64
-    assert np.array_equal(nearest((codes * step).astype(np.float32), grid).dequantized(), codes * step)
+        values, step = values * 127 // 7 if grid.symmetric else values * 17, step / 64
+    assert np.array_equal(nearest((values * step).astype(np.float32), grid).dequantized(), values * step)
 
 
 def test_a_bfloat16_or_float64_block_is_rounded_as_its_float32():
@@ -127,8 +127,8 @@ def test_clipping_finds_what_an_exhaustive_search_of_its_scales_finds(symmetric)
         else:
             steps = [(high - low) / 15 * float(f) for f in SHRINK]
             grids = [(step, round(-low * float(f) / step)) for step, f in zip(steps, SHRINK, strict=True)]
-        codes = list(itertools.product(range(16), repeat=2))
-        best = min((((np.array(pair) - zero) * scale - w) ** 2).sum() for scale, zero in grids for pair in codes)
+        values = list(itertools.product(range(16), repeat=2))
+        best = min((((np.array(pair) - zero) * scale - w) ** 2).sum() for scale, zero in grids for pair in values)
         got = lost(nearest(w, Grid(4, None, symmetric), clip=True), w).sum()
         assert got == pytest.approx(best, rel=1e-3, abs=1e-12)
 
@@ -305,20 +305,20 @@ def test_the_hessian_error_is_the_mean_square_of_the_outputs_error():
 
 @settings(deadline=None)
 @given(
-    codes=arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=70), elements=st.integers(0, 15)),
+    values=arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=70), elements=st.integers(0, 15)),
     bits=st.sampled_from([4, 8]),
     group=st.sampled_from([2, 16, 32]),
 )
-def test_unpacking_gives_back_what_was_packed(codes, bits, group):
-    codes = codes if bits == 4 else codes * np.uint8(17)
-    packed = pack(codes, bits, group)
-    assert packed.shape == (len(codes), -(-codes.shape[1] // group), group * bits // 8)
-    assert np.array_equal(unpack(packed, bits, codes.shape[1]), codes)
-    padding = unpack(packed, bits, packed.shape[1] * group)[:, codes.shape[1] :]
+def test_unpacking_gives_back_what_was_packed(values, bits, group):
+    values = values if bits == 4 else values * np.uint8(17)
+    packed = pack(values, bits, group)
+    assert packed.shape == (len(values), -(-values.shape[1] // group), group * bits // 8)
+    assert np.array_equal(unpack(packed, bits, values.shape[1]), values)
+    padding = unpack(packed, bits, packed.shape[1] * group)[:, values.shape[1] :]
     assert (padding == 2 ** (bits - 1)).all()
-    zeros = pack_zeros(codes, bits)
-    assert zeros.shape == (len(codes), -(-codes.shape[1] * bits // 8))
-    assert np.array_equal(unpack_zeros(zeros, bits, codes.shape[1]), codes)
+    zeros = pack_zeros(values, bits)
+    assert zeros.shape == (len(values), -(-values.shape[1] * bits // 8))
+    assert np.array_equal(unpack_zeros(zeros, bits, values.shape[1]), values)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -351,9 +351,9 @@ def matmul_nbits(x: np.ndarray, q: Quantized) -> np.ndarray:
     import onnx
     import onnxruntime as ort
 
-    grid, (rows, columns) = q.grid, q.codes.shape
+    grid, (rows, columns) = q.grid, q.values.shape
     assert grid.group is not None
-    tensors = {"b": pack(q.codes, grid.bits, grid.group), "scales": q.scales}
+    tensors = {"b": pack(q.values, grid.bits, grid.group), "scales": q.scales}
     if not grid.symmetric:
         tensors["zeros"] = pack_zeros(q.zeros, grid.bits)
     node = onnx.helper.make_node(

@@ -169,14 +169,14 @@ def stored_weights(bundle: Path) -> dict[str, np.ndarray]:
     for name in ("vision_encoder", "projector", "decoder_step"):
         tensors = onnx.load(bundle / f"{name}.onnx").graph.initializer
         parts = {t.name: onnx.numpy_helper.to_array(t).astype(np.float32) for t in tensors}
-        for path, codes in parts.items():
+        for path, quantized in parts.items():
             scales = parts.get(path.removesuffix("codes") + "scales")
             if not path.endswith(".codes") or scales is None:
-                found[path] = codes
+                found[path] = quantized
             elif scales.ndim == 1:  # a row each
-                found[path.removesuffix(".codes")] = codes * scales[:, None]
+                found[path.removesuffix(".codes")] = quantized * scales[:, None]
             else:
-                found[path.removesuffix(".codes")] = (codes * np.repeat(scales, len(codes) // len(scales), 0)).T
+                found[path.removesuffix(".codes")] = (quantized * np.repeat(scales, len(quantized) // len(scales), 0)).T
     return found
 
 
