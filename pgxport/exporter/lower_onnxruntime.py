@@ -59,8 +59,8 @@ def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
     table = g.quantized_matrix(path, "rows")
     q = rounded_activations(g, g.op("Reshape", x, [-1, table.shape[1]]), table)
     rows = table.shape[:1]
-    zeros = g.table("lm_head.zeros", rows, lambda: np.zeros(rows, np.int8), np.int8)  # QGemm wants as many as scales
-    parts = g.initializer(table.quantized), g.initializer(table.scales), zeros
+    zero_points = g.table("lm_head.zeros", rows, lambda: np.zeros(rows, np.int8), np.int8)  # QGemm wants as many as scales
+    parts = g.initializer(table.quantized), g.initializer(table.scales), zero_points
     y = g.op("QGemm", q.quantized, q.scale, q.zero, *parts, domain="com.microsoft", transB=1)
     return g.op("Reshape", y if q.tokens is None else g.op("Mul", y, q.tokens), [-1, 1, table.shape[0]])
 
@@ -94,9 +94,9 @@ def rows_of(g: GraphBuilder, table: QuantizedMatrix, tokens: ir.Value) -> ir.Val
 
 def grouped_product(g: GraphBuilder, x: ir.Value, w: QuantizedMatrix) -> ir.Value:
     """Float activations by 4 or 8 bits, with a scale for each group of input channels."""
-    quantized, scales, *zeros = (g.initializer(p) for p in w.promises)
+    quantized, scales, *zero_points = (g.initializer(p) for p in w.promises)
     return g.op(
-        "MatMulNBits", x, quantized, g.cast(scales, w.scales.dtype, g.dtype), *zeros, domain="com.microsoft",
+        "MatMulNBits", x, quantized, g.cast(scales, w.scales.dtype, g.dtype), *zero_points, domain="com.microsoft",
         K=w.shape[1], N=w.shape[0], bits=w.scheme.bits, block_size=w.scheme.group,
         accuracy_level=4,  # activations in int8, a scale for each group of them; without, kernels are three times slower
     )  # fmt: skip

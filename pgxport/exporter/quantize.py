@@ -59,14 +59,14 @@ class Quantized:
     grid: Grid
     values: np.ndarray
     scales: np.ndarray
-    zeros: np.ndarray
+    zero_points: np.ndarray
 
     def dequantized(self) -> np.ndarray:
         """float32 [N, K]"""
         columns = self.values.shape[1]
         group = self.grid.group or columns
         w = self.values.astype(np.float32)
-        w -= np.repeat(self.zeros.astype(np.float32), group, 1)[:, :columns]
+        w -= np.repeat(self.zero_points.astype(np.float32), group, 1)[:, :columns]
         w *= np.repeat(self.scales, group, 1)[:, :columns]
         return w
 
@@ -88,7 +88,7 @@ def nearest(w: np.ndarray, grid: Grid, *, clip: bool = False, importance: np.nda
     groups = _grouped(w.astype(np.float32, copy=False), grid.group)  # [N, G, group]
     weight = None if importance is None else _grouped(importance.astype(np.float32)[None], grid.group)
     least = np.full((*groups.shape[:2], 1), np.inf, np.float32)
-    scales, zeros = np.ones_like(least), np.full_like(least, grid.middle)
+    scales, zero_points = np.ones_like(least), np.full_like(least, grid.middle)
     for scale, zero in _candidates(groups, grid, clip=clip):
         loss = _rounded(groups, scale, zero, grid)
         loss *= scale
@@ -99,11 +99,13 @@ def nearest(w: np.ndarray, grid: Grid, *, clip: bool = False, importance: np.nda
         total = loss.sum(-1, keepdims=True)
         # The first always counts, though its error may be beyond float32.
         better = (total < least) | (least == np.inf)
-        least, scales, zeros = (np.where(better, new, old) for new, old in ((total, least), (scale, scales), (zero, zeros)))
-    values = _rounded(groups, scales, zeros, grid)
-    values += zeros
+        least, scales, zero_points = (
+            np.where(better, new, old) for new, old in ((total, least), (scale, scales), (zero, zero_points))
+        )
+    values = _rounded(groups, scales, zero_points, grid)
+    values += zero_points
     values = values.astype(np.uint8).reshape(len(w), -1)[:, :columns]
-    return Quantized(grid, np.ascontiguousarray(values), scales[..., 0], zeros[..., 0].astype(np.uint8))
+    return Quantized(grid, np.ascontiguousarray(values), scales[..., 0], zero_points[..., 0].astype(np.uint8))
 
 
 def _grouped(w: np.ndarray, group: int | None) -> np.ndarray:
@@ -232,7 +234,7 @@ class Gptq:
         target = w.T[order]
         lost = np.zeros_like(target)  # w - (codes - zeros) * scales
         values = np.empty(target.shape, np.uint8)
-        scales, zeros = rounding.scales.T.copy(), rounding.zeros.T.astype(np.float32)
+        scales, zero_points = rounding.scales.T.copy(), rounding.zero_points.T.astype(np.float32)
         for start in range(0, columns, self._block):
             stop = min(columns, start + self._block)
             goal = target[start:stop] + f[:start, start:stop].T @ lost[:start]
@@ -247,12 +249,15 @@ class Gptq:
                     fresh = nearest(
                         entered.T, Grid(grid.bits, None, grid.symmetric), clip=clip, importance=self._importance[j:end]
                     )
-                    scales[g], zeros[g] = fresh.scales[:, 0], fresh.zeros[:, 0]
-                q = _rounded(goal[i] + inner[i, :i] @ lost[start:j], scales[g], zeros[g], grid)
-                values[order[j]] = q + zeros[g]
+                    scales[g], zero_points[g] = fresh.scales[:, 0], fresh.zero_points[:, 0]
+                q = _rounded(goal[i] + inner[i, :i] @ lost[start:j], scales[g], zero_points[g], grid)
+                values[order[j]] = q + zero_points[g]
                 lost[j] = target[j] - q * scales[g]
         return Quantized(
-            grid, np.ascontiguousarray(values.T), np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros.T.astype(np.uint8))
+            grid,
+            np.ascontiguousarray(values.T),
+            np.ascontiguousarray(scales.T),
+            np.ascontiguousarray(zero_points.T.astype(np.uint8)),
         )
 
     def _better(self, w: np.ndarray, a: Quantized, b: Quantized) -> Quantized:
@@ -262,10 +267,11 @@ class Gptq:
         worse = np.einsum("nk,nk->n", (p - q) @ self._moment, p + q) > 0
         if not worse.any():
             return a
-        values, scales, zeros = (
-            np.where(worse[:, None], y, x) for x, y in ((a.values, b.values), (a.scales, b.scales), (a.zeros, b.zeros))
+        values, scales, zero_points = (
+            np.where(worse[:, None], y, x)
+            for x, y in ((a.values, b.values), (a.scales, b.scales), (a.zero_points, b.zero_points))
         )
-        return Quantized(a.grid, values, scales, zeros)
+        return Quantized(a.grid, values, scales, zero_points)
 
 
 def _factor(h: np.ndarray) -> None:
@@ -318,12 +324,12 @@ def unpack(packed: np.ndarray, bits: int, k: int) -> np.ndarray:
     return _unpacked(packed, bits).reshape(len(packed), -1)[:, :k]
 
 
-def pack_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
+def pack_zero_points(zero_points: np.ndarray, bits: int) -> np.ndarray:
     """[N, G] -> uint8 [N, ceil(G * bits / 8)], the low nibble first; of an odd number, the last high nibble is 0."""
-    return _nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2 if bits == 4 else 0))), bits)
+    return _nibbles(np.pad(zero_points, ((0, 0), (0, zero_points.shape[1] % 2 if bits == 4 else 0))), bits)
 
 
-def unpack_zeros(packed: np.ndarray, bits: int, groups: int) -> np.ndarray:
+def unpack_zero_points(packed: np.ndarray, bits: int, groups: int) -> np.ndarray:
     """[N, ceil(G * bits / 8)] -> uint8 [N, G], what `pack_zeros` was given."""
     return _unpacked(packed, bits)[:, :groups]
 

@@ -16,12 +16,12 @@ from pgxport.exporter.quantize import (
     Quantized,
     nearest,
     pack,
-    pack_zeros,
+    pack_zero_points,
     row_scales,
     sqnr,
     to_float8,
     unpack,
-    unpack_zeros,
+    unpack_zero_points,
 )
 from pgxport.exporter.recipe import Scheme
 from pgxport.exporter.stream import FLOAT8, INT4, Promise, narrow
@@ -65,10 +65,10 @@ class QuantizedMatrix:
         self._grid = Grid(scheme.bits, scheme.group, scheme.symmetric)
         self._signal = self._noise = 0.0
         self._scales: list[np.ndarray] = []
-        self._zeros: list[np.ndarray] = []
+        self._zero_points: list[np.ndarray] = []
         n, k = self.shape
         dtype = np.dtype(dtype)
-        self.zeros: Promise | None = None
+        self.zero_points: Promise | None = None
         if layout == "blocks":
             assert scheme.group is not None, f"Bug: {path} has no group"
             groups = -(-k // scheme.group)
@@ -76,8 +76,10 @@ class QuantizedMatrix:
             self.quantized = Promise(f"{path}.codes", np.dtype(np.uint8), packed, self._blocks)
             self.scales = Promise(f"{path}.scales", dtype, (n, groups), lambda: self._made(self._scales, dtype))
             if not scheme.symmetric:
-                zeros = (n, -(-groups * scheme.bits // 8))
-                self.zeros = Promise(f"{path}.zeros", np.dtype(np.uint8), zeros, lambda: self._made(self._zeros, np.uint8))
+                zero_points = (n, -(-groups * scheme.bits // 8))
+                self.zero_points = Promise(
+                    f"{path}.zeros", np.dtype(np.uint8), zero_points, lambda: self._made(self._zero_points, np.uint8)
+                )
         else:
             shape = (n, k) if layout == "rows" else (k, n)
             kind = FLOAT8 if scheme.format == "e4m3" else np.dtype(np.int8) if scheme.bits == 8 else INT4
@@ -87,7 +89,7 @@ class QuantizedMatrix:
 
     @property
     def promises(self) -> list[Promise]:
-        return [p for p in (self.quantized, self.scales, self.zeros) if p]
+        return [p for p in (self.quantized, self.scales, self.zero_points) if p]
 
     @property
     def sqnr(self) -> float:
@@ -111,10 +113,10 @@ class QuantizedMatrix:
             quantized = quantized[:, start:stop].T if self.layout == "columns" else quantized[start:stop]
             return quantized.astype(np.float32) * scales[:, None]
         bits, groups = self._grid.bits, scales.shape[1]
-        zeros = np.full(scales.shape, self._grid.middle, np.uint8)
-        if self.zeros:
-            zeros = unpack_zeros(parts[self.zeros.name][start:stop], bits, groups)
-        return Quantized(self._grid, unpack(quantized[start:stop], bits, self.shape[1]), scales, zeros).dequantized()
+        zero_points = np.full(scales.shape, self._grid.middle, np.uint8)
+        if self.zero_points:
+            zero_points = unpack_zero_points(parts[self.zero_points.name][start:stop], bits, groups)
+        return Quantized(self._grid, unpack(quantized[start:stop], bits, self.shape[1]), scales, zero_points).dequantized()
 
     def _blocks(self) -> Iterator[np.ndarray]:
         """The codes as they are stored."""
@@ -127,8 +129,8 @@ class QuantizedMatrix:
             if self.layout == "blocks":
                 assert self.scheme.group is not None
                 self._scales.append(q.scales * np.float32(self.gain))
-                if self.zeros:
-                    self._zeros.append(pack_zeros(q.zeros, self._grid.bits))
+                if self.zero_points:
+                    self._zero_points.append(pack_zero_points(q.zero_points, self._grid.bits))
                 yield pack(q.values, self._grid.bits, self.scheme.group)
                 continue
             scales = q.scales * np.float32(self.gain)
@@ -174,7 +176,7 @@ class QuantizedMatrix:
     def _rounded(self, rounded: Callable[[np.ndarray], tuple[T, np.ndarray]]) -> Iterator[T]:
         """Each block of rows as it is rounded, counting what that loses; `rounded` gives the floats that it stands for as well."""
         (n, k), statistics, weight = self.shape, self._statistics, self._weight()
-        self._scales, self._zeros, self._signal, self._noise = [], [], 0.0, 0.0
+        self._scales, self._zero_points, self._signal, self._noise = [], [], 0.0, 0.0
         mean = statistics.mean(self.path) if statistics is not None and self.scheme.compensate else None
         lost = []
         for start, stop in row_blocks(n, 4 * k // (GPTQ_ROWS if self.scheme.method == "gptq" else 1)):

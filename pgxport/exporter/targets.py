@@ -48,7 +48,7 @@ class Target:
     dialect: Literal["onnxruntime", "standard"] = "onnxruntime"
     grouped: frozenset[int] = frozenset({4, 8})
     rows: bool = False
-    zeros: bool = True
+    zero_points: bool = True
     float8: bool = False
     wide_scales: frozenset[str] = frozenset({"columns", "rows"})
     short_scales: bool = False
@@ -128,7 +128,7 @@ class Target:
         if scheme.bits not in self.grouped:
             of = f" of TensorRT {self.tensorrt}" if self.tensorrt else ""
             return f"{of} has no groups of {scheme.bits} bits, and {where} has groups of {scheme.group}; take group out".lstrip()
-        if not scheme.symmetric and not self.zeros:
+        if not scheme.symmetric and not self.zero_points:
             return f"multiplies by symmetric weights, and {where} says symmetric = false; take that out"
         return None
 
@@ -153,7 +153,7 @@ CUDA = Target(
 _TENSORRT = Target(
     "tensorrt", (("", 24),), 11, MappingProxyType({name: name for name in ("float32", "float16", "bfloat16")}),
     frozenset({(4, "float"), (8, "float"), (8, "static")}), frozenset({"float32", "float16"}), recipes=TENSORRT_RECIPES,
-    dialect="standard", rows=True, zeros=False, float8=True, wide_scales=frozenset(), cache_kind="update", tensorrt="11",
+    dialect="standard", rows=True, zero_points=False, float8=True, wide_scales=frozenset(), cache_kind="update", tensorrt="11",
 )  # fmt: skip
 TENSORRT: dict[TrtVersion, Target] = {
     "10.3": replace(_TENSORRT, opsets=(("", 20),), ir_version=10, grouped=frozenset({4}), cache_kind="delta", tensorrt="10.3"),

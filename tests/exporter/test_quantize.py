@@ -20,10 +20,10 @@ from pgxport.exporter.quantize import (
     hessian_error,
     nearest,
     pack,
-    pack_zeros,
+    pack_zero_points,
     sqnr,
     unpack,
-    unpack_zeros,
+    unpack_zero_points,
 )
 
 GRIDS = [Grid(bits, group, symmetric) for bits in (4, 8) for group in (16, 32, None) for symmetric in (True, False)]
@@ -56,12 +56,12 @@ def test_nearest_stays_on_the_grid_and_within_half_a_step(grid, columns):
     w = weights(9, columns)
     q = nearest(w, grid)
     groups = -(-columns // (grid.group or columns))
-    assert (q.values.shape, q.scales.shape, q.zeros.shape) == (w.shape, (9, groups), (9, groups))
-    assert (q.values.dtype, q.scales.dtype, q.zeros.dtype) == (np.uint8, np.float32, np.uint8)
+    assert (q.values.shape, q.scales.shape, q.zero_points.shape) == (w.shape, (9, groups), (9, groups))
+    assert (q.values.dtype, q.scales.dtype, q.zero_points.dtype) == (np.uint8, np.float32, np.uint8)
     assert q.values.max() < 2**grid.bits
     assert (q.scales > 0).all()
     if grid.symmetric:
-        assert (q.zeros == 2 ** (grid.bits - 1)).all()
+        assert (q.zero_points == 2 ** (grid.bits - 1)).all()
     if grid == Grid(8, grid.group):
         assert q.values.min() >= 1  # -127, not -128
     steps = np.repeat(q.scales, grid.group or columns, 1)[:, :columns]
@@ -170,7 +170,7 @@ def obq(w: np.ndarray, moment: np.ndarray, start: Quantized, order: np.ndarray, 
     inverse = np.linalg.inv(h + damping * np.mean(np.diag(h)) * np.eye(len(h)))
     group = start.grid.group or len(h)
     for j in order:
-        scale, zero = start.scales[:, j // group].astype(np.float64), start.zeros[:, j // group].astype(np.float64)
+        scale, zero = start.scales[:, j // group].astype(np.float64), start.zero_points[:, j // group].astype(np.float64)
         code = np.clip(np.round(w[:, j] / scale) + zero, start.grid.lowest, start.grid.highest)
         rounded = (code - zero) * scale
         w -= np.outer((w[:, j] - rounded) / inverse[j, j], inverse[j])
@@ -207,7 +207,7 @@ def test_gptq_without_order_sets_a_groups_scale_when_its_turn_comes():
         rest = w[:, end:] - np.linalg.solve(h[end:, end:], h[end:, :end] @ delta.T).T
         part = nearest(rest[:, :16], Grid(4, None, False))
         assert np.allclose(got.scales[:, end // 16], part.scales[:, 0], rtol=1e-3)
-        assert (got.zeros[:, end // 16] == part.zeros[:, 0]).mean() > 0.9
+        assert (got.zero_points[:, end // 16] == part.zero_points[:, 0]).mean() > 0.9
 
 
 @pytest.mark.parametrize("order", [True, False])
@@ -316,9 +316,9 @@ def test_unpacking_gives_back_what_was_packed(values, bits, group):
     assert np.array_equal(unpack(packed, bits, values.shape[1]), values)
     padding = unpack(packed, bits, packed.shape[1] * group)[:, values.shape[1] :]
     assert (padding == 2 ** (bits - 1)).all()
-    zeros = pack_zeros(values, bits)
-    assert zeros.shape == (len(values), -(-values.shape[1] * bits // 8))
-    assert np.array_equal(unpack_zeros(zeros, bits, values.shape[1]), values)
+    zero_points = pack_zero_points(values, bits)
+    assert zero_points.shape == (len(values), -(-values.shape[1] * bits // 8))
+    assert np.array_equal(unpack_zero_points(zero_points, bits, values.shape[1]), values)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -355,7 +355,7 @@ def matmul_nbits(x: np.ndarray, q: Quantized) -> np.ndarray:
     assert grid.group is not None
     tensors = {"b": pack(q.values, grid.bits, grid.group), "scales": q.scales}
     if not grid.symmetric:
-        tensors["zeros"] = pack_zeros(q.zeros, grid.bits)
+        tensors["zeros"] = pack_zero_points(q.zero_points, grid.bits)
     node = onnx.helper.make_node(
         "MatMulNBits", ["x", *tensors], ["y"], domain="com.microsoft",
         K=columns, N=rows, bits=grid.bits, block_size=grid.group, accuracy_level=0,

@@ -103,7 +103,7 @@ def test_columns_are_the_rows_turned_over(w, layout):
     c, _ = matrix(w, WHOLE_ROWS, layout)
     parts = written(c)
     assert (c.quantized.shape, c.quantized.dtype) == ((COLUMNS, ROWS) if layout == "columns" else (ROWS, COLUMNS), np.int8)
-    assert c.zeros is None
+    assert c.zero_points is None
     quantized = parts[f"{NAME}.codes"].T if layout == "columns" else parts[f"{NAME}.codes"]
     # Each row by itself: the largest of it at 127, or one step beyond.
     assert (np.abs(quantized.astype(int)).max(1) >= 127).all()
