@@ -63,7 +63,7 @@ class Observed:
 
 def run(g: GraphBuilder, feeds: Arrays) -> tuple[Arrays, Arrays]:
     """A graph's outputs in ONNX Runtime on the CPU, and the arrays that its promises became, in the order of promising."""
-    parts = {name: np.concatenate(list(p.blocks())).reshape(p.shape).astype(p.dtype) for name, p in g.promises.items()}
+    parts = {name: np.concatenate(list(p.blocks())).reshape(p.shape).astype(p.dtype) for name, p in g.lazy_tensors.items()}
     for name, array in parts.items():
         g.graph.initializers[name].const_value = ir.tensor(array, name=name)
     model = ir.to_proto(ir.Model(g.graph, ir_version=11)).SerializeToString()

@@ -170,8 +170,8 @@ def session_logits(folder: Path, spec, out: Path, precision: str, target: str) -
     for model in (vision_encoder, projector, decoder_step):
         g = GraphBuilder(model.__name__, checkpoint, RECIPES[precision], TARGETS[target], context_length=64)
         model(g, spec)
-        for name, promise in g.promises.items():
-            array = np.concatenate([b.astype(promise.dtype) for b in promise.blocks()]).reshape(promise.shape)
+        for name, lazy in g.lazy_tensors.items():
+            array = np.concatenate([b.astype(lazy.dtype) for b in lazy.blocks()]).reshape(lazy.shape)
             g.graph.initializers[name].const_value = ir.tensor(array, name=name)
         out.mkdir(exist_ok=True)
         ir.save(ir.Model(g.graph, ir_version=11), out / f"{g.name}.onnx")

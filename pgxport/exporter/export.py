@@ -118,14 +118,14 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
     source, statistics = (job.checkpoint, None) if calibration is None else rescaled_for(job, spec, calibration)
 
     graphs, table = write_graphs(source, spec, job.masks, job.recipe, job.target, job.context, statistics)
-    layouts = {name: DataLayout(g.promises.values()) for name, g in graphs.items()}
+    layouts = {name: DataLayout(g.lazy_tensors.values()) for name, g in graphs.items()}
     _lint(graphs, table, job.target, options.sm)
     count = Counter(progress, table.nbytes + sum(layout.nbytes for layout in layouts.values()))
     with BundleWriter(job.output, overwrite=options.overwrite) as writer, ThreadPoolExecutor(1) as beside:
         digest = beside.submit(checkpoint_sha256, job.checkpoint.files())
         writer.write(TABLE_FILE, count(TABLE_FILE, ahead(table.bytes())))
         for name, g in graphs.items():
-            if g.promises:
+            if g.lazy_tensors:
                 writer.write(f"{name}.data", count(f"{name}.data", ahead(layouts[name].bytes())))
             writer.write(f"{name}.onnx", [serialized(g, layouts[name], table)])
         writer.write("recipe.toml", [to_toml(job.recipe).encode()])
@@ -240,7 +240,7 @@ def _lint(graphs: dict[str, GraphBuilder], table: DataLayout, target: Target, sm
     if target.tensorrt is None:
         return
     for name, g in graphs.items():
-        graph = serialized(g, DataLayout(g.promises.values()), table)
+        graph = serialized(g, DataLayout(g.lazy_tensors.values()), table)
         check(f"{name}.onnx", graph, target.tensorrt, sm)
 
 
@@ -279,8 +279,8 @@ def _open(found: Located, options: ExportOptions) -> Checkpoint:
 
 
 def _check_spec(spec: ModelSpec, found: Located, options: ExportOptions) -> None:
-    promised = found.spec and (found.spec if options.local_window == "hf" else without_window(found.spec))
-    if promised and promised != spec:
+    expected = found.spec and (found.spec if options.local_window == "hf" else without_window(found.spec))
+    if expected and expected != spec:
         raise CheckpointError(f"{found.name} is not the {options.size} model its name promises: its config.json says {spec}")
     if options.res is not None and spec.resolution != options.res:
         raise UsageError(

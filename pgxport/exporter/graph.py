@@ -20,7 +20,7 @@ from pgxport.exporter import lower_onnxruntime as lower
 from pgxport.exporter import lower_standard
 from pgxport.exporter.quantized_matrix import Layout, QuantizedMatrix
 from pgxport.exporter.recipe import Recipe, Scheme
-from pgxport.exporter.stream import Promise, narrow
+from pgxport.exporter.stream import LazyTensor, narrow
 from pgxport.exporter.targets import Target
 from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
 from pgxport.models.layers import Transform, times
@@ -72,7 +72,7 @@ class GraphBuilder:
         self.name, self.source, self.recipe, self.target = name, source, recipe, target
         self.context_length = context_length  # the longest prefix and answer together that a decoder is written for
         self.statistics = statistics  # of activations, from calibration
-        self.promises: dict[str, Promise] = {}
+        self.lazy_tensors: dict[str, LazyTensor] = {}
         self.matrices: dict[str, QuantizedMatrix] = {}  # those in whole numbers
         self.copies: set[str] = set()  # names of those that stand beside others for the same weight
         self.rounded: dict[tuple[Any, ...], lower.Rounded] = {}
@@ -87,7 +87,7 @@ class GraphBuilder:
         # One dtype for all activations of a graph, by the weights it is to multiply most of.
         self.dtype = np.dtype(target.compute(recipe.rules[-1].scheme.dtype))
         self.cache_dtype = np.dtype(recipe.cache or self.dtype)
-        self._promised: dict[str, ir.Value] = {}
+        self._initializers: dict[str, ir.Value] = {}
         self._scope: list[str] = []
         self._inputs: dict[str, ir.Value] = {}
         self._weights: dict[str, ir.Value] = {}
@@ -148,7 +148,7 @@ class GraphBuilder:
         """A large constant, worked out when it is written."""
         kind = np.dtype(dtype or self.dtype)
         with self._at_the_top():
-            return self.initializer(Promise(name, kind, shape, lambda: iter([make().astype(kind)])))
+            return self.initializer(LazyTensor(name, kind, shape, lambda: iter([make().astype(kind)])))
 
     def weight(self, name: str, transform: Transform | None = None, dtype: Any = None) -> ir.Value:
         return self.tensor(self.path(name), transform, dtype)
@@ -165,7 +165,7 @@ class GraphBuilder:
             stored = np.dtype(scheme.dtype)
             with self._at_the_top():
                 value = self.initializer(
-                    Promise(path, stored, self.source.shape(path), lambda: self._blocks(path, stored, transform))
+                    LazyTensor(path, stored, self.source.shape(path), lambda: self._blocks(path, stored, transform))
                 )
                 self._weights[path] = self.cast(value, stored, np.dtype(dtype or self.dtype))
         return self._weights[path]
@@ -241,28 +241,28 @@ class GraphBuilder:
             block = to_float32(self.source.rows(path, start, stop))
             yield narrow(block if transform is None else transform(block), stored, path)
 
-    def initializer(self, promise: Promise) -> ir.Value:
+    def initializer(self, lazy: LazyTensor) -> ir.Value:
         """A promise as an initializer: its bytes are written later, into the graph's data file.
 
         It belongs to the branch that is being written, if there is one: without VNNI, ONNX Runtime (1.32) makes integer products exact
         where the weights are the graph's own, and not where a branch reads them from the graph around it.
         """
-        if promise.name in self.promises:
-            return self._promised[promise.name]
-        self.promises[promise.name] = promise
-        dtype = ir.DataType.from_numpy(promise.dtype)
-        tensor = ir.LazyTensor(_unwritten, dtype=dtype, shape=ir.Shape(promise.shape), name=promise.name)
-        value = _value(promise.name, promise.dtype, promise.shape)
+        if lazy.name in self.lazy_tensors:
+            return self._initializers[lazy.name]
+        self.lazy_tensors[lazy.name] = lazy
+        dtype = ir.DataType.from_numpy(lazy.dtype)
+        tensor = ir.LazyTensor(_unwritten, dtype=dtype, shape=ir.Shape(lazy.shape), name=lazy.name)
+        value = _value(lazy.name, lazy.dtype, lazy.shape)
         value.const_value = tensor
         self._body.register_initializer(value)
-        self._promised[promise.name] = value
+        self._initializers[lazy.name] = value
         return value
 
     # The file ----------------------------------------------------------------------------------------------------
 
     def serialize(self, places: Mapping[str, Place]) -> bytes:
         """The .onnx file, its large weights pointing at (file, offset, length) beside it."""
-        for name, value in self._promised.items():
+        for name, value in self._initializers.items():
             file, start, length = places[name]
             assert value.dtype is not None, f"Bug: {name} has no type"
             assert value.shape is not None, f"Bug: {name} has no shape"

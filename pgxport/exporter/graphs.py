@@ -45,8 +45,8 @@ def write_graphs(
         mask_decoder(graphs["mask_decoder"])
     decoder = graphs["decoder_step"]
     decoder.answer()
-    parts = [p for p in decoder.promises if p == TOKEN_TABLE or p.startswith(f"{TOKEN_TABLE}.")]
-    return graphs, DataLayout([decoder.promises.pop(p) for p in parts])
+    parts = [p for p in decoder.lazy_tensors if p == TOKEN_TABLE or p.startswith(f"{TOKEN_TABLE}.")]
+    return graphs, DataLayout([decoder.lazy_tensors.pop(p) for p in parts])
 
 
 def _floats(recipe: Recipe) -> Recipe:
@@ -69,14 +69,14 @@ def stored(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, dict
                 continue
             kind = "float8" if matrix.scheme.format == "e4m3" else f"int{matrix.scheme.bits}"
             _count(counts, "token_table" if path == TOKEN_TABLE else g.name, kind, matrix.shape)
-        parts = {p.name for matrix in g.matrices.values() for p in matrix.promises}
-        for promise in g.promises.values():
+        parts = {p.name for matrix in g.matrices.values() for p in matrix.lazy_tensors}
+        for tensor in g.lazy_tensors.values():
             # Tables that are worked out are no weights, nor are the scales of whole numbers.
-            if promise.name not in parts and not promise.name.startswith(("rotary.", "cache.", "lm_head.")):
-                _count(counts, g.name, promise.dtype.name, promise.shape)
-    for promise in table.promises:
-        if promise.name == TOKEN_TABLE:
-            _count(counts, "token_table", promise.dtype.name, promise.shape)
+            if tensor.name not in parts and not tensor.name.startswith(("rotary.", "cache.", "lm_head.")):
+                _count(counts, g.name, tensor.dtype.name, tensor.shape)
+    for tensor in table.lazy_tensors:
+        if tensor.name == TOKEN_TABLE:
+            _count(counts, "token_table", tensor.dtype.name, tensor.shape)
     return counts
 
 
@@ -88,7 +88,7 @@ def _count(counts: dict[str, dict[Counted, int]], part: str, kind: str, shape: t
 def token_table(graphs: dict[str, GraphBuilder], table: DataLayout, spec: ModelSpec) -> TokenTable:
     """What the manifest says of the table's file."""
     matrix = graphs["decoder_step"].matrices.get(TOKEN_TABLE)
-    described: dict[str, Any] = {"dtype": table.promises[0].dtype.name}
+    described: dict[str, Any] = {"dtype": table.lazy_tensors[0].dtype.name}
     if matrix is not None:
         assert matrix.zero_points is None, "Bug: a token table was lowered with zero points"
         place = {"scales_offset": table.places[matrix.scales.name][0], "scales_dtype": matrix.scales.dtype.name}
@@ -106,8 +106,8 @@ def file_sizes(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, 
     """Bytes of every file of weights, and of every graph."""
     sizes = {TABLE_FILE: table.nbytes}
     for name, g in graphs.items():
-        layout = DataLayout(g.promises.values())
-        if g.promises:
+        layout = DataLayout(g.lazy_tensors.values())
+        if g.lazy_tensors:
             sizes[f"{name}.data"] = layout.nbytes
         sizes[f"{name}.onnx"] = len(serialized(g, layout, table))
     return sizes

@@ -94,7 +94,7 @@ def rows_of(g: GraphBuilder, table: QuantizedMatrix, tokens: ir.Value) -> ir.Val
 
 def grouped_product(g: GraphBuilder, x: ir.Value, w: QuantizedMatrix) -> ir.Value:
     """Float activations by 4 or 8 bits, with a scale for each group of input channels."""
-    quantized, scales, *zero_points = (g.initializer(p) for p in w.promises)
+    quantized, scales, *zero_points = (g.initializer(p) for p in w.lazy_tensors)
     return g.op(
         "MatMulNBits", x, quantized, g.cast(scales, w.scales.dtype, g.dtype), *zero_points, domain="com.microsoft",
         K=w.shape[1], N=w.shape[0], bits=w.scheme.bits, block_size=w.scheme.group,

@@ -43,13 +43,13 @@ class StoredWeights:
         self._source = source
         self.matrices = {path: matrix for g in graphs.values() for path, matrix in g.matrices.items()}
         self.copies = {name for g in graphs.values() for name in g.copies}
-        self._dtypes = {p.name: p.dtype for _, layout in layouts.values() for p in layout.promises}
+        self._dtypes = {p.name: p.dtype for _, layout in layouts.values() for p in layout.lazy_tensors}
         # What rounding took from the mean output is in a bias's bytes alone.
         self._biases = {f"{path.removesuffix('weight')}bias": m for path, m in self.matrices.items() if m.scheme.compensate}
-        wanted = {p.name for matrix in self.matrices.values() for p in matrix.promises} | self._biases.keys()
+        wanted = {p.name for matrix in self.matrices.values() for p in matrix.lazy_tensors} | self._biases.keys()
         self._parts: dict[str, np.ndarray] = {}
         for file, layout in layouts.values():
-            for p in layout.promises:
+            for p in layout.lazy_tensors:
                 if p.name in wanted:
                     dtype, shape = p.stored
                     self._parts[p.name] = np.memmap(file, dtype, "r", layout.places[p.name][0], shape)

@@ -24,7 +24,7 @@ from pgxport.exporter.graphs import TABLE_FILE, file_sizes, write_graphs
 from pgxport.exporter.lower_onnxruntime import SCREENED
 from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.recipe_toml import to_toml
-from pgxport.exporter.stream import DataLayout, Promise
+from pgxport.exporter.stream import DataLayout, LazyTensor
 from pgxport.exporter.targets import TARGETS, Target, find_target
 from pgxport.hub.locate import TINY, published_name
 from pgxport.models.checkpoint import BLOCK_BYTES, Checkpoint, TensorSource
@@ -315,9 +315,9 @@ class _Sketch:
         axes = {"batch": 1} | dict.fromkeys(("capacity", "tokens", "total", "past", "keys"), self.context)
         inputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.inputs}
         outputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.outputs}
-        held = [_held(p, g.dtype) for g in self.graphs.values() for p in g.promises.values()]
+        held = [_held(p, g.dtype) for g in self.graphs.values() for p in g.lazy_tensors.values()]
         if SCREENED not in decoder.matrices:  # of a screened table the engine reads rows
-            held += [_held(p, decoder.dtype) for p in self.table.promises]
+            held += [_held(p, decoder.dtype) for p in self.table.lazy_tensors]
         per_image = (
             v.image_tokens * self.graphs["vision_encoder"].dtype.itemsize * (MLP_BUFFERS * v.mlp + STREAM_BUFFERS * v.width)
         )
@@ -344,18 +344,18 @@ def _sketch(
     return _Sketch(spec, context, graphs, table)
 
 
-def _held(promise: Promise, computed: np.dtype[Any]) -> tuple[int, int]:
+def _held(tensor: LazyTensor, computed: np.dtype[Any]) -> tuple[int, int]:
     """What an engine holds of a weight once it is loaded, and what more for a moment.
 
     ONNX Runtime maps the files, and packs what it multiplies by into memory of its own: as large, and what was mapped is let go.
     A float stored in another type than it is computed in is cast whole before it is packed.
     """
-    if promise.dtype == computed:
-        return promise.nbytes, 0
-    if promise.dtype.kind == "f" or promise.dtype == ml_dtypes.bfloat16:
-        wide = prod(promise.shape) * computed.itemsize
+    if tensor.dtype == computed:
+        return tensor.nbytes, 0
+    if tensor.dtype.kind == "f" or tensor.dtype == ml_dtypes.bfloat16:
+        wide = prod(tensor.shape) * computed.itemsize
         return wide, wide
-    return promise.nbytes, promise.nbytes
+    return tensor.nbytes, tensor.nbytes
 
 
 def _audit_memory(spec: ModelSpec, recipe: Recipe, target: Target, tokenizer: int) -> int:

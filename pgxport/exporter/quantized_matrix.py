@@ -24,7 +24,7 @@ from pgxport.exporter.quantize import (
     unpack_zero_points,
 )
 from pgxport.exporter.recipe import Scheme
-from pgxport.exporter.stream import FLOAT8, INT4, Promise, narrow
+from pgxport.exporter.stream import FLOAT8, INT4, LazyTensor, narrow
 from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
 
 if TYPE_CHECKING:
@@ -68,27 +68,27 @@ class QuantizedMatrix:
         self._zero_points: list[np.ndarray] = []
         n, k = self.shape
         dtype = np.dtype(dtype)
-        self.zero_points: Promise | None = None
+        self.zero_points: LazyTensor | None = None
         if layout == "blocks":
             assert scheme.group is not None, f"Bug: {path} has no group"
             groups = -(-k // scheme.group)
             packed = (n, groups, scheme.group * scheme.bits // 8)
-            self.quantized = Promise(f"{path}.codes", np.dtype(np.uint8), packed, self._blocks)
-            self.scales = Promise(f"{path}.scales", dtype, (n, groups), lambda: self._made(self._scales, dtype))
+            self.quantized = LazyTensor(f"{path}.codes", np.dtype(np.uint8), packed, self._blocks)
+            self.scales = LazyTensor(f"{path}.scales", dtype, (n, groups), lambda: self._made(self._scales, dtype))
             if not scheme.symmetric:
                 zero_points = (n, -(-groups * scheme.bits // 8))
-                self.zero_points = Promise(
+                self.zero_points = LazyTensor(
                     f"{path}.zeros", np.dtype(np.uint8), zero_points, lambda: self._made(self._zero_points, np.uint8)
                 )
         else:
             shape = (n, k) if layout == "rows" else (k, n)
             kind = FLOAT8 if scheme.format == "e4m3" else np.dtype(np.int8) if scheme.bits == 8 else INT4
-            self.quantized = Promise(f"{path}.codes", kind, shape, self._blocks)
+            self.quantized = LazyTensor(f"{path}.codes", kind, shape, self._blocks)
             scales = (k // scheme.group, n) if layout == "groups" and scheme.group else (n,)
-            self.scales = Promise(f"{path}.scales", dtype, scales, lambda: self._made(self._scales, dtype))
+            self.scales = LazyTensor(f"{path}.scales", dtype, scales, lambda: self._made(self._scales, dtype))
 
     @property
-    def promises(self) -> list[Promise]:
+    def lazy_tensors(self) -> list[LazyTensor]:
         return [p for p in (self.quantized, self.scales, self.zero_points) if p]
 
     @property

@@ -180,7 +180,7 @@ def test_rows_that_are_looked_up_are_those_that_the_output_multiplies_by(scheme,
     g.output(g.lm_head(g.input("x", ["batch", 1, columns]), TOKEN_TABLE), "logits", ["batch", 1, VOCAB])
     outputs, parts = run(g, {"x": 127 * np.eye(columns, dtype=np.float32)[:, None]})
 
-    layout = DataLayout([p for name, p in g.promises.items() if name.startswith(TOKEN_TABLE)])
+    layout = DataLayout([p for name, p in g.lazy_tensors.items() if name.startswith(TOKEN_TABLE)])
     (tmp_path / "table").write_bytes(b"".join(layout.bytes()))
     described = token_table({"decoder_step": g}, layout, spec(columns))
     assert (tmp_path / "table").stat().st_size == described.nbytes
@@ -266,7 +266,7 @@ def test_a_screen_leaves_the_table_as_it_is():
     written = []
     for g in (plain, other):
         g.output(g.lm_head(g.input("x", ["batch", 1, 48]), TOKEN_TABLE), "logits", ["batch", 1, MANY])
-        table = [p for name, p in g.promises.items() if name.startswith(TOKEN_TABLE)]
+        table = [p for name, p in g.lazy_tensors.items() if name.startswith(TOKEN_TABLE)]
         written.append((b"".join(DataLayout(table).bytes()), stored({"decoder_step": g}, DataLayout([]))))
     assert written[0] == written[1]
     assert written[1][1]["token_table"] == {"int8": MANY * 48}

@@ -90,7 +90,7 @@ def simulated(made: ExportOptions, bundle: Bundle) -> tuple[Job, Run]:
     assert job.calibration
     source, statistics = rescaled_for(job, job.spec, job.calibration)
     graphs, table = write_graphs(source, job.spec, job.masks, job.recipe, job.target, job.context, statistics)
-    files = {name: (bundle.path / f"{name}.data", DataLayout(g.promises.values())) for name, g in graphs.items()}
+    files = {name: (bundle.path / f"{name}.data", DataLayout(g.lazy_tensors.values())) for name, g in graphs.items()}
     files["token_table"] = (bundle.path / "token_table.bin", table)
     return job, Run(StoredWeights(source, graphs, files), job.spec, job.recipe, statistics)
 

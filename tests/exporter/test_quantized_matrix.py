@@ -54,7 +54,7 @@ def matrix(w: np.ndarray, scheme: Scheme, layout: str, **options) -> tuple[Quant
 
 def written(c: QuantizedMatrix) -> dict[str, np.ndarray]:
     """The parts as they would be read back from their bytes."""
-    return {p.name: np.frombuffer(b"".join(p.bytes()), p.dtype).reshape(p.shape) for p in c.promises}
+    return {p.name: np.frombuffer(b"".join(p.bytes()), p.dtype).reshape(p.shape) for p in c.lazy_tensors}
 
 
 @pytest.mark.parametrize(("scheme", "layout"), KINDS.values(), ids=KINDS)
@@ -153,7 +153,7 @@ def test_scales_are_not_written_before_their_codes(w):
     c, _ = matrix(w, GROUPED, "blocks")
     with pytest.raises(AssertionError, match=r"Bug: the codes of layer\.weight were not written"):
         list(c.scales.bytes())
-    assert [p.name for p in c.promises] == [f"{NAME}.codes", f"{NAME}.scales"]
+    assert [p.name for p in c.lazy_tensors] == [f"{NAME}.codes", f"{NAME}.scales"]
 
 
 def test_a_matrix_may_be_written_twice(w):
