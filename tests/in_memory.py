@@ -86,7 +86,7 @@ def dequantized(scheme: Scheme, layout: str, shape: tuple[int, int], path: str, 
         assert zero_points is None
         return quantized[(k, n) if layout == "columns" else (n, k)] * scales.astype(np.float32)[n]
     assert quantized.dtype == np.uint8
-    block, within = k // scheme.group, k % scheme.group
+    block, within = k // scheme.group_size, k % scheme.group_size
     if scheme.bits == 8:
         code, zero = quantized[n, block, within], 128 if zero_points is None else zero_points[n, block].astype(int)
     else:

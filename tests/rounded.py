@@ -43,18 +43,18 @@ def recipe_of(name: str, decoder: Scheme, table: Scheme, vision: Scheme, cache: 
     return Recipe(name, tuple(Rule(*rule) for rule in rules.items()), cache)
 
 
-_INT4 = Scheme(bits=4, group=32)
+_INT4 = Scheme(bits=4, group_size=32)
 # What needs calibration, and what named recipes leave out.
 MIXED = {
     "int8": RECIPES["int8"], "int4": RECIPES["int4"], "w8a8": RECIPES["w8a8"],
-    "zeros": recipe_of("zeros", replace(_INT4, symmetric=False), Scheme(bits=4, group=16), Scheme(bits=8, group=16, symmetric=False)),
+    "zeros": recipe_of("zeros", replace(_INT4, symmetric=False), Scheme(bits=4, group_size=16), Scheme(bits=8, group_size=16, symmetric=False)),
     "static": recipe_of("static", _STATIC, _STATIC, _STATIC),
-    "cached": recipe_of("cached", _INT4, Scheme(bits=8, group=64), Scheme(bits=8, group=64), "int8"),
-    "half cache": recipe_of("half", _INT4, Scheme(bits=8, group=64), Scheme(bits=8, group=64), "float16"),
+    "cached": recipe_of("cached", _INT4, Scheme(bits=8, group_size=64), Scheme(bits=8, group_size=64), "int8"),
+    "half cache": recipe_of("half", _INT4, Scheme(bits=8, group_size=64), Scheme(bits=8, group_size=64), "float16"),
     "everything": Recipe("everything", (
-        Rule(NORMS, Scheme()), Rule(TABLE, Scheme(bits=8, group=32)), Rule("*.fc2.weight", replace(_STATIC, compensate=True)),
+        Rule(NORMS, Scheme()), Rule(TABLE, Scheme(bits=8, group_size=32)), Rule("*.fc2.weight", replace(_STATIC, compensate=True)),
         Rule(PROJECTOR, replace(_STATIC, compensate=True)),
-        Rule(DECODER, Scheme(bits=4, group=32, method="gptq", scaling="awq")),
+        Rule(DECODER, Scheme(bits=4, group_size=32, method="gptq", scaling="awq")),
         Rule(VISION, replace(_STATIC, scaling="smoothquant", method="gptq", compensate=True)), Rule(REST, Scheme("float16")),
     ), "int8"),
 }  # fmt: skip
@@ -155,7 +155,7 @@ def _rounding(scheme: Scheme, path: str, calibration: Calibration | None) -> Any
         return torch.fake_quantize_per_tensor_affine(given[0], step, round(-low / step), 0, 255)
 
     def dynamic(module: Any, given: tuple[torch.Tensor]) -> torch.Tensor:
-        parts = given[0].split(scheme.group or given[0].shape[-1], -1)
+        parts = given[0].split(scheme.group_size or given[0].shape[-1], -1)
         steps = [part.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127 for part in parts]
         return torch.cat([torch.round(part / step) * step for part, step in zip(parts, steps, strict=True)], -1)
 

@@ -92,7 +92,7 @@ def token_table(graphs: dict[str, GraphBuilder], table: DataLayout, spec: ModelS
     if matrix is not None:
         assert matrix.zero_points is None, "Bug: a token table was lowered with zero points"
         place = {"scales_offset": table.places[matrix.scales.name][0], "scales_dtype": matrix.scales.dtype.name}
-        described = {"dtype": f"int{matrix.scheme.bits}", "group": matrix.scheme.group, **place}
+        described = {"dtype": f"int{matrix.scheme.bits}", "group": matrix.scheme.group_size, **place}
     return TokenTable(file=TABLE_FILE, shape=(spec.text.vocab, spec.text.width), scale=spec.text.embed_scale, **described)
 
 

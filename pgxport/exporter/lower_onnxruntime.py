@@ -97,7 +97,7 @@ def grouped_product(g: GraphBuilder, x: ir.Value, w: QuantizedMatrix) -> ir.Valu
     quantized, scales, *zero_points = (g.initializer(p) for p in w.lazy_tensors)
     return g.op(
         "MatMulNBits", x, quantized, g.cast(scales, w.scales.dtype, g.dtype), *zero_points, domain="com.microsoft",
-        K=w.shape[1], N=w.shape[0], bits=w.scheme.bits, block_size=w.scheme.group,
+        K=w.shape[1], N=w.shape[0], bits=w.scheme.bits, block_size=w.scheme.group_size,
         accuracy_level=4,  # activations in int8, a scale for each group of them; without, kernels are three times slower
     )  # fmt: skip
 

@@ -37,7 +37,7 @@ def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Val
         return g.op("MatMul", x, _transposed(g, g.tensor(path, times(gain))))
     if scheme.activations == "static":
         x = rounded_activations(g, x, path)
-    if scheme.group is None:
+    if scheme.group_size is None:
         return g.op("MatMul", x, rows_product(g, path, gain))
     return g.op("MatMul", x, groups_product(g, path, gain))
 
@@ -45,7 +45,7 @@ def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Val
 def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
     """x [B, 1, H] times the token table [V, H], whose rows are looked up too, so that they stay rows -> [B, 1, V]"""
     scheme = g.recipe.scheme(path)
-    if scheme.bits is not None and (scheme.bits, scheme.group, scheme.format) != (8, None, "int"):
+    if scheme.bits is not None and (scheme.bits, scheme.group_size, scheme.format) != (8, None, "int"):
         raise UsageError(
             f"{path} is looked up by rows too, which for target {g.target.name!r} are int8 with one scale each or floats; "
             f"write bits = 8 without a group in its rule"
@@ -61,9 +61,9 @@ def rows_product(g: GraphBuilder, path: str, gain: float) -> ir.Value:
 
 def groups_product(g: GraphBuilder, path: str, gain: float) -> ir.Value:
     """A matrix [in, out] with a scale for each group of input channels, in floats again: the form TensorRT keeps 4 bits in."""
-    group, columns = g.recipe.scheme(path).group, g.source.shape(path)[1]
-    assert group is not None, f"Bug: {path} has no group"
-    if columns % group:
+    group_size, columns = g.recipe.scheme(path).group_size, g.source.shape(path)[1]
+    assert group_size is not None, f"Bug: {path} has no group"
+    if columns % group_size:
         fits = [size for size in (256, 128, 64, 32, 16) if columns % size == 0]
         can = (
             f"write group = {fits[0]} in its rule"
@@ -72,11 +72,11 @@ def groups_product(g: GraphBuilder, path: str, gain: float) -> ir.Value:
         )
         raise UsageError(
             f"recipe {g.recipe.name!r}: {path} has {columns} input channels, of which target {g.target.name!r} writes "
-            f"whole groups, and {group} do not divide them; {can}"
+            f"whole groups, and {group_size} do not divide them; {can}"
         )
     w = g.quantized_matrix(path, "groups", gain)
     g.needs_opset(21)
-    return g.op("DequantizeLinear", g.initializer(w.quantized), g.initializer(w.scales), axis=0, block_size=group)
+    return g.op("DequantizeLinear", g.initializer(w.quantized), g.initializer(w.scales), axis=0, block_size=group_size)
 
 
 def rounded_activations(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:

@@ -105,11 +105,11 @@ class Run:
         if scheme.activations == "dynamic":
             return _symmetric(x, np.abs(x).max(-1, keepdims=True))
         # MatMulNBits rounds activations too, with a scale for each group of them.
-        assert scheme.group is not None, f"Bug: {where} has no group"
+        assert scheme.group_size is not None, f"Bug: {where} has no group"
         return np.concatenate(
             [
                 _symmetric(g, np.abs(g).max(-1, keepdims=True))
-                for g in np.split(x, range(scheme.group, x.shape[-1], scheme.group), -1)
+                for g in np.split(x, range(scheme.group_size, x.shape[-1], scheme.group_size), -1)
             ],
             -1,
         )

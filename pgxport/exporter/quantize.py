@@ -28,7 +28,7 @@ class Grid:
     """The whole numbers a weight may take: bits (8 or 4), group (input channels a scale, None = the whole row), symmetric."""
 
     bits: int
-    group: int | None = None
+    group_size: int | None = None
     symmetric: bool = True
 
     @property
@@ -64,10 +64,10 @@ class Quantized:
     def dequantized(self) -> np.ndarray:
         """float32 [N, K]"""
         columns = self.values.shape[1]
-        group = self.grid.group or columns
+        group_size = self.grid.group_size or columns
         w = self.values.astype(np.float32)
-        w -= np.repeat(self.zero_points.astype(np.float32), group, 1)[:, :columns]
-        w *= np.repeat(self.scales, group, 1)[:, :columns]
+        w -= np.repeat(self.zero_points.astype(np.float32), group_size, 1)[:, :columns]
+        w *= np.repeat(self.scales, group_size, 1)[:, :columns]
         return w
 
 
@@ -85,8 +85,8 @@ def nearest(w: np.ndarray, grid: Grid, *, clip: bool = False, importance: np.nda
     if not np.isfinite(w).all():
         raise ValueError("not finite")
     columns = w.shape[1]
-    groups = _grouped(w.astype(np.float32, copy=False), grid.group)  # [N, G, group]
-    weight = None if importance is None else _grouped(importance.astype(np.float32)[None], grid.group)
+    groups = _grouped(w.astype(np.float32, copy=False), grid.group_size)  # [N, G, group]
+    weight = None if importance is None else _grouped(importance.astype(np.float32)[None], grid.group_size)
     least = np.full((*groups.shape[:2], 1), np.inf, np.float32)
     scales, zero_points = np.ones_like(least), np.full_like(least, grid.middle)
     for scale, zero in _candidates(groups, grid, clip=clip):
@@ -108,12 +108,12 @@ def nearest(w: np.ndarray, grid: Grid, *, clip: bool = False, importance: np.nda
     return Quantized(grid, np.ascontiguousarray(values), scales[..., 0], zero_points[..., 0].astype(np.uint8))
 
 
-def _grouped(w: np.ndarray, group: int | None) -> np.ndarray:
+def _grouped(w: np.ndarray, group_size: int | None) -> np.ndarray:
     """[N, K] -> [N, G, group]; zeros, which every grid has, fill up the last group"""
-    group = group or w.shape[1]
-    if short := -w.shape[1] % group:
+    group_size = group_size or w.shape[1]
+    if short := -w.shape[1] % group_size:
         w = np.pad(w, ((0, 0), (0, short)))
-    return w.reshape(len(w), -1, group)
+    return w.reshape(len(w), -1, group_size)
 
 
 def _candidates(groups: np.ndarray, grid: Grid, *, clip: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -182,7 +182,7 @@ class Gptq:
         self._importance = diagonal.astype(np.float32)
         self._dead = diagonal == 0
         self._order = np.argsort(-diagonal, kind="stable") if order else np.arange(len(diagonal))
-        self._static = order or grid.group is None
+        self._static = order or grid.group_size is None
         self._feedback = self._factored(damping)
 
     def _factored(self, damping: float) -> np.ndarray:
@@ -229,7 +229,7 @@ class Gptq:
     def _solve(self, w: np.ndarray, rounding: Quantized, *, clip: bool) -> Quantized:
         grid, f, order = self._grid, self._feedback, self._order
         columns = len(order)
-        group = grid.group or columns
+        group_size = grid.group_size or columns
         # Columns as rows from here on, [K, N], in the order of rounding.
         target = w.T[order]
         lost = np.zeros_like(target)  # w - (codes - zeros) * scales
@@ -240,9 +240,9 @@ class Gptq:
             goal = target[start:stop] + f[:start, start:stop].T @ lost[:start]
             inner = np.ascontiguousarray(f[start:stop, start:stop].T)
             for j in range(start, stop):
-                i, g = j - start, order[j] // group
-                if not self._static and j % group == 0:
-                    end = min(columns, j + group)
+                i, g = j - start, order[j] // group_size
+                if not self._static and j % group_size == 0:
+                    end = min(columns, j + group_size)
                     # What the group's weights are by now, if all that is left may still move.
                     moved = np.linalg.solve(np.triu(f[j:end, j:end]).T, f[:j, j:end].T @ lost[:j])
                     entered = target[j:end] + moved
@@ -309,14 +309,14 @@ def to_float8(x: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
     return np.clip(x / scale, -FLOAT8_LARGEST, FLOAT8_LARGEST).astype(FLOAT8)
 
 
-def pack(values: np.ndarray, bits: int, group: int) -> np.ndarray:
+def pack(values: np.ndarray, bits: int, group_size: int) -> np.ndarray:
     """[N, K] -> uint8 [N, G, group * bits / 8], as MatMulNBits has it: the low nibble first, the last group filled with middles.
 
     >>> pack(np.array([[1, 2, 3]], np.uint8), 4, 4)
     array([[[ 33, 131]]], dtype=uint8)
     """
-    filled = np.pad(values, ((0, 0), (0, -values.shape[1] % group)), constant_values=1 << (bits - 1))
-    return _nibbles(filled.reshape(len(values), -1, group), bits)
+    filled = np.pad(values, ((0, 0), (0, -values.shape[1] % group_size)), constant_values=1 << (bits - 1))
+    return _nibbles(filled.reshape(len(values), -1, group_size), bits)
 
 
 def unpack(packed: np.ndarray, bits: int, k: int) -> np.ndarray:

@@ -62,7 +62,7 @@ class QuantizedMatrix:
         self.path, self.shape, self.scheme, self.layout, self.gain = path, source.shape(path), scheme, layout, gain
         self.compensation: np.ndarray | None = None  # [N], what rounding takes from the mean output
         self._source, self._statistics = source, statistics
-        self._grid = Grid(scheme.bits, scheme.group, scheme.symmetric)
+        self._grid = Grid(scheme.bits, scheme.group_size, scheme.symmetric)
         self._signal = self._noise = 0.0
         self._scales: list[np.ndarray] = []
         self._zero_points: list[np.ndarray] = []
@@ -70,9 +70,9 @@ class QuantizedMatrix:
         dtype = np.dtype(dtype)
         self.zero_points: LazyTensor | None = None
         if layout == "blocks":
-            assert scheme.group is not None, f"Bug: {path} has no group"
-            groups = -(-k // scheme.group)
-            packed = (n, groups, scheme.group * scheme.bits // 8)
+            assert scheme.group_size is not None, f"Bug: {path} has no group"
+            groups = -(-k // scheme.group_size)
+            packed = (n, groups, scheme.group_size * scheme.bits // 8)
             self.quantized = LazyTensor(f"{path}.codes", np.dtype(np.uint8), packed, self._blocks)
             self.scales = LazyTensor(f"{path}.scales", dtype, (n, groups), lambda: self._made(self._scales, dtype))
             if not scheme.symmetric:
@@ -84,7 +84,7 @@ class QuantizedMatrix:
             shape = (n, k) if layout == "rows" else (k, n)
             kind = FLOAT8 if scheme.format == "e4m3" else np.dtype(np.int8) if scheme.bits == 8 else INT4
             self.quantized = LazyTensor(f"{path}.codes", kind, shape, self._blocks)
-            scales = (k // scheme.group, n) if layout == "groups" and scheme.group else (n,)
+            scales = (k // scheme.group_size, n) if layout == "groups" and scheme.group_size else (n,)
             self.scales = LazyTensor(f"{path}.scales", dtype, scales, lambda: self._made(self._scales, dtype))
 
     @property
@@ -127,11 +127,11 @@ class QuantizedMatrix:
         row = 0
         for q in self._quantized():
             if self.layout == "blocks":
-                assert self.scheme.group is not None
+                assert self.scheme.group_size is not None
                 self._scales.append(q.scales * np.float32(self.gain))
                 if self.zero_points:
                     self._zero_points.append(pack_zero_points(q.zero_points, self._grid.bits))
-                yield pack(q.values, self._grid.bits, self.scheme.group)
+                yield pack(q.values, self._grid.bits, self.scheme.group_size)
                 continue
             scales = q.scales * np.float32(self.gain)
             self._scales.append(scales if self.layout == "groups" else scales[:, 0])

@@ -46,7 +46,10 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return tuple(value for part in parts for value in _alternatives(part)) or (hint,)
 
 
-VALUES = {key: _alternatives(hint) for key, hint in get_type_hints(Scheme).items()} | {
+# The keys of a rule that are not called as the field of Scheme.
+KEYS = {"group_size": "group"}
+FIELDS = {key: field for field, key in KEYS.items()}
+VALUES = {KEYS.get(name, name): _alternatives(hint) for name, hint in get_type_hints(Scheme).items()} | {
     "dtype": ("float32", "float16", "bfloat16"),
     "bits": (4, 8),
     "group": (16, 32, 64, 128, 256),
@@ -60,7 +63,7 @@ CLASHES: tuple[tuple[Callable[[Scheme], bool], str], ...] = (
         'activations = "{s.activations}" multiplies int8 by int8, and bits is 4; write bits = 8, or activations = "float"',
     ),
     (
-        lambda s: s.format == "e4m3" and (s.bits != 8 or s.group is not None or not s.symmetric),
+        lambda s: s.format == "e4m3" and (s.bits != 8 or s.group_size is not None or not s.symmetric),
         'format = "e4m3" is of 8 bits with a scale for each row; write bits = 8, and take group and symmetric out',
     ),
     (
@@ -72,11 +75,11 @@ CLASHES: tuple[tuple[Callable[[Scheme], bool], str], ...] = (
         'format = "e4m3" multiplies inputs in FP8, with the scale of their calibration; write activations = "static" beside it',
     ),
     (
-        lambda s: s.group is not None and s.activations != "float",
-        'group = {s.group} beside activations = "{s.activations}", which has one scale for each row; take group out',
+        lambda s: s.group_size is not None and s.activations != "float",
+        'group = {s.group_size} beside activations = "{s.activations}", which has one scale for each row; take group out',
     ),
     (
-        lambda s: s.bits == 4 and s.group is None,
+        lambda s: s.bits == 4 and s.group_size is None,
         "bits = 4 has too few steps for a whole row; write group = 32 beside it, or another power of two from 16 to 256",
     ),
     (
@@ -162,7 +165,7 @@ def invalid(scheme: Scheme) -> str | None:
 def _mistake(scheme: Scheme, given: Collection[str]) -> str | None:
     """The first mistake in a scheme. `given` are the keys that someone wrote, be it with their default."""
     for key in given:
-        if wrong := _wrong(key, getattr(scheme, key), VALUES[key]):
+        if wrong := _wrong(key, getattr(scheme, FIELDS.get(key, key)), VALUES[key]):
             return wrong
     if scheme.bits is None:
         # An option of whole numbers on floats would be dropped in silence.
@@ -217,7 +220,7 @@ def _rules(table: _Table) -> list[Rule]:
         if not isinstance(pattern, str) or not pattern:
             raise table.error(f'{_shown(pattern)} among weights is not a pattern; write one in quotes, like "*_proj.weight"')
     given = {key: value for key, value in table.values.items() if key != "weights"}
-    scheme = Scheme(**given)
+    scheme = Scheme(**{FIELDS.get(key, key): value for key, value in given.items()})
     if mistake := _mistake(scheme, given):
         raise table.error(mistake)
     return [Rule(pattern, scheme) for pattern in patterns]
@@ -294,8 +297,8 @@ def _rule_name(number: int, rule: Mapping[str, Any]) -> str:
 
 
 def _given(scheme: Scheme) -> dict[str, Any]:
-    """The fields that differ from their default."""
-    return {f.name: getattr(scheme, f.name) for f in fields(scheme) if getattr(scheme, f.name) != f.default}
+    """The keys whose values differ from their default."""
+    return {KEYS.get(f.name, f.name): getattr(scheme, f.name) for f in fields(scheme) if getattr(scheme, f.name) != f.default}
 
 
 def _assignments(values: dict[str, Any]) -> str:

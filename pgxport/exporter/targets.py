@@ -122,12 +122,12 @@ class Target:
         if scheme.activations != "float":
             wants = f"multiplies {scheme.activations} activations by symmetric weights, and {where} says symmetric = false"
             return None if scheme.symmetric else f"{wants}; take that out"
-        if scheme.group is None:
+        if scheme.group_size is None:
             wants = f"multiplies float activations by weights in groups, and {where} has none"
             return None if self.rows else f'{wants}; write group = 128 beside its bits, or activations = "dynamic"'
         if scheme.bits not in self.grouped:
             of = f" of TensorRT {self.tensorrt}" if self.tensorrt else ""
-            return f"{of} has no groups of {scheme.bits} bits, and {where} has groups of {scheme.group}; take group out".lstrip()
+            return f"{of} has no groups of {scheme.bits} bits, and {where} has groups of {scheme.group_size}; take group out".lstrip()
         if not scheme.symmetric and not self.zero_points:
             return f"multiplies by symmetric weights, and {where} says symmetric = false; take that out"
         return None

@@ -75,7 +75,7 @@ def product(scheme: Scheme, w: np.ndarray, x: np.ndarray, target: str = "cpu", g
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_grouped_products_equal_the_dequantized_product(bits, group, symmetric, target):
-    scheme = Scheme(bits=bits, group=group, symmetric=symmetric)
+    scheme = Scheme(bits=bits, group_size=group, symmetric=symmetric)
     for columns in (256, 72, 300, 24):  # whole groups, and groups that do not divide; shorter than a group
         for tokens in (1, 7):  # decode step and prefill have kernels of their own
             w = weights(ROWS, columns)
@@ -162,8 +162,8 @@ def test_products_that_read_one_input_round_it_once():
 
 TABLES = {
     "float32": Scheme(), "float16": Scheme("float16"), "rows of int8": INTEGERS[0], "rows of int8, static": INTEGERS[1],
-    "int8 in 128": Scheme(bits=8, group=128), "int8 in 16": Scheme(bits=8, group=16), "int4 in 32": Scheme(bits=4, group=32),
-    "int4 in 16, clipped": Scheme(bits=4, group=16, method="clip"), "int4 in 256": Scheme(bits=4, group=256),
+    "int8 in 128": Scheme(bits=8, group_size=128), "int8 in 16": Scheme(bits=8, group_size=16), "int4 in 32": Scheme(bits=4, group_size=32),
+    "int4 in 16, clipped": Scheme(bits=4, group_size=16, method="clip"), "int4 in 256": Scheme(bits=4, group_size=256),
 }  # fmt: skip
 VOCAB = 37
 
@@ -231,7 +231,7 @@ def screened(scheme: Scheme, w: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, 
 
 @pytest.mark.parametrize("columns", [256, 72, 300])
 @pytest.mark.parametrize(
-    "scheme", [*(Scheme(bits=8, group=g, screen=True) for g in (16, 128)), replace(INTEGERS[0], screen=True)]
+    "scheme", [*(Scheme(bits=8, group_size=g, screen=True) for g in (16, 128)), replace(INTEGERS[0], screen=True)]
 )
 def test_the_likeliest_tokens_have_the_tables_logits_and_the_others_the_screens(scheme, columns):
     x = whole_numbers(3, columns, 128)
@@ -249,20 +249,20 @@ def test_a_screen_does_not_decide_between_the_likeliest_tokens():
     w = np.full((MANY, 128), -1, np.float32)
     w[:2] = weights(1, 128)
     w[1] += np.float32(0.02) * np.sign(w[1])
-    got, table, rough = screened(Scheme(bits=8, group=128, screen=True), w, np.rint(127 * w[:1] / np.abs(w[0]).max()))
+    got, table, rough = screened(Scheme(bits=8, group_size=128, screen=True), w, np.rint(127 * w[:1] / np.abs(w[0]).max()))
     assert table[0].argmax() == got[0].argmax() == 1
     assert np.ptp(rough[0, :2]) < np.ptp(table[0, :2])
 
 
 def test_a_vocabulary_smaller_than_the_candidates_is_computed_whole():
     x = whole_numbers(1, 64, 128)
-    got, table, _ = screened(Scheme(bits=8, group=32, screen=True), weights(VOCAB, 64), x)
+    got, table, _ = screened(Scheme(bits=8, group_size=32, screen=True), weights(VOCAB, 64), x)
     assert apart(got, table) < FLOAT32
 
 
 def test_a_screen_leaves_the_table_as_it_is():
     """The same bytes are looked up, and counted once."""
-    plain, other = (builder(Scheme(bits=8, group=32, screen=s), weights(MANY, 48), name=TOKEN_TABLE) for s in (False, True))
+    plain, other = (builder(Scheme(bits=8, group_size=32, screen=s), weights(MANY, 48), name=TOKEN_TABLE) for s in (False, True))
     written = []
     for g in (plain, other):
         g.output(g.lm_head(g.input("x", ["batch", 1, 48]), TOKEN_TABLE), "logits", ["batch", 1, MANY])
@@ -375,7 +375,7 @@ def test_a_cache_of_int8_without_calibration_is_refused():
         (Scheme(bits=8), "has none; write group = 128"),
         (Scheme(bits=8, activations="dynamic", symmetric=False), "symmetric = false; take that out"),
         (Scheme(bits=8, activations="static", symmetric=False), "symmetric = false; take that out"),
-        (Scheme(bits=4, group=32, activations="dynamic"), "does not multiply dynamic activations by 4-bit"),
+        (Scheme(bits=4, group_size=32, activations="dynamic"), "does not multiply dynamic activations by 4-bit"),
     ],
 )
 def test_a_product_without_a_kernel_is_refused_with_its_rule(scheme, says):
@@ -391,10 +391,10 @@ def test_a_product_without_a_kernel_is_refused_with_its_rule(scheme, says):
     [
         (
             DECODER,
-            Scheme(bits=4, group=128, prefill8=True),
+            Scheme(bits=4, group_size=128, prefill8=True),
             r"computes prefixes and steps alike, and the rule for 'language_model.*",
         ),
-        (TOKEN_TABLE, Scheme(bits=8, group=128, screen=True), r"embed_tokens\.weight' says screen = true; "),
+        (TOKEN_TABLE, Scheme(bits=8, group_size=128, screen=True), r"embed_tokens\.weight' says screen = true; "),
     ],
 )
 def test_copies_are_refused_where_no_graph_reads_them(target, pattern, scheme, says):
@@ -403,7 +403,7 @@ def test_copies_are_refused_where_no_graph_reads_them(target, pattern, scheme, s
 
 
 def test_weights_for_prefixes_are_of_all_linears_of_the_decoder_and_of_nothing_else():
-    twice, once = Scheme(bits=4, group=32, prefill8=True), Scheme(bits=4, group=32)
+    twice, once = Scheme(bits=4, group_size=32, prefill8=True), Scheme(bits=4, group_size=32)
     up, down = (f"language_model.model.layers.0.mlp.{part}_proj.weight" for part in ("up", "down"))
     recipe = Recipe("test", (Rule("*up_proj.weight", twice), Rule("*down_proj.weight", once), Rule("*", Scheme())))
     with pytest.raises(UsageError, match=r"prefill8 is for all .*down_proj\.weight is without"):
@@ -414,14 +414,16 @@ def test_weights_for_prefixes_are_of_all_linears_of_the_decoder_and_of_nothing_e
 
 
 def test_a_screen_for_another_matrix_is_refused():
-    recipe = Recipe("test", (Rule("*.weight", Scheme(bits=8, group=128, screen=True)), Rule("*", Scheme("float16"))))
+    recipe = Recipe("test", (Rule("*.weight", Scheme(bits=8, group_size=128, screen=True)), Rule("*", Scheme("float16"))))
     with pytest.raises(
         UsageError, match=r"screen is of the token table alone, and the rule for '\*\.weight' decides for a\.weight"
     ):
         recipe.check(["a.weight", TOKEN_TABLE, "a.bias"])
 
 
-@pytest.mark.parametrize("scheme", [Scheme(bits=4, group=32, symmetric=False), Scheme(bits=8, group=32, symmetric=False)])
+@pytest.mark.parametrize(
+    "scheme", [Scheme(bits=4, group_size=32, symmetric=False), Scheme(bits=8, group_size=32, symmetric=False)]
+)
 def test_a_token_table_with_zero_points_is_refused_before_it_is_written(scheme):
     g = builder(scheme, weights(VOCAB, 48), name=TOKEN_TABLE)
     with pytest.raises(UsageError, match=r"embed_tokens\.weight is looked up by rows.*symmetric = true"):
@@ -429,7 +431,7 @@ def test_a_token_table_with_zero_points_is_refused_before_it_is_written(scheme):
 
 
 def test_a_scale_beyond_float16_is_refused_and_not_stored_as_infinity():
-    g = builder(Scheme(bits=8, group=16), weights(ROWS, 48) * np.float32(1e9), "cuda")
+    g = builder(Scheme(bits=8, group_size=16), weights(ROWS, 48) * np.float32(1e9), "cuda")
     g.output(g.linear(g.input("x", ["tokens", 48]), "layer"), "y", ["tokens", ROWS])
     with pytest.raises(CheckpointError, match=r"scales of layer\.weight.*float16 ends at 65504"):
         run(g, {})

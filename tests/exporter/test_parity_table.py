@@ -50,8 +50,8 @@ from pgxport.runners.runner import Runner
 # between two codes, and the engine's last bit sends it to the other one, all that follows moves: seen on a third of samples, by
 # 1e-2. Through a float16 cache, in whose type the engine attends, that is so on every sample, by 2e-2.
 FLOATS, ONE_CODE = 3e-6, 0.05
-_EIGHT = Scheme(bits=8, group=32)
-_STEP, _PREFIX = Scheme(bits=4, group=32, symmetric=False), Scheme(bits=8, activations="dynamic")
+_EIGHT = Scheme(bits=8, group_size=32)
+_STEP, _PREFIX = Scheme(bits=4, group_size=32, symmetric=False), Scheme(bits=8, activations="dynamic")
 ALL = MIXED | {
     "screened": recipe_of("screened", _EIGHT, replace(_EIGHT, screen=True), _EIGHT),
     "twice": recipe_of("twice", replace(_STEP, prefill8=True), _EIGHT, _EIGHT),
@@ -212,7 +212,7 @@ def test_the_table_names_every_rounded_matrix_with_its_noise(case, tmp_path):
 
 
 def test_biases_give_back_what_rounding_takes_from_the_mean_and_the_comparison_reads_them(case, tmp_path):
-    scheme = Scheme(bits=4, group=16, compensate=True)
+    scheme = Scheme(bits=4, group_size=16, compensate=True)
     recipe = Recipe("test", (Rule("*norm*", Scheme()), Rule(VISION, scheme), Rule("*", Scheme())))
     (tmp_path / "r.toml").write_text(to_toml(recipe))
     made = options(case, "zeros", tmp_path, recipe=tmp_path / "r.toml")

@@ -46,7 +46,7 @@ def weights(rows: int, columns: int, *, seed: int = 1) -> np.ndarray:
 def lost(q: Quantized, w: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """Squared error [N, G]"""
     squares = (q.dequantized().astype(np.float64) - w) ** 2 * (1 if importance is None else importance)
-    group = q.grid.group or w.shape[1]
+    group = q.grid.group_size or w.shape[1]
     return np.add.reduceat(squares, range(0, w.shape[1], group), axis=1)
 
 
@@ -55,16 +55,16 @@ def lost(q: Quantized, w: np.ndarray, importance: np.ndarray | None = None) -> n
 def test_nearest_stays_on_the_grid_and_within_half_a_step(grid, columns):
     w = weights(9, columns)
     q = nearest(w, grid)
-    groups = -(-columns // (grid.group or columns))
+    groups = -(-columns // (grid.group_size or columns))
     assert (q.values.shape, q.scales.shape, q.zero_points.shape) == (w.shape, (9, groups), (9, groups))
     assert (q.values.dtype, q.scales.dtype, q.zero_points.dtype) == (np.uint8, np.float32, np.uint8)
     assert q.values.max() < 2**grid.bits
     assert (q.scales > 0).all()
     if grid.symmetric:
         assert (q.zero_points == 2 ** (grid.bits - 1)).all()
-    if grid == Grid(8, grid.group):
+    if grid == Grid(8, grid.group_size):
         assert q.values.min() >= 1  # -127, not -128
-    steps = np.repeat(q.scales, grid.group or columns, 1)[:, :columns]
+    steps = np.repeat(q.scales, grid.group_size or columns, 1)[:, :columns]
     # Half a step, and a whole one where the only code beyond the largest value is left out of a symmetric grid of 4 bits, or
     # where the zero point was rounded.
     allowed = 0.5 if grid.symmetric and grid.bits == 8 else 1.0
@@ -168,7 +168,7 @@ def obq(w: np.ndarray, moment: np.ndarray, start: Quantized, order: np.ndarray, 
     """
     w, h = w.astype(np.float64).copy(), moment.astype(np.float64)
     inverse = np.linalg.inv(h + damping * np.mean(np.diag(h)) * np.eye(len(h)))
-    group = start.grid.group or len(h)
+    group = start.grid.group_size or len(h)
     for j in order:
         scale, zero = start.scales[:, j // group].astype(np.float64), start.zero_points[:, j // group].astype(np.float64)
         code = np.clip(np.round(w[:, j] / scale) + zero, start.grid.lowest, start.grid.highest)
@@ -352,13 +352,13 @@ def matmul_nbits(x: np.ndarray, q: Quantized) -> np.ndarray:
     import onnxruntime as ort
 
     grid, (rows, columns) = q.grid, q.values.shape
-    assert grid.group is not None
-    tensors = {"b": pack(q.values, grid.bits, grid.group), "scales": q.scales}
+    assert grid.group_size is not None
+    tensors = {"b": pack(q.values, grid.bits, grid.group_size), "scales": q.scales}
     if not grid.symmetric:
         tensors["zeros"] = pack_zero_points(q.zero_points, grid.bits)
     node = onnx.helper.make_node(
         "MatMulNBits", ["x", *tensors], ["y"], domain="com.microsoft",
-        K=columns, N=rows, bits=grid.bits, block_size=grid.group, accuracy_level=0,
+        K=columns, N=rows, bits=grid.bits, block_size=grid.group_size, accuracy_level=0,
     )  # fmt: skip
     graph = onnx.helper.make_graph(
         [node], "product",

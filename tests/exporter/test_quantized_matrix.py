@@ -19,18 +19,18 @@ from pgxport.exporter.recipe import Scheme
 from pgxport.models import checkpoint
 
 NAME, ROWS, COLUMNS = "layer.weight", 70, 72
-GROUPED, WHOLE_ROWS = Scheme(bits=4, group=32), Scheme(bits=8, activations="dynamic")
+GROUPED, WHOLE_ROWS = Scheme(bits=4, group_size=32), Scheme(bits=8, activations="dynamic")
 KINDS = {
     "4 bits": (GROUPED, "blocks"),
-    "8 bits": (Scheme(bits=8, group=16), "blocks"),
-    "4 bits with zero points": (Scheme(bits=4, group=16, symmetric=False), "blocks"),
-    "8 bits with zero points": (Scheme(bits=8, group=32, symmetric=False), "blocks"),
-    "clipped": (Scheme(bits=4, group=32, method="clip"), "blocks"),
-    "gptq": (Scheme(bits=4, group=32, method="gptq"), "blocks"),
+    "8 bits": (Scheme(bits=8, group_size=16), "blocks"),
+    "4 bits with zero points": (Scheme(bits=4, group_size=16, symmetric=False), "blocks"),
+    "8 bits with zero points": (Scheme(bits=8, group_size=32, symmetric=False), "blocks"),
+    "clipped": (Scheme(bits=4, group_size=32, method="clip"), "blocks"),
+    "gptq": (Scheme(bits=4, group_size=32, method="gptq"), "blocks"),
     "gptq of rows": (Scheme(bits=8, method="gptq", activations="dynamic"), "columns"),
     "columns": (WHOLE_ROWS, "columns"),
     "rows": (WHOLE_ROWS, "rows"),
-    "compensated": (Scheme(bits=4, group=32, compensate=True), "blocks"),
+    "compensated": (Scheme(bits=4, group_size=32, compensate=True), "blocks"),
 }
 
 
@@ -157,7 +157,7 @@ def test_scales_are_not_written_before_their_codes(w):
 
 
 def test_a_matrix_may_be_written_twice(w):
-    c, _ = matrix(w, Scheme(bits=4, group=16, symmetric=False), "blocks")
+    c, _ = matrix(w, Scheme(bits=4, group_size=16, symmetric=False), "blocks")
     once, again = written(c), written(c)
     assert all(np.array_equal(once[name], again[name]) for name in once)
     assert list(once) == [f"{NAME}.codes", f"{NAME}.scales", f"{NAME}.zeros"]
@@ -172,7 +172,7 @@ def test_gptq_without_second_moments_says_what_to_do(w, x):
 def test_gptq_loses_less_of_the_outputs_than_rounding(w, x):
     lost = {}
     for method in ("nearest", "gptq"):
-        scheme = Scheme(bits=4, group=32, method=method)
+        scheme = Scheme(bits=4, group_size=32, method=method)
         parts = written(matrix(w, scheme, "blocks", statistics=Observed(x))[0])
         lost[method] = float(((x @ (dequantized(scheme, "blocks", w.shape, NAME, parts) - w).T) ** 2).mean())
     assert lost["gptq"] < 0.5 * lost["nearest"]

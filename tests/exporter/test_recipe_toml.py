@@ -22,7 +22,7 @@ REST = '[[rule]]\nweights = "*"\ndtype = "float16"\n'
 # Every combination of values that Scheme's fields may have alone; the valid ones, by an account of our own.
 ALONE = {
     "bits": (None, 4, 8),
-    "group": (None, 16, 256),
+    "group_size": (None, 16, 256),
     "dtype": ("float32", "float16", "bfloat16"),
     "symmetric": (True, False),
 } | {
@@ -39,9 +39,9 @@ def makes_sense(s: Scheme) -> bool:
     if s.bits is None:
         return s == Scheme(s.dtype)
     if s.activations == "float":
-        rounding = s.bits == 8 or s.group is not None
+        rounding = s.bits == 8 or s.group_size is not None
         return rounding and s.dtype == "float32" and s.scaling != "smoothquant" and s.observer == "minmax"
-    return s.bits == 8 and s.group is None and s.dtype == "float32" and (s.observer == "minmax" or s.activations == "static")
+    return s.bits == 8 and s.group_size is None and s.dtype == "float32" and (s.observer == "minmax" or s.activations == "static")
 
 
 VALID = [scheme for scheme in SCHEMES if makes_sense(scheme)]
@@ -89,7 +89,7 @@ dtype = "float16"
         (
             Rule("*norm*", Scheme()),
             Rule("*.bias", Scheme()),
-            Rule("language_model.*_proj.weight", Scheme(bits=4, group=32, symmetric=False, method="gptq")),
+            Rule("language_model.*_proj.weight", Scheme(bits=4, group_size=32, symmetric=False, method="gptq")),
             Rule("vision_tower.*.weight", Scheme(bits=8, activations="static", observer="entropy", compensate=True)),
             Rule("*", Scheme("float16")),
         ),
@@ -109,6 +109,26 @@ dtype = "float16"
 )
 def test_any_way_to_write_the_same_toml_is_the_same_recipe(tmp_path, text):
     assert read_recipe(written(tmp_path, text)) == Recipe("mine", (Rule("*", Scheme("float16")),))
+
+
+def test_a_recipe_written_by_an_earlier_version_is_read(tmp_path):
+    text = """
+name = "before"
+[[rule]]
+weights = "*.embed_tokens.weight"
+bits = 8
+group = 128
+screen = true
+[[rule]]
+weights = "*"
+bits = 4
+group = 32
+prefill8 = true
+"""
+    table, rest = read_recipe(written(tmp_path, text)).rules
+    assert table.scheme == Scheme(bits=8, group_size=128, screen=True)
+    assert rest.scheme == Scheme(bits=4, group_size=32, prefill8=True)
+    assert "group = 128\nscreen = true\n" in to_toml(read_recipe(tmp_path / "mine.toml"))
 
 
 MISTAKES = [
@@ -288,11 +308,11 @@ def test_a_scheme_is_valid_exactly_where_its_parts_go_together():
 def test_a_scheme_made_in_python_is_judged_as_one_from_a_file():
     assert invalid(replace(Scheme(), dtype="int8")) == 'dtype = "int8" does not exist; choose "float32", "float16" or "bfloat16"'
     assert "bits = true" in str(invalid(Scheme(bits=True)))
-    assert "group = 100" in str(invalid(Scheme(bits=4, group=100)))
+    assert "group = 100" in str(invalid(Scheme(bits=4, group_size=100)))
 
 
 def test_every_field_of_a_scheme_is_a_key_of_a_rule():
-    assert set(recipe_toml.RULE_KEYS) == {"weights", *(field.name for field in fields(Scheme))}
+    assert set(recipe_toml.RULE_KEYS) == {"weights", *(recipe_toml.KEYS.get(field.name, field.name) for field in fields(Scheme))}
     for values in recipe_toml.VALUES.values():
         assert all(value in recipe_toml.TYPES for value in values if isinstance(value, type))
 
@@ -346,7 +366,8 @@ def test_the_page_has_every_key_with_its_default_and_its_values():
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE.read_text(), re.MULTILINE))
     assert set(rows) == {"name", "cache", *recipe_toml.RULE_KEYS}
     for field in fields(Scheme):
-        values, default, _ = (cell.strip() for cell in rows[field.name].split("|"))
+        key = recipe_toml.KEYS.get(field.name, field.name)
+        values, default, _ = (cell.strip() for cell in rows[key].split("|"))
         assert default == ("" if field.default is None else f"`{recipe_toml._toml(field.default)}`")
-        for value in recipe_toml.VALUES[field.name]:
+        for value in recipe_toml.VALUES[key]:
             assert f"`{'true' if value is bool else recipe_toml._toml(value)}`" in values

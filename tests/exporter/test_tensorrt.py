@@ -140,11 +140,11 @@ def recipe_of(name: str, decoder: Scheme, other: Scheme, rest: str = "float32") 
 STATIC, FLOAT8 = Scheme(bits=8, activations="static"), Scheme(bits=8, format="e4m3", activations="static")
 BITS = {
     "int8": recipe_of("int8", ROWS, ROWS),
-    "int4": recipe_of("int4", Scheme(bits=4, group=32), ROWS),
-    "int4-gptq": recipe_of("int4-gptq", Scheme(bits=4, group=16, method="gptq"), ROWS),
+    "int4": recipe_of("int4", Scheme(bits=4, group_size=32), ROWS),
+    "int4-gptq": recipe_of("int4-gptq", Scheme(bits=4, group_size=16, method="gptq"), ROWS),
     "w8a8": recipe_of("w8a8", STATIC, STATIC),
     "fp8": recipe_of("fp8", FLOAT8, FLOAT8),
-    "groups of 8 bits": recipe_of("grouped", Scheme(bits=8, group=32), ROWS),
+    "groups of 8 bits": recipe_of("grouped", Scheme(bits=8, group_size=32), ROWS),
 }
 
 

@@ -186,7 +186,7 @@ def test_candidates_that_need_calibration_are_left_out_without_it():
 
 def test_a_candidate_that_is_the_same_as_another_for_a_group_is_not_tried_twice(spec, monkeypatch):
     table, projector, attention, *_ = groups(spec)
-    monkeypatch.setitem(CANDIDATES, "clip", Scheme(bits=4, group=32, symmetric=False, method="clip"))
+    monkeypatch.setitem(CANDIDATES, "clip", Scheme(bits=4, group_size=32, symmetric=False, method="clip"))
     both = ["clip", "w4-g32-awq"]
     # Neither the table nor the projector has anything before it that can be divided.
     assert (options(table, both), options(projector, both), options(attention, both)) == (["clip"], ["clip"], both)
