@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pgxport.errors import CheckpointError, UsageError
-from pgxport.exporter.recipe import PREFILL, SCREEN
+from pgxport.exporter.recipe import PREFILL, SHORTLIST
 from pgxport.models.layers import Transform, rotary_tables, times
 from pgxport.models.spec import TextSpec
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pgxport.exporter.graph import GraphBuilder
     from pgxport.exporter.quantized_matrix import QuantizedMatrix
 
-SCREENED = "lm_head.screen"  # the copy of the token table that finds the candidates
+SHORTLIST_TABLE = "lm_head.screen"  # the copy of the token table that finds the candidates
 CANDIDATES = 64  # tokens
 
 
@@ -52,8 +52,8 @@ def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
         raise UsageError(
             f"{path} is looked up by rows too, for which its grid has to be symmetric; say symmetric = true in its rule"
         )
-    if scheme.screen:
-        return screened_head(g, x, path)
+    if scheme.shortlist:
+        return two_pass_lm_head(g, x, path)
     if scheme.bits is None or scheme.activations == "float":
         return linear(g, x, path)
     table = g.quantized_matrix(path, "rows")
@@ -65,7 +65,7 @@ def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
     return g.op("Reshape", y if q.tokens is None else g.op("Mul", y, q.tokens), [-1, 1, table.shape[0]])
 
 
-def screened_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
+def two_pass_lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
     """The same in two passes (as SVD-softmax, Shim et al., 2017): every token in 4 bits, and the likeliest once more, from the table.
 
     A step reads half the bytes, and the table's rows are all that the graph and the lookup share, so that it stays on the disk but for
@@ -73,7 +73,7 @@ def screened_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
     """
     scheme = g.recipe.scheme(path)
     table = g.quantized_matrix(path, "blocks" if scheme.activations == "float" else "rows")
-    rough = grouped_product(g, x, g.copied(path, "blocks", SCREEN, SCREENED))
+    rough = grouped_product(g, x, g.copied(path, "blocks", SHORTLIST, SHORTLIST_TABLE))
     count = min(CANDIDATES, table.shape[0])
     _, likely = g.op("TopK", rough, [count], axis=-1, sorted=0, outputs=2)
     exact = g.op("MatMul", rows_of(g, table, likely), g.op("Unsqueeze", x, [3]))

@@ -14,7 +14,7 @@ import numpy as np
 
 from pgxport.bundle.manifest import Parity, TokenIds
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.lower_onnxruntime import CANDIDATES, SCREENED, prefix_copy, uint8_grid
+from pgxport.exporter.lower_onnxruntime import CANDIDATES, SHORTLIST_TABLE, prefix_copy, uint8_grid
 from pgxport.exporter.lower_standard import activation_scale
 from pgxport.exporter.quantize import to_float8
 from pgxport.exporter.recipe import Recipe, Scheme
@@ -141,9 +141,9 @@ class _AsStored(Eager):
     """Multiplies by the copies of a weight where the bundle's graphs do."""
 
     def lm_head(self, x: np.ndarray, name: str) -> np.ndarray:
-        if SCREENED not in self._copies:
+        if SHORTLIST_TABLE not in self._copies:
             return super().lm_head(x, name)
-        rough, exact = self._multiply(x, SCREENED, 1.0), self._product(x, name, 1.0)
+        rough, exact = self._multiply(x, SHORTLIST_TABLE, 1.0), self._product(x, name, 1.0)
         likely = np.argpartition(rough, -min(CANDIDATES, rough.shape[-1]))[..., -CANDIDATES:]
         np.put_along_axis(rough, likely, np.take_along_axis(exact, likely, -1), -1)
         return rough

@@ -21,7 +21,7 @@ from pgxport.errors import UsageError, choose
 from pgxport.exporter.export import context_length, named
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, file_sizes, write_graphs
-from pgxport.exporter.lower_onnxruntime import SCREENED
+from pgxport.exporter.lower_onnxruntime import SHORTLIST_TABLE
 from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import DataLayout, LazyTensor
@@ -316,7 +316,7 @@ class _Sketch:
         inputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.inputs}
         outputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.outputs}
         held = [_held(p, g.dtype) for g in self.graphs.values() for p in g.lazy_tensors.values()]
-        if SCREENED not in decoder.matrices:  # of a screened table the engine reads rows
+        if SHORTLIST_TABLE not in decoder.matrices:  # of a screened table the engine reads rows
             held += [_held(p, decoder.dtype) for p in self.table.lazy_tensors]
         per_image = (
             v.image_tokens * self.graphs["vision_encoder"].dtype.itemsize * (MLP_BUFFERS * v.mlp + STREAM_BUFFERS * v.width)

@@ -35,7 +35,7 @@ class Scheme:
             run time ("dynamic") or in calibration ("static").
         observer: How calibration's numbers become the range of static activations.
         compensate: Add what rounding takes from the mean output to the bias of the layer, where it has one.
-        screen: Of the token table: find the likeliest tokens with a copy of it in `SCREEN`, and then these tokens' logits with the
+        shortlist: Of the token table: find the likeliest tokens with a copy of it in `SHORTLIST`, and then these tokens' logits with the
             table itself, whose other rows are not read.
         prefill8: Of the decoder's linears: multiply a prefix by a copy in `PREFILL`, which takes less time where processors have
             integer products; a new token, for which reading the weights is what takes time, by what the rest of the scheme says.
@@ -51,7 +51,7 @@ class Scheme:
     activations: Activations = "float"
     observer: Observer = "minmax"
     compensate: bool = False
-    screen: bool = False
+    shortlist: bool = False
     prefill8: bool = False
 
     @property
@@ -101,7 +101,7 @@ class Recipe:
             matched = {name for name in left if fnmatchcase(name, rule.pattern)}
             if not matched and rule is not self.rules[-1]:
                 raise UsageError(f"recipe {self.name!r}: the rule for {rule.pattern!r} comes after others that match all it does")
-            if rule.scheme.screen and (others := [name for name in matched if not fnmatchcase(name, TABLE)]):
+            if rule.scheme.shortlist and (others := [name for name in matched if not fnmatchcase(name, TABLE)]):
                 raise UsageError(
                     f"recipe {self.name!r}: screen is of the token table alone, and the rule for {rule.pattern!r} decides for "
                     f"{min(others)}; give {TABLE!r} a rule of its own"
@@ -138,8 +138,8 @@ REST = Rule("*", Scheme("float16"))
 # Patterns of the matrices, in the order of their use; norms come first, for the third would match them.
 TABLE, DECODER = "*.embed_tokens.weight", "language_model.*_proj.weight"
 VISION, PROJECTOR = "vision_tower.*.layers.*.weight", "multi_modal_projector.linear.weight"
-# What a screened table's copy is stored in. With groups of 128 a step takes least; the candidates are computed anew.
-SCREEN = Scheme(bits=4, group_size=128)
+# The copy of the token table that finds the likeliest tokens. With groups of 128 a step takes least; the candidates are computed anew.
+SHORTLIST = Scheme(bits=4, group_size=128)
 # And the copies that prefixes are multiplied by.
 PREFILL = Scheme(bits=8, activations="dynamic")
 VISION_FC2 = "vision_tower.*.fc2.weight"
@@ -180,16 +180,16 @@ INT4_GPTQ = Recipe(
     ),
 )
 # Groups of 128 decode fastest.
-TABLE_8_SCREENED = Rule(TABLE, replace(TABLE_8.scheme, screen=True))
+TABLE_8_SHORTLIST = Rule(TABLE, replace(TABLE_8.scheme, shortlist=True))
 INT4_FAST = Recipe(
-    "int4-fast", (NORMS, TABLE_8_SCREENED, Rule(DECODER, Scheme(bits=4, group_size=128, symmetric=False)), *FAST_VISION)
+    "int4-fast", (NORMS, TABLE_8_SHORTLIST, Rule(DECODER, Scheme(bits=4, group_size=128, symmetric=False)), *FAST_VISION)
 )
 # The fastest: a long answer's steps read the cache as often as the weights, here a quarter of it.
 INT4_FAST_KV8 = replace(INT4_FAST, name="int4-fast-kv8", cache="int8")
 # The first token as soon as w8a8 has it, the others as fast as int4-fast, for twice the memory.
 MIXED = Recipe(
     "mixed",
-    (NORMS, TABLE_8_SCREENED, Rule(DECODER, Scheme(bits=4, group_size=128, symmetric=False, prefill8=True)), *FAST_VISION),
+    (NORMS, TABLE_8_SHORTLIST, Rule(DECODER, Scheme(bits=4, group_size=128, symmetric=False, prefill8=True)), *FAST_VISION),
 )
 # The smallest: the table and the vision encoder in 4 bits too. The table alone costs a KL of 0.0047 rounded to nearest, 0.0033
 # clipped, and 0.0050 by GPTQ (tiny-112), which minimises a norm of all logits, not of those that are likely.

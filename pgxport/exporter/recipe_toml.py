@@ -47,7 +47,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 # The keys of a rule that are not called as the field of Scheme.
-KEYS = {"group_size": "group"}
+KEYS = {"group_size": "group", "shortlist": "screen"}
 FIELDS = {key: field for field, key in KEYS.items()}
 VALUES = {KEYS.get(name, name): _alternatives(hint) for name, hint in get_type_hints(Scheme).items()} | {
     "dtype": ("float32", "float16", "bfloat16"),
@@ -83,7 +83,7 @@ CLASHES: tuple[tuple[Callable[[Scheme], bool], str], ...] = (
         "bits = 4 has too few steps for a whole row; write group = 32 beside it, or another power of two from 16 to 256",
     ),
     (
-        lambda s: s.screen and s.bits != 8,
+        lambda s: s.shortlist and s.bits != 8,
         "screen = true looks for the likeliest tokens in 4 bits first, and bits is {s.bits}; write bits = 8, or take screen out",
     ),
     (

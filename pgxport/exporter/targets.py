@@ -52,7 +52,7 @@ class Target:
     float8: bool = False
     wide_scales: frozenset[str] = frozenset({"columns", "rows"})
     short_scales: bool = False
-    screens: bool = False
+    shortlists: bool = False
     cache_kind: CacheKind = "shared"
     tensorrt: TrtVersion | None = None
 
@@ -109,7 +109,7 @@ class Target:
         where = f"the rule for {rule.pattern!r}"
         if scheme.format == "e4m3" and not self.float8:
             return f"has no FP8 products, as {where} wants; target 'tensorrt' has, or write format = \"int\""
-        if scheme.screen and not self.screens:
+        if scheme.shortlist and not self.shortlists:
             return f"multiplies by the whole token table, and {where} says screen = true; take that out"
         if scheme.prefill8 and not self.spelled_prefill:
             return f"computes prefixes and steps alike, and {where} says prefill8 = true; take that out"
@@ -140,7 +140,7 @@ _ORT = (("", 23), ("com.microsoft", 1))
 CPU = Target(
     "cpu", _ORT, 11, MappingProxyType(dict.fromkeys(("float32", "float16", "bfloat16"), "float32")),
     frozenset({(4, "float"), (8, "float"), (8, "dynamic"), (8, "static")}), frozenset({"float32", "float16", "int8"}),
-    recipes=(INT4_CPU,), spelled_prefill=True, short_scales=True, screens=True,
+    recipes=(INT4_CPU,), spelled_prefill=True, short_scales=True, shortlists=True,
 )  # fmt: skip
 CUDA = Target(
     "cuda", _ORT, 11, MappingProxyType({"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}),

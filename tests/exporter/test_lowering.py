@@ -21,8 +21,8 @@ from pgxport.bundle.token_table import Embedding
 from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import stored, token_table
-from pgxport.exporter.lower_onnxruntime import CANDIDATES, SCREENED, uint8_grid
-from pgxport.exporter.recipe import DECODER, SCREEN, Recipe, Rule, Scheme
+from pgxport.exporter.lower_onnxruntime import CANDIDATES, SHORTLIST_TABLE, uint8_grid
+from pgxport.exporter.recipe import DECODER, SHORTLIST, Recipe, Rule, Scheme
 from pgxport.exporter.stream import DataLayout
 from pgxport.exporter.targets import TARGETS
 from pgxport.machine.cpu import overflows_in_16_bits
@@ -219,26 +219,26 @@ def test_rows_of_bfloat16_are_those_of_ml_dtypes(tmp_path):
 MANY = 300  # tokens, of which `CANDIDATES` are computed from the table
 
 
-def screened(scheme: Scheme, w: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def two_pass(scheme: Scheme, w: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits of a screened output matrix; and those of the dequantized table and of the dequantized copy."""
     g = builder(scheme, w, name=TOKEN_TABLE)
     g.output(g.lm_head(g.input("x", ["batch", 1, w.shape[1]]), TOKEN_TABLE), "logits", ["batch", 1, len(w)])
     outputs, parts = run(g, {"x": x[:, None]})
     kind = "blocks" if scheme.activations == "float" else "rows"
     table = dequantized(scheme, kind, w.shape, TOKEN_TABLE, parts)
-    return outputs["logits"][:, 0], *(x @ m.T for m in (table, dequantized(SCREEN, "blocks", w.shape, SCREENED, parts)))
+    return outputs["logits"][:, 0], *(x @ m.T for m in (table, dequantized(SHORTLIST, "blocks", w.shape, SHORTLIST_TABLE, parts)))
 
 
 @pytest.mark.parametrize("columns", [256, 72, 300])
 @pytest.mark.parametrize(
-    "scheme", [*(Scheme(bits=8, group_size=g, screen=True) for g in (16, 128)), replace(INTEGERS[0], screen=True)]
+    "scheme", [*(Scheme(bits=8, group_size=g, shortlist=True) for g in (16, 128)), replace(INTEGERS[0], shortlist=True)]
 )
-def test_the_likeliest_tokens_have_the_tables_logits_and_the_others_the_screens(scheme, columns):
+def test_the_likeliest_tokens_have_the_tables_logits_and_the_others_the_shortlists(scheme, columns):
     x = whole_numbers(3, columns, 128)
-    got, table, rough = screened(scheme, weights(MANY, columns), x)
-    for logits, exact, screen in zip(got, table, rough, strict=True):
-        likely = np.argsort(screen)[-CANDIDATES:]
-        expected = screen.copy()
+    got, table, rough = two_pass(scheme, weights(MANY, columns), x)
+    for logits, exact, shortlist in zip(got, table, rough, strict=True):
+        likely = np.argsort(shortlist)[-CANDIDATES:]
+        expected = shortlist.copy()
         expected[likely] = exact[likely]
         assert apart(logits, expected) < FLOAT32
     assert apart(rough, table) > 0.01  # four bits show
@@ -249,20 +249,22 @@ def test_a_screen_does_not_decide_between_the_likeliest_tokens():
     w = np.full((MANY, 128), -1, np.float32)
     w[:2] = weights(1, 128)
     w[1] += np.float32(0.02) * np.sign(w[1])
-    got, table, rough = screened(Scheme(bits=8, group_size=128, screen=True), w, np.rint(127 * w[:1] / np.abs(w[0]).max()))
+    got, table, rough = two_pass(Scheme(bits=8, group_size=128, shortlist=True), w, np.rint(127 * w[:1] / np.abs(w[0]).max()))
     assert table[0].argmax() == got[0].argmax() == 1
     assert np.ptp(rough[0, :2]) < np.ptp(table[0, :2])
 
 
 def test_a_vocabulary_smaller_than_the_candidates_is_computed_whole():
     x = whole_numbers(1, 64, 128)
-    got, table, _ = screened(Scheme(bits=8, group_size=32, screen=True), weights(VOCAB, 64), x)
+    got, table, _ = two_pass(Scheme(bits=8, group_size=32, shortlist=True), weights(VOCAB, 64), x)
     assert apart(got, table) < FLOAT32
 
 
 def test_a_screen_leaves_the_table_as_it_is():
     """The same bytes are looked up, and counted once."""
-    plain, other = (builder(Scheme(bits=8, group_size=32, screen=s), weights(MANY, 48), name=TOKEN_TABLE) for s in (False, True))
+    plain, other = (
+        builder(Scheme(bits=8, group_size=32, shortlist=s), weights(MANY, 48), name=TOKEN_TABLE) for s in (False, True)
+    )
     written = []
     for g in (plain, other):
         g.output(g.lm_head(g.input("x", ["batch", 1, 48]), TOKEN_TABLE), "logits", ["batch", 1, MANY])
@@ -394,7 +396,7 @@ def test_a_product_without_a_kernel_is_refused_with_its_rule(scheme, says):
             Scheme(bits=4, group_size=128, prefill8=True),
             r"computes prefixes and steps alike, and the rule for 'language_model.*",
         ),
-        (TOKEN_TABLE, Scheme(bits=8, group_size=128, screen=True), r"embed_tokens\.weight' says screen = true; "),
+        (TOKEN_TABLE, Scheme(bits=8, group_size=128, shortlist=True), r"embed_tokens\.weight' says screen = true; "),
     ],
 )
 def test_copies_are_refused_where_no_graph_reads_them(target, pattern, scheme, says):
@@ -414,7 +416,7 @@ def test_weights_for_prefixes_are_of_all_linears_of_the_decoder_and_of_nothing_e
 
 
 def test_a_screen_for_another_matrix_is_refused():
-    recipe = Recipe("test", (Rule("*.weight", Scheme(bits=8, group_size=128, screen=True)), Rule("*", Scheme("float16"))))
+    recipe = Recipe("test", (Rule("*.weight", Scheme(bits=8, group_size=128, shortlist=True)), Rule("*", Scheme("float16"))))
     with pytest.raises(
         UsageError, match=r"screen is of the token table alone, and the rule for '\*\.weight' decides for a\.weight"
     ):

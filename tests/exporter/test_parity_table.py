@@ -53,7 +53,7 @@ FLOATS, ONE_CODE = 3e-6, 0.05
 _EIGHT = Scheme(bits=8, group_size=32)
 _STEP, _PREFIX = Scheme(bits=4, group_size=32, symmetric=False), Scheme(bits=8, activations="dynamic")
 ALL = MIXED | {
-    "screened": recipe_of("screened", _EIGHT, replace(_EIGHT, screen=True), _EIGHT),
+    "screened": recipe_of("screened", _EIGHT, replace(_EIGHT, shortlist=True), _EIGHT),
     "twice": recipe_of("twice", replace(_STEP, prefill8=True), _EIGHT, _EIGHT),
     "as its steps": recipe_of("steps", _STEP, _EIGHT, _EIGHT),
     "as its prefix": recipe_of("prefix", _PREFIX, _EIGHT, _EIGHT),

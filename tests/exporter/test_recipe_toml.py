@@ -126,7 +126,7 @@ group = 32
 prefill8 = true
 """
     table, rest = read_recipe(written(tmp_path, text)).rules
-    assert table.scheme == Scheme(bits=8, group_size=128, screen=True)
+    assert table.scheme == Scheme(bits=8, group_size=128, shortlist=True)
     assert rest.scheme == Scheme(bits=4, group_size=32, prefill8=True)
     assert "group = 128\nscreen = true\n" in to_toml(read_recipe(tmp_path / "mine.toml"))
 

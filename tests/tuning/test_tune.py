@@ -154,7 +154,7 @@ def test_a_choices_recipe_gives_every_group_its_scheme(spec, tmp_path):
                 fixed = not any(name in site.linears for site in sites(spec))
                 scheme = replace(scheme, scaling="none") if fixed else scheme
                 table = "embed_tokens" in name
-                expected = replace(scheme, symmetric=True) if table else replace(scheme, screen=False)
+                expected = replace(scheme, symmetric=True) if table else replace(scheme, shortlist=False)
                 assert made.scheme(name) == expected, name
         assert all(made.scheme(n) == NORMS.scheme for n in shapes if "norm" in n)
         (tmp_path / "r.toml").write_text(to_toml(made))
