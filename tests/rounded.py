@@ -26,7 +26,7 @@ from pgxport.exporter.parity import scene
 from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.config import read_config
-from pgxport.models.eager import Forced
+from pgxport.models.eager import TokenizedSample
 from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.weights import canonical
 from pgxport.runners.runner import Runner
@@ -77,13 +77,13 @@ def make_calibration(folder: Path, *, samples: int = 3, moments: bool = True) ->
     return calibrate(CalibrateOptions(output=name, source=folder, samples=samples, moments=moments))
 
 
-def sample(folder: Path, index: int = 0) -> Forced:
+def sample(folder: Path, index: int = 0) -> TokenizedSample:
     checkpoint = Checkpoint.open(folder)
     tokenizer = folder / "tokenizer.json"
     return scene(index, read_config(checkpoint.config), tokenizer, read_token_ids(tokenizer, checkpoint.config))
 
 
-def engine_logits(bundle: Path, given: Forced) -> np.ndarray:
+def engine_logits(bundle: Path, given: TokenizedSample) -> np.ndarray:
     """[answer tokens + 1, V] of ONNX Runtime on the CPU, whatever the bundle's target: the prefix at once, then token by token."""
     opened = Bundle.open(bundle)
     with Runner(Bundle(bundle, opened.manifest.model_copy(update={"target": "cpu"})), threads=1) as runner:
@@ -95,7 +95,7 @@ def engine_logits(bundle: Path, given: Forced) -> np.ndarray:
 
 
 @torch.no_grad()
-def transformers_logits(model: Any, given: Forced) -> np.ndarray:
+def transformers_logits(model: Any, given: TokenizedSample) -> np.ndarray:
     """[answer tokens + 1, V], all tokens in one pass."""
     image = model.config.image_token_id
     prefix = [image] * model.config.text_config.num_image_tokens + given.prompt

@@ -27,7 +27,7 @@ from pgxport.exporter.targets import Target, find_target
 from pgxport.hub.locate import Located, locate
 from pgxport.models.checkpoint import Checkpoint, TensorSource
 from pgxport.models.config import read_config
-from pgxport.models.eager import Forced
+from pgxport.models.eager import TokenizedSample
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import ModelSpec, shrunk, without_window
 from pgxport.models.weights import parameters, weight_shapes
@@ -311,7 +311,7 @@ def rescaled_for(job: Job, spec: ModelSpec, calibration: Calibration) -> tuple[T
     return (source, RescaledStatistics(calibration, source)) if isinstance(source, Rescaled) else (source, calibration)
 
 
-def _scenes(job: Job, count: int) -> list[Forced]:
+def _scenes(job: Job, count: int) -> list[TokenizedSample]:
     return [scene(FIRST_SCENE + i, job.spec, job.tokenizer, job.token_ids) for i in range(count)]
 
 

@@ -23,7 +23,7 @@ from pgxport.exporter.stream import DataLayout, Progress
 from pgxport.exporter.targets import Target
 from pgxport.metrics.fidelity import kl_divergence
 from pgxport.models.checkpoint import TensorSource, to_float32
-from pgxport.models.eager import Eager, Forced, forced_logits
+from pgxport.models.eager import Eager, TokenizedSample, teacher_forced_logits
 from pgxport.models.spec import ModelSpec
 from pgxport.models.tiny.scenes import Question, ask, draw, locations
 from pgxport.runners.image import pixel_values
@@ -81,11 +81,11 @@ class Run:
     statistics: Statistics | None = None
     target: Target | None = None
 
-    def logits(self, sample: Forced) -> np.ndarray:
+    def logits(self, sample: TokenizedSample) -> np.ndarray:
         """[answer tokens + 1, V] along an answer that is given."""
         if self.recipe is None:
-            return forced_logits(self.weights, self.spec, sample)
-        return forced_logits(self.weights, self.spec, sample, rounding=self._rounding, writer=_AsStored)
+            return teacher_forced_logits(self.weights, self.spec, sample)
+        return teacher_forced_logits(self.weights, self.spec, sample, rounding=self._rounding, writer=_AsStored)
 
     def _rounding(self, kind: str, where: str, x: np.ndarray) -> np.ndarray:
         """What the engine takes for x."""
@@ -160,7 +160,7 @@ class _AsStored(Eager):
         return self.source.copies
 
 
-def parity(exact: Run, rounded: Run, samples: Sequence[Forced], *, progress: Progress | None = None) -> Parity:
+def parity(exact: Run, rounded: Run, samples: Sequence[TokenizedSample], *, progress: Progress | None = None) -> Parity:
     """Force both along the same answers, and compare what each would have said at every token."""
     losses: list[float] = []
     agreed = 0
@@ -191,14 +191,14 @@ def _symmetric(x: np.ndarray, largest: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(x / scale), -128, 127) * scale
 
 
-def scene(index: int, spec: ModelSpec, tokenizer: Path, ids: TokenIds) -> Forced:
+def scene(index: int, spec: ModelSpec, tokenizer: Path, ids: TokenIds) -> TokenizedSample:
     """A scene of the calibration split with one of its questions, captions and boxes by turns."""
     drawn, words = draw("calibration", index), PromptTokenizer(tokenizer, ids)
     kinds = {q.task: q for q in ask(drawn, index)}
     question = kinds["detect"] if index % 2 and "detect" in kinds else kinds["caption"]
     prompt = words.prompt_ids(question.prompt, 0)
     answer = words.prompt_ids(_answer(question), 0)[1:-1]  # without bos and newline
-    return Forced(pixel_values(drawn.image, spec.resolution)[None], prompt, answer)
+    return TokenizedSample(pixel_values(drawn.image, spec.resolution)[None], prompt, answer)
 
 
 def _answer(question: Question) -> str:

@@ -43,7 +43,7 @@ from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import DataLayout
 from pgxport.metrics.fidelity import kl_divergence
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.eager import Forced
+from pgxport.models.eager import TokenizedSample
 from pgxport.runners.runner import Runner
 
 # Of the largest logit, the median over the tokens of an answer. As floats agree, the worst seen is 8e-7; where a number lies
@@ -95,7 +95,7 @@ def simulated(made: ExportOptions, bundle: Bundle) -> tuple[Job, Run]:
     return job, Run(StoredWeights(source, graphs, files), job.spec, job.recipe, statistics)
 
 
-def logits(run: Run, given: Forced) -> np.ndarray:
+def logits(run: Run, given: TokenizedSample) -> np.ndarray:
     return run.logits(given)
 
 

@@ -22,7 +22,7 @@ import torch
 from gemma_tokenizer import build_tokenizer
 from reference import random_paligemma
 from rounded import apart, make_calibration, sample, transformers_logits
-from tensorrt_engines import forced_logits, onnxruntime, openvino, reference
+from tensorrt_engines import onnxruntime, openvino, reference, teacher_forced_logits
 from tokenizers import Tokenizer
 
 from pgxport.bundle.reader import Bundle
@@ -79,7 +79,7 @@ def test_logits_of_prefill_and_forced_steps_equal_transformers(case, tmp_path, t
     given = sample(folder)
     assert len(given.answer) > 12  # or no window would hide what was generated
     expected = transformers_logits(model, given)
-    assert apart(forced_logits(bundle.path, onnxruntime, given), expected) < FLOATS
+    assert apart(teacher_forced_logits(bundle.path, onnxruntime, given), expected) < FLOATS
 
 
 @pytest.mark.parametrize("trt", VERSIONS)
@@ -91,7 +91,7 @@ def test_a_second_engine_computes_the_same(case, tmp_path, trt):
     bundle = export(ExportOptions(output=tmp_path / "b", checkpoint=folder, target="tensorrt", trt=trt))
     given = sample(folder)
     engine = reference if trt == "11" else openvino
-    assert apart(forced_logits(bundle.path, engine, given), transformers_logits(model, given)) < FLOATS
+    assert apart(teacher_forced_logits(bundle.path, engine, given), transformers_logits(model, given)) < FLOATS
 
 
 @pytest.mark.parametrize("trt", VERSIONS)
@@ -102,7 +102,7 @@ def test_bfloat16_is_as_near_float32_as_transformers_own(tmp_path, trt):
     given = sample(folder)
     expected = transformers_logits(model, given)
     rounded = transformers_logits(model.bfloat16(), given)
-    error, theirs = apart(forced_logits(bundle.path, reference, given), expected), apart(rounded, expected)
+    error, theirs = apart(teacher_forced_logits(bundle.path, reference, given), expected), apart(rounded, expected)
     print(trt, error, theirs)
     assert error < BFLOATS
     assert error < 2 * theirs
@@ -122,7 +122,7 @@ def test_half_precision_is_near_float32_and_a_loud_model_stays_finite(tmp_path, 
     assert bundle.manifest.residual_divisor > 1
     assert bundle.manifest.cache.dtype == "float16"
     given = sample(folder)
-    assert apart(forced_logits(bundle.path, onnxruntime, given), transformers_logits(model, given)) < HALVES
+    assert apart(teacher_forced_logits(bundle.path, onnxruntime, given), transformers_logits(model, given)) < HALVES
 
 
 # Fewer bits ------------------------------------------------------------------------------------------------------------
@@ -227,8 +227,8 @@ def test_fewer_bits_are_multiplied_as_they_are_stored(even, tmp_path, name, trt)
     exact = transformers_logits(model, given)
     with as_stored(model, bundle.path, BITS[name], calibration):
         expected = transformers_logits(model, given)
-    got = forced_logits(bundle.path, onnxruntime, given)
-    second = forced_logits(bundle.path, reference, given)
+    got = teacher_forced_logits(bundle.path, onnxruntime, given)
+    second = teacher_forced_logits(bundle.path, reference, given)
     error, other, cost = (float(np.median(np.abs(x - expected).max(1)) / np.abs(expected).max()) for x in (got, second, exact))
     print(name, trt, error, other, cost)
     assert max(error, other) < 3e-6
