@@ -216,13 +216,13 @@ def cached_attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, 
         out, *present = fused()
         return [g.cast(out, inner, g.dtype), *present]
 
-    def spelled() -> list[ir.Value]:
+    def decomposed() -> list[ir.Value]:
         return prefix_attention(g, (q, k, v), past, scales, text)
 
     if g.phase:
-        out, *present = spelled() if g.phase == "prefill" else fused_and_cast()
-    elif g.target.spelled_prefill:
-        out, *present = g.branch(g.prefill(q), spelled, fused_and_cast)
+        out, *present = decomposed() if g.phase == "prefill" else fused_and_cast()
+    elif g.target.decomposed_prefill:
+        out, *present = g.branch(g.prefill(q), decomposed, fused_and_cast)
     else:
         out, *present = fused_and_cast()
     for part, value in zip(("key", "value"), present, strict=True):

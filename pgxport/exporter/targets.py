@@ -44,7 +44,7 @@ class Target:
     attends: frozenset[str] = frozenset()
     biased_int8_cache: bool = True
     recipes: tuple[Recipe, ...] = ()
-    spelled_prefill: bool = False
+    decomposed_prefill: bool = False
     dialect: Literal["onnxruntime", "standard"] = "onnxruntime"
     grouped: frozenset[int] = frozenset({4, 8})
     rows: bool = False
@@ -111,7 +111,7 @@ class Target:
             return f"has no FP8 products, as {where} wants; target 'tensorrt' has, or write format = \"int\""
         if scheme.shortlist and not self.shortlists:
             return f"multiplies by the whole token table, and {where} says screen = true; take that out"
-        if scheme.prefill8 and not self.spelled_prefill:
+        if scheme.prefill8 and not self.decomposed_prefill:
             return f"computes prefixes and steps alike, and {where} says prefill8 = true; take that out"
         if (scheme.bits, scheme.activations) not in self.products:
             can = ", ".join(f"{bits} with {activations}" for bits, activations in sorted(self.products)) or "none"
@@ -140,7 +140,7 @@ _ORT = (("", 23), ("com.microsoft", 1))
 CPU = Target(
     "cpu", _ORT, 11, MappingProxyType(dict.fromkeys(("float32", "float16", "bfloat16"), "float32")),
     frozenset({(4, "float"), (8, "float"), (8, "dynamic"), (8, "static")}), frozenset({"float32", "float16", "int8"}),
-    recipes=(INT4_CPU,), spelled_prefill=True, short_scales=True, shortlists=True,
+    recipes=(INT4_CPU,), decomposed_prefill=True, short_scales=True, shortlists=True,
 )  # fmt: skip
 CUDA = Target(
     "cuda", _ORT, 11, MappingProxyType({"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}),

@@ -354,7 +354,7 @@ def test_attention_through_a_cache_is_that_of_numpy(cache):
 
 
 def test_a_prefix_by_the_fused_node_comes_to_the_same_numbers(monkeypatch):
-    monkeypatch.setitem(TARGETS, "cpu", replace(TARGETS["cpu"], spelled_prefill=False))
+    monkeypatch.setitem(TARGETS, "cpu", replace(TARGETS["cpu"], decomposed_prefill=False))
     random = np.random.default_rng(1)
     q, k, v = (random.normal(size=(PREFIX + STEPS, n * TEXT.head_dim)).astype(np.float32) for n in (4, 2, 2))
     got, _ = attention_by_engine(q, k, v, None, {})
