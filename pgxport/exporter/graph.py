@@ -50,7 +50,7 @@ class Dialect(Protocol):
         self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, layer: int, text: TextSpec
     ) -> ir.Value: ...
 
-    def answer(self, g: GraphBuilder) -> None: ...
+    def add_greedy_outputs(self, g: GraphBuilder) -> None: ...
 
 
 DIALECTS: Mapping[str, Dialect] = {"onnxruntime": lower, "standard": lower_standard}
@@ -342,11 +342,11 @@ class GraphBuilder:
     def cached_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, *, layer: int, text: TextSpec) -> ir.Value:
         return self._lower.cached_attention(self, q, k, v, layer=layer, text=text)
 
-    def answer(self) -> None:
+    def add_greedy_outputs(self) -> None:
         """Add what the target's runner takes from a decoder beside its logits."""
-        self._lower.answer(self)
+        self._lower.add_greedy_outputs(self)
 
-    def found(self, name: str) -> ir.Value:
+    def output_named(self, name: str) -> ir.Value:
         """An output of the graph, by its name."""
         return next(value for value in self.graph.outputs if value.name == name)
 

@@ -44,7 +44,7 @@ def write_graphs(
         graphs["mask_decoder"] = GraphBuilder("mask_decoder", masks, _floats(recipe), target)
         mask_decoder(graphs["mask_decoder"])
     decoder = graphs["decoder_step"]
-    decoder.answer()
+    decoder.add_greedy_outputs()
     parts = [p for p in decoder.lazy_tensors if p == TOKEN_TABLE or p.startswith(f"{TOKEN_TABLE}.")]
     return graphs, DataLayout([decoder.lazy_tensors.pop(p) for p in parts])
 

@@ -186,9 +186,9 @@ def _attend_to_update(
     return g.op("MatMul", _weights(g, scores, seen, text), present[1])
 
 
-def answer(g: GraphBuilder) -> None:
+def add_greedy_outputs(g: GraphBuilder) -> None:
     """The likeliest token, and whether all logits are finite: a runner then takes a few bytes of a decode step from the device."""
-    logits = g.found("logits")
+    logits = g.output_named("logits")
     g.output(g.op("ArgMax", logits, axis=-1, keepdims=0), "next_token", ["batch", 1], np.int64)
     g.output(g.op("ReduceSumSquare", logits, [1, 2], keepdims=0), "logits_square", ["batch"], np.float32)
 
