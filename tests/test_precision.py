@@ -17,7 +17,7 @@ from tokenizers import Tokenizer  # noqa: E402
 
 from pgxport.bundle.reader import Bundle  # noqa: E402
 from pgxport.errors import CheckpointError, EngineError  # noqa: E402
-from pgxport.exporter.activation_ranges import FLOAT16_MAX, audit, residual_divisor  # noqa: E402
+from pgxport.exporter.activation_ranges import FLOAT16_MAX, measure_ranges, residual_divisor  # noqa: E402
 from pgxport.exporter.export import ExportOptions, export  # noqa: E402
 from pgxport.exporter.graph import GraphBuilder  # noqa: E402
 from pgxport.exporter.recipe import RECIPES  # noqa: E402
@@ -133,12 +133,12 @@ def test_the_loud_checkpoint_is_beyond_float16_and_transformers_breaks_on_it(lou
     assert not np.isfinite(ours).all() or relative(ours.astype(np.float32), expected) > 0.2
 
 
-def test_the_audit_finds_the_range_and_its_divisor_makes_float16_match_float32(loud):
+def test_the_measured_range_gives_a_divisor_that_makes_float16_match_float32(loud):
     folder, model = loud
     checkpoint = Checkpoint.open(folder)
     spec = read_config(checkpoint.config)
     ids = read_token_ids(folder / "tokenizer.json", checkpoint.config)
-    ranges = audit(checkpoint, spec, folder / "tokenizer.json", ids)
+    ranges = measure_ranges(checkpoint, spec, folder / "tokenizer.json", ids)
     assert ranges.largest["residual"] > FLOAT16_MAX
     assert {"residual", "norm square", "variance", "attention score", "MLP product", "linear output"} <= set(ranges.largest)
     divisor = residual_divisor(ranges)

@@ -14,7 +14,7 @@ from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
 from pgxport.compile.lint import check
 from pgxport.errors import CheckpointError, GateError, UsageError
-from pgxport.exporter.activation_ranges import audit, residual_divisor
+from pgxport.exporter.activation_ranges import measure_ranges, residual_divisor
 from pgxport.exporter.calibration_file import Calibration, checkpoint_sha256
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, file_sizes, serialized, stored, token_table, write_graphs
@@ -112,8 +112,8 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
         calibration.check(checkpoint_sha256(job.checkpoint.files()), job.found.name)
     if job.target.compute(job.recipe.rules[-1].scheme.dtype) == "float16":
         measured = calibration.ranges if calibration else None
-        # A checkpoint of its own: what the audit reads does not count as exported.
-        measured = measured or audit(_open(job.found, options), spec, job.tokenizer, job.token_ids)
+        # A checkpoint of its own: rows that the measurement reads do not count as exported.
+        measured = measured or measure_ranges(_open(job.found, options), spec, job.tokenizer, job.token_ids)
         spec, ranges = shrunk(spec, residual_divisor(measured)), measured
     source, statistics = (job.checkpoint, None) if calibration is None else rescaled_for(job, spec, calibration)
 

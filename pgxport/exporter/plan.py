@@ -41,9 +41,9 @@ TOKENIZER_BYTES = {"paligemma": 17_500_000, "paligemma2": 34_600_000}
 # Python, numpy, onnx_ir and a graph of 46 layers; then blocks of rows on their way: as stored, widened, transformed, narrowed.
 # Measured: 132 to 146 MB for exports of 0.8 GB, with a tokenizer.json of 0.3 MB.
 EXPORT_BASE, EXPORT_BLOCKS = 125_000_000, 4
-# The audit for float16 holds activations in float32, so many of an MLP's width for each token of a scene at once. Measured:
+# Measuring ranges for float16 holds activations in float32: this many of the MLP's width for each token of a scene. Measured:
 # 194 MB with the true widths of PaliGemma 2 3B at 448 px, on one layer.
-AUDIT_BUFFERS = 5.2
+RANGES_BUFFERS = 5.2
 # What the tokenizer takes once it is parsed: measured with 255,000 pieces and half a million merges, as the published ones have.
 TOKENIZER_MEMORY, TOKENIZER_FACTOR = 320_000_000, 10
 # Python, numpy, Pillow and ONNX Runtime on the CPU, measured. On a GPU its libraries and a CUDA context: assumed.
@@ -235,7 +235,7 @@ def plan(options: PlanOptions) -> Plan:
     return Plan(
         model=model, family=spec.family, resolution=spec.resolution, precision=recipe.name, target=target.name, context=context,
         parameters=_parameters(spec), files=files | exact | estimated, estimated=tuple(estimated),
-        export_memory=EXPORT_BASE + EXPORT_BLOCKS * BLOCK_BYTES + 2 * text + _audit_memory(spec, recipe, target, text),
+        export_memory=EXPORT_BASE + EXPORT_BLOCKS * BLOCK_BYTES + 2 * text + _ranges_memory(spec, recipe, target, text),
         run=run, needs={name: needs[name] for name in RECIPES if name in needs}, options=options,
     )  # fmt: skip
 
@@ -358,10 +358,10 @@ def _held(tensor: LazyTensor, computed: np.dtype[Any]) -> tuple[int, int]:
     return tensor.nbytes, tensor.nbytes
 
 
-def _audit_memory(spec: ModelSpec, recipe: Recipe, target: Target, tokenizer: int) -> int:
+def _ranges_memory(spec: ModelSpec, recipe: Recipe, target: Target, tokenizer: int) -> int:
     if target.compute(recipe.rules[-1].scheme.dtype) != "float16":
         return 0
-    activations = int(spec.image_tokens * AUDIT_BUFFERS * max(spec.vision.mlp, spec.text.mlp) * 4)
+    activations = int(spec.image_tokens * RANGES_BUFFERS * max(spec.vision.mlp, spec.text.mlp) * 4)
     return activations + _tokenizer_memory(tokenizer)
 
 
