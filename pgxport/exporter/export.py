@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from pgxport import __version__
-from pgxport.bundle.manifest import CARD, Cache, Kept, Manifest, Parity, Provenance, Ranges, TokenIds
+from pgxport.bundle.manifest import CARD, Cache, CacheDtype, Manifest, Parity, Provenance, Ranges, TokenIds
 from pgxport.bundle.model_card import card
 from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
@@ -164,7 +164,7 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
                 layers=spec.text.depth,
                 kv_heads=spec.text.kv_heads,
                 head_dim=spec.text.head_dim,
-                dtype=cast(Kept, decoder.cache_dtype.name),
+                dtype=cast(CacheDtype, decoder.cache_dtype.name),
             ),
             graphs=infos,
             files={},

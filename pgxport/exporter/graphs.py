@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
-from pgxport.bundle.manifest import Counted, TokenTable
+from pgxport.bundle.manifest import CountedDtype, TokenTable
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.stream import DataLayout
@@ -60,9 +60,9 @@ def _floats(recipe: Recipe) -> Recipe:
     return Recipe(recipe.name, (replace(last, scheme=replace(last.scheme, dtype=dtype)),))
 
 
-def stored(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, dict[Counted, int]]:
+def stored(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, dict[CountedDtype, int]]:
     """How many weights of each type, by graph, and for the token table."""
-    counts: dict[str, dict[Counted, int]] = {"token_table": {}}
+    counts: dict[str, dict[CountedDtype, int]] = {"token_table": {}}
     for g in graphs.values():
         for path, matrix in g.matrices.items():
             if path in g.copies:
@@ -80,9 +80,9 @@ def stored(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, dict
     return counts
 
 
-def _count(counts: dict[str, dict[Counted, int]], part: str, kind: str, shape: tuple[int, ...]) -> None:
+def _count(counts: dict[str, dict[CountedDtype, int]], part: str, kind: str, shape: tuple[int, ...]) -> None:
     of_part = counts.setdefault(part, {})
-    of_part[cast(Counted, kind)] = of_part.get(cast(Counted, kind), 0) + prod(shape)
+    of_part[cast(CountedDtype, kind)] = of_part.get(cast(CountedDtype, kind), 0) + prod(shape)
 
 
 def token_table(graphs: dict[str, GraphBuilder], table: DataLayout, spec: ModelSpec) -> TokenTable:
