@@ -191,22 +191,22 @@ def _of_quantize(node: _Node, tensors: dict[str, _Tensor], version: TrtVersion) 
 
 
 def _of_dequantize(node: _Node, tensors: dict[str, _Tensor], version: TrtVersion) -> Iterator[tuple[str, str]]:
-    zero, codes = _third(node, tensors), tensors.get(node.inputs[0])
+    zero, quantized = _third(node, tensors), tensors.get(node.inputs[0])
     if zero is not None and (zero.values is None or any(zero.values)):
         yield "has zero points", "say symmetric = true in the recipe, or leave symmetric away"
-    if codes is None:
+    if quantized is None:
         return
-    if codes.dtype not in ("int8", "int4", "float8e4m3"):
-        yield f"reads {codes.dtype}", "store int8, int4 or FP8: export again with --target tensorrt"
+    if quantized.dtype not in ("int8", "int4", "float8e4m3"):
+        yield f"reads {quantized.dtype}", "store int8, int4 or FP8: export again with --target tensorrt"
     block, axis = node.numbers.get("block_size", 0), node.numbers.get("axis", 1)
     if not block:
-        if codes.dtype == "int4":
+        if quantized.dtype == "int4":
             yield "reads int4 without blocks", "store 4 bits with group = 128 in the recipe"
         return
-    if version == "10.3" and codes.dtype != "int4":
-        yield f"reads {codes.dtype} in blocks, which TensorRT 10.3 has for int4 alone", "take group out of the recipe"
-    if codes.shape and codes.shape[axis] % block:
-        yield f"has blocks of {block} in {codes.shape[axis]} channels", "choose a group that divides the channels"
+    if version == "10.3" and quantized.dtype != "int4":
+        yield f"reads {quantized.dtype} in blocks, which TensorRT 10.3 has for int4 alone", "take group out of the recipe"
+    if quantized.shape and quantized.shape[axis] % block:
+        yield f"has blocks of {block} in {quantized.shape[axis]} channels", "choose a group that divides the channels"
 
 
 def _of_attention(node: _Node, tensors: dict[str, _Tensor], version: TrtVersion) -> Iterator[tuple[str, str]]:
