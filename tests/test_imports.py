@@ -18,13 +18,13 @@ import pytest
 REFERENCE = ("torch", "transformers")
 EXPORT_TOOLS = ("onnx", "onnx_ir", *REFERENCE)
 # "pgxport" itself: `from pgxport import bundle` is read as pgxport.bundle, and this stands for the bare package.
-ROOT = ("pgxport.errors", "pgxport.text", "pgxport.files", "pgxport.__version__")
+ROOT = ("pgxport.errors", "pgxport.interrupts", "pgxport.text", "pgxport.files", "pgxport.__version__")
 BUNDLE = ("numpy", "pydantic", *ROOT, "pgxport.bundle")
 RUNNERS = (*BUNDLE, "PIL", "tokenizers", "pgxport.runners", "pgxport.machine")
 
 # Every folder and every file of the package's root, the lowest first: each imports itself and what stands above it here.
 RANKS = (
-    "errors", "text", "files", "machine", "bundle", "models", "hub", "runners", "compile", "metrics", "data", "exporter", "calib",
+    "errors", "interrupts", "text", "files", "machine", "bundle", "models", "hub", "runners", "compile", "metrics", "data", "exporter", "calib",
     "cluster", "benchmarking", "reporting", "tuning", "inspection", "doctor", "demo", "cli",
 )  # fmt: skip
 
