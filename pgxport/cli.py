@@ -200,7 +200,8 @@ def compile(as_json: bool, **options: Any) -> None:
     """
     import time
 
-    from pgxport.compile.tensorrt import CompileOptions, compile_bundle
+    from pgxport.compile.compile import compile_bundle
+    from pgxport.compile.options import CompileOptions
 
     start = time.perf_counter()
     with progress_bar(steps=True) as progress:

@@ -59,7 +59,7 @@ LAWS = (
     ),
     Law(
         ("runners/*",),
-        but_not=("runners/ort.py", "runners/tensorrt.py"),
+        but_not=("runners/ort.py", "runners/tensorrt_library.py"),
         only=RUNNERS,
         reason="`pgx run` works where only the base is installed, and an engine is imported in its own file only",
         remedy="take arrays and names from the bundle's manifest, go through a Session, or do it in numpy",
@@ -71,7 +71,7 @@ LAWS = (
         remedy="give another engine its own file, and take what is missing from the bundle's manifest",
     ),
     Law(
-        ("runners/tensorrt.py",),
+        ("runners/tensorrt_library.py",),
         only=(*RUNNERS, "tensorrt", "tensorrt_rtx", "cuda"),
         reason="this file holds one engine, TensorRT, and runs where only the base and that are installed",
         remedy="give another engine its own file, and take what is missing from the bundle's manifest",
