@@ -79,7 +79,10 @@ def observe_checkpoint(
                     progress(steps[i].name, before + count, sum(sizes))
             out.flush()
             os.fsync(out.fileno())
-        about = {"census": json.dumps([activation_ranges.largest, activation_ranges.where]), "inputs": json.dumps(statistics.inputs)}
+        about = {
+            "census": json.dumps([activation_ranges.largest, activation_ranges.where]),
+            "inputs": json.dumps(statistics.inputs),
+        }
         write_tensors(files[i], {name: Array(values) for name, values in statistics.tensors().items()}, about)
         arriving.unlink(missing_ok=True)  # from here on, the step is done
     return files

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from pgxport.compile.tensorrt import COPIES, WORKSPACE_BYTES, build_memory
+from pgxport.compile.memory import COPIES, WORKSPACE_BYTES, build_memory
 from pgxport.errors import UsageError, choose
 from pgxport.exporter.export import context_length, named
 from pgxport.exporter.graph import GraphBuilder

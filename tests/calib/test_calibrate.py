@@ -170,7 +170,9 @@ def test_the_ranges_are_those_of_an_export_on_the_same_scenes(random, tmp_path):
     made = calibrate(CalibrateOptions(tmp_path / "c", folder, data=data(tmp_path / "data", *scenes)))
     checkpoint = Checkpoint.open(folder)
     words = folder / "tokenizer.json"
-    expected = measure_ranges(checkpoint, read_config(checkpoint.config), words, read_token_ids(words, checkpoint.config), scenes=2)
+    expected = measure_ranges(
+        checkpoint, read_config(checkpoint.config), words, read_token_ids(words, checkpoint.config), scenes=2
+    )
     assert made.ranges is not None
     assert made.ranges.largest.keys() == expected.largest.keys()
     for kind, top in expected.largest.items():
