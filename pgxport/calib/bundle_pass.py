@@ -12,8 +12,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from pgxport.bundle.reader import Bundle
-from pgxport.calib.observe import Statistics
-from pgxport.data.calibration_samples import Encoded, token_weights
+from pgxport.calib.encoding import EncodedSample, token_weights
+from pgxport.calib.observe import InputStatistics
 from pgxport.errors import NumericError, UsageError
 from pgxport.exporter.stream import Progress
 from pgxport.machine.board import available_memory
@@ -28,7 +28,9 @@ FOLDER = "session.model_external_initializers_file_folder_path"
 GRAPHS = ("vision_encoder", "projector", "decoder_step")
 
 
-def observe_bundle(bundle: Bundle, samples: Sequence[Encoded], *, moments: bool, progress: Progress | None) -> Statistics:
+def observe_bundle(
+    bundle: Bundle, samples: Sequence[EncodedSample], *, moments: bool, progress: Progress | None
+) -> InputStatistics:
     """Run image, prefix and answer of every sample, the answer's tokens one by one as they would be generated.
 
     Raises:
@@ -48,7 +50,7 @@ def observe_bundle(bundle: Bundle, samples: Sequence[Encoded], *, moments: bool,
             f"{bundle.path} ({m.recipe}) does not multiply by {hidden[0]!r} in float, nor by {len(hidden) - 1} others; "
             f"calibrate the checkpoint, or a bundle of it with --precision fp32"
         )
-    statistics, table = Statistics(moments=moments), bundle.token_table()
+    statistics, table = InputStatistics(moments=moments), bundle.token_table()
     scale = np.float32(m.token_table.scale)
 
     def embed(ids: Sequence[int]) -> np.ndarray:
@@ -56,7 +58,7 @@ def observe_bundle(bundle: Bundle, samples: Sequence[Encoded], *, moments: bool,
         return table.rows(ids)[None] * scale
 
     for number, (sample, weights) in enumerate(zip(samples, token_weights(samples, m.image_tokens), strict=True), 1):
-        pixels = pixel_values(sample.sample.picture(), m.resolution)[None]
+        pixels = pixel_values(sample.sample.open(), m.resolution)[None]
         hidden_states = sessions["vision_encoder"].run({"pixel_values": pixels})["image_hidden"]
         features = sessions["projector"].run({"image_hidden": hidden_states})["image_features"]
         decoder = Decoder(sessions["decoder_step"], m, features.shape[1] + len(sample.prompt) + len(sample.answer))
@@ -116,7 +118,7 @@ class _ObservedSession:
     def close(self) -> None:
         del self._session
 
-    def give(self, statistics: Statistics, weights: np.ndarray | None) -> None:
+    def give(self, statistics: InputStatistics, weights: np.ndarray | None) -> None:
         """Count in what was observed since the last time, x [1, T, K] of the prefix and of each step, by tokens' weights [T]."""
         for name, taken in self._taken.items():
             x = np.concatenate(taken, 1)

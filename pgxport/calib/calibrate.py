@@ -13,7 +13,8 @@ from pathlib import Path
 from pgxport import __version__
 from pgxport.bundle.manifest import MANIFEST
 from pgxport.bundle.reader import Bundle
-from pgxport.data.calibration_samples import Encoded, digest, encode, read_samples
+from pgxport.calib.encoding import EncodedSample, digest, encode
+from pgxport.data.loader import first_samples
 from pgxport.errors import CheckpointError, EngineError, UsageError
 from pgxport.exporter.calibration_file import About, Array, Calibration, check_output, checkpoint_sha256, disk, write_calibration
 from pgxport.exporter.stream import Progress
@@ -49,12 +50,12 @@ class CalibrateOptions:
 
 
 @dataclass(frozen=True)
-class Job:
+class CalibrationJob:
     """A calibration that has passed every check that needs no activation."""
 
     name: str
     model_sha256: str
-    samples: list[Encoded]
+    samples: list[EncodedSample]
     samples_sha256: str
     image_tokens: int
     layers: int
@@ -102,8 +103,8 @@ def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None
 
     m = bundle.manifest
     words = PromptTokenizer(bundle.path / "tokenizer.json", m.token_ids)
-    samples = read_samples(Path(options.data) if options.data else None, options.samples)
-    job = Job(
+    samples = first_samples(Path(options.data) if options.data else None, options.samples)
+    job = CalibrationJob(
         m.name, m.provenance.checkpoint_sha256, [encode(s, words) for s in samples], digest(samples), m.image_tokens, m.cache.layers, options
     )  # fmt: skip
     found = observe_bundle(bundle, job.samples, moments=options.moments, progress=progress)
@@ -116,7 +117,7 @@ def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None
 def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibration:
     from pgxport.calib.checkpoint_pass import observe_checkpoint, step_findings
     from pgxport.exporter.activation_ranges import Census
-    from pgxport.exporter.export import check_weights as check_weights
+    from pgxport.exporter.export import check_weights
     from pgxport.hub.locate import locate
     from pgxport.models.checkpoint import Checkpoint
     from pgxport.models.safetensors import read_header
@@ -132,8 +133,8 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibra
             f"{found.name}: tokenizer.json is missing; download it beside the weights, from the same repository"
         )
     words = PromptTokenizer(tokenizer, read_token_ids(tokenizer, checkpoint.config))
-    samples = read_samples(Path(options.data) if options.data else None, options.samples)
-    job = Job(
+    samples = first_samples(Path(options.data) if options.data else None, options.samples)
+    job = CalibrationJob(
         found.name, checkpoint_sha256(checkpoint.files()), [encode(s, words) for s in samples], digest(samples), spec.image_tokens,
         spec.text.depth, options,
     )  # fmt: skip

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pgxport.calib.observe import Statistics
-from pgxport.data.calibration_samples import Encoded, token_weights
+from pgxport.calib.encoding import EncodedSample, token_weights
+from pgxport.calib.observe import InputStatistics
 from pgxport.exporter.activation_ranges import Census
 from pgxport.exporter.calibration_file import Array, disk, read_metadata, write_tensors
 from pgxport.exporter.stream import Progress
@@ -42,13 +42,19 @@ class Step:
     """
 
     name: str
-    shape: Callable[[Encoded], Shape]
-    run: Callable[[Eager, Encoded, np.ndarray], np.ndarray | None]
+    shape: Callable[[EncodedSample], Shape]
+    run: Callable[[Eager, EncodedSample, np.ndarray], np.ndarray | None]
     layer: int | None = None  # of the decoder
 
 
 def observe_checkpoint(
-    source: TensorSource, spec: ModelSpec, samples: Sequence[Encoded], work: Path, *, moments: bool, progress: Progress | None
+    source: TensorSource,
+    spec: ModelSpec,
+    samples: Sequence[EncodedSample],
+    work: Path,
+    *,
+    moments: bool,
+    progress: Progress | None,
 ) -> list[Path]:
     """Run every step that has no file in `work` yet, and return the files, in order.
 
@@ -65,7 +71,7 @@ def observe_checkpoint(
     done = next((i for i, file in enumerate(files) if not file.exists()), len(files))
     for i in range(done, len(steps)):
         arriving, leaving = work / f"stream-{i:03}", work / f"stream-{i + 1:03}"
-        statistics, census = Statistics(moments=moments), Census(spec)
+        statistics, census = InputStatistics(moments=moments), Census(spec)
         before, count = sum(sizes[:i]), 0
         with disk(f"cannot write {leaving}"), open(leaving, "wb") as out:
             for sample, x, w in zip(samples, _arrivals(arriving, steps[i], samples, spec), weights, strict=True):
@@ -97,7 +103,7 @@ def step_findings(file: Path, census: Census) -> dict[str, str]:
 class _Observer:
     """Sorts what an Eager shows into statistics and census."""
 
-    def __init__(self, statistics: Statistics, census: Census, layer: int | None, weights: np.ndarray):
+    def __init__(self, statistics: InputStatistics, census: Census, layer: int | None, weights: np.ndarray):
         self._statistics, self._census, self._layer = statistics, census, layer
         self._weights = weights if layer is not None else None
         self._input: tuple[str, np.ndarray] | None = None
@@ -116,11 +122,11 @@ class _Observer:
             self._census(kind, where, values)
 
 
-def _arrivals(file: Path, step: Step, samples: Sequence[Encoded], spec: ModelSpec) -> Iterator[np.ndarray]:
+def _arrivals(file: Path, step: Step, samples: Sequence[EncodedSample], spec: ModelSpec) -> Iterator[np.ndarray]:
     """What each sample brings into a step: pixels into the first, later what the step before it wrote."""
     if step.name == PIXELS:
         for sample in samples:
-            yield pixel_values(sample.sample.picture(), spec.resolution)[None]
+            yield pixel_values(sample.sample.open(), spec.resolution)[None]
         return
     with disk(f"cannot read {file}"), open(file, "rb") as stream:
         for sample in samples:
@@ -132,27 +138,27 @@ def _steps(source: TensorSource, spec: ModelSpec) -> list[Step]:
     """The model, cut where only one array goes from part to part."""
     v, t = spec.vision, spec.text
 
-    def pixels(sample: Encoded) -> Shape:
+    def pixels(sample: EncodedSample) -> Shape:
         return 1, 3, v.resolution, v.resolution
 
-    def image(sample: Encoded) -> Shape:
+    def image(sample: EncodedSample) -> Shape:
         return 1, v.image_tokens, v.width
 
-    def tokens(sample: Encoded) -> Shape:
+    def tokens(sample: EncodedSample) -> Shape:
         return 1, spec.image_tokens + len(sample.prompt) + len(sample.answer), t.width
 
-    def embeddings(g: Eager, sample: Encoded, x: np.ndarray) -> np.ndarray:
+    def embeddings(g: Eager, sample: EncodedSample, x: np.ndarray) -> np.ndarray:
         with g.scope(VISION):
             return siglip.embeddings(g, x, v)
 
     def vision_layer(i: int) -> Step:
-        def run(g: Eager, sample: Encoded, x: np.ndarray) -> np.ndarray:
+        def run(g: Eager, sample: EncodedSample, x: np.ndarray) -> np.ndarray:
             with g.scope(VISION), g.scope(f"encoder.layers.{i}"):
                 return siglip.block(g, x, v)
 
         return Step(f"vision layer {i + 1} of {v.depth}", image, run)
 
-    def join(g: Eager, sample: Encoded, x: np.ndarray) -> np.ndarray:
+    def join(g: Eager, sample: EncodedSample, x: np.ndarray) -> np.ndarray:
         with g.scope(VISION):
             g.feeds["image_hidden"] = layer_norm(g, x, "post_layernorm", v.eps)
         projector(g, spec)
@@ -163,13 +169,13 @@ def _steps(source: TensorSource, spec: ModelSpec) -> list[Step]:
         return embeds
 
     def text_layer(i: int) -> Step:
-        def run(g: Eager, sample: Encoded, x: np.ndarray) -> np.ndarray:
+        def run(g: Eager, sample: EncodedSample, x: np.ndarray) -> np.ndarray:
             with g.scope(TEXT), g.scope(f"layers.{i}"):
                 return gemma.block(g, x, i, t)
 
         return Step(f"text layer {i + 1} of {t.depth}", tokens, run, layer=i)
 
-    def head(g: Eager, sample: Encoded, x: np.ndarray) -> None:
+    def head(g: Eager, sample: EncodedSample, x: np.ndarray) -> None:
         """The positions that an answer is read from. The logits are left out: they would cost more than a layer."""
         with g.scope(TEXT):
             h = gemma.stream_norm(g, x[:, g.prefix - 1 :], "norm", t)

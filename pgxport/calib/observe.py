@@ -23,7 +23,7 @@ Histogram = tuple[np.ndarray, np.ndarray]  # counts [BINS], edges [BINS + 1]
 Range = tuple[float, float]
 
 
-class Spread:
+class RangeHistogram:
     """A histogram of numbers whose range nobody knows beforehand.
 
     Its range is ±2ⁿ, the smallest that holds everything, so its bins are the same whatever order the numbers came in.
@@ -62,12 +62,12 @@ class Spread:
             self._exponent += 1
 
 
-class Site:
+class LinearInput:
     """What is known so far about one linear's input."""
 
     def __init__(self, path: str, width: int, *, moments: bool):
         self.path, self.width, self.total = path, width, 0.0  # of the tokens' weights
-        self.spread = Spread()
+        self.spread = RangeHistogram()
         self._absmax = np.zeros(width, np.float32)
         self._sums = np.zeros((3, width))  # of x, |x| and x²
         # The lower triangle in blocks of rows, each as wide as its last row: half of the square's memory.
@@ -109,20 +109,20 @@ class Site:
         return tensors
 
 
-class Statistics:
+class InputStatistics:
     """The inputs of linears, and the caches of layers."""
 
     def __init__(self, *, moments: bool):
-        self.inputs: dict[str, str] = {}  # a linear's weight, and the weight whose `Site` holds its input
+        self.inputs: dict[str, str] = {}  # a linear's weight, and the weight whose `LinearInput` holds its input
         self._moments = moments
-        self._sites: dict[str, Site] = {}
+        self._sites: dict[str, LinearInput] = {}
         self._caches: dict[str, np.ndarray] = {}
 
     def add_input(self, paths: Sequence[str], x: np.ndarray, weights: np.ndarray | None = None) -> None:
         """Count x [..., K] in, the input of one linear or of several; each token as its weight [...] says."""
         site = self._sites.get(paths[0])
         if site is None:
-            site = self._sites[paths[0]] = Site(paths[0], x.shape[-1], moments=self._moments)
+            site = self._sites[paths[0]] = LinearInput(paths[0], x.shape[-1], moments=self._moments)
         self.inputs |= dict.fromkeys(paths, paths[0])
         site.add(x, weights)
 
@@ -139,12 +139,12 @@ class Statistics:
         return found | self._caches
 
 
-def minmax(spread: Spread) -> Range:
+def minmax(spread: RangeHistogram) -> Range:
     """Everything."""
     return spread.low, spread.high
 
 
-def percentile(spread: Spread) -> Range:
+def percentile(spread: RangeHistogram) -> Range:
     """What is left when the outermost numbers of either side are cut off, in whole bins."""
     counts, edges = spread.histogram()
     below = np.cumsum(counts) / counts.sum()
@@ -153,7 +153,7 @@ def percentile(spread: Spread) -> Range:
     return max(float(low), spread.low), min(float(high), spread.high)
 
 
-def entropy(spread: Spread) -> Range:
+def entropy(spread: RangeHistogram) -> Range:
     """The symmetric range that changes the distribution least (Migacz, 2017), as ONNX Runtime finds it."""
     from onnxruntime.quantization.calibrate import HistogramCollector
 
@@ -164,7 +164,7 @@ def entropy(spread: Spread) -> Range:
     return float(low), float(high)
 
 
-def mse(spread: Spread) -> Range:
+def mse(spread: RangeHistogram) -> Range:
     """The range whose grid of 256 levels has the least squared error; each end is searched while the other is held."""
     counts, edges = spread.histogram()
     seen = counts > 0
@@ -186,4 +186,9 @@ def mse(spread: Spread) -> Range:
     return low, high
 
 
-OBSERVER: dict[str, Callable[[Spread], Range]] = {"minmax": minmax, "percentile": percentile, "entropy": entropy, "mse": mse}
+OBSERVER: dict[str, Callable[[RangeHistogram], Range]] = {
+    "minmax": minmax,
+    "percentile": percentile,
+    "entropy": entropy,
+    "mse": mse,
+}

@@ -13,9 +13,9 @@ from pgxport.calib.observe import (
     ENTROPY_LEVELS,
     LEVELS,
     PERCENTILE,
-    Site,
-    Spread,
-    Statistics,
+    InputStatistics,
+    LinearInput,
+    RangeHistogram,
     entropy,
     mse,
     percentile,
@@ -39,9 +39,9 @@ def x(request) -> np.ndarray:
     return request.param.astype(np.float32)
 
 
-def spread_of(x: np.ndarray, parts: int = 7) -> Spread:
+def spread_of(x: np.ndarray, parts: int = 7) -> RangeHistogram:
     """Of numbers that arrive in parts, the smallest first, so that the range grows."""
-    spread = Spread()
+    spread = RangeHistogram()
     for part in np.array_split(x[np.argsort(np.abs(x))], parts):
         spread.add(part)
     return spread
@@ -58,7 +58,7 @@ def test_a_histogram_is_numpys_over_everything_whatever_the_order(x):
 
 
 def test_zeros_are_counted_before_and_after_anything_else():
-    spread = Spread()
+    spread = RangeHistogram()
     for values in (np.zeros(5), np.array([0.75, -0.5]), np.zeros(3)):
         spread.add(values.astype(np.float32))
     counts, edges = spread.histogram()
@@ -66,7 +66,7 @@ def test_zeros_are_counted_before_and_after_anything_else():
 
 
 def test_the_ranges_of_nothing_but_zeros_are_zero():
-    site = Site("zero", 3, moments=False)
+    site = LinearInput("zero", 3, moments=False)
     site.add(np.zeros((4, 3), np.float32))
     assert not site.tensors()["range/zero"].any()
 
@@ -126,7 +126,7 @@ def test_mse_finds_a_range_that_no_other_beats_by_much(x):
 
 def test_a_sites_numbers_are_those_of_all_tokens_together():
     x = (RNG.normal(0, 1, (50, 7)) * np.arange(1, 8) + 0.5).astype(np.float32)
-    site = Site("a", 7, moments=True)
+    site = LinearInput("a", 7, moments=True)
     for part in (x[:20].reshape(2, 10, 7), x[20:21], x[21:]):
         site.add(part)
     found, whole = site.tensors(), x.astype(np.float64)
@@ -138,7 +138,7 @@ def test_a_sites_numbers_are_those_of_all_tokens_together():
 
 def test_a_wide_sites_moment_is_summed_in_blocks():
     x = RNG.normal(0, 1, (30, 1100)).astype(np.float32)
-    site = Site("a", 1100, moments=True)
+    site = LinearInput("a", 1100, moments=True)
     site.add(x)
     expected = (x.T @ x / 30)[np.tril_indices(1100)]
     assert np.abs(site.tensors()["moment/a"] - expected).max() < 1e-5
@@ -149,11 +149,11 @@ def test_a_number_that_is_not_finite_is_refused_with_its_place(bad):
     x = np.ones((3, 5), np.float32)
     x[1, 2] = bad
     with pytest.raises(NumericError, match=r"layers\.3\.fc1.*channel 2"):
-        Site("layers.3.fc1", 5, moments=False).add(x)
+        LinearInput("layers.3.fc1", 5, moments=False).add(x)
 
 
 def test_linears_that_share_an_input_are_stored_once():
-    statistics = Statistics(moments=False)
+    statistics = InputStatistics(moments=False)
     statistics.add_input(["q", "k", "v"], np.ones((1, 2, 3), np.float32))
     statistics.add_cache(0, "key", np.array([[[[1.0, -5.0]], [[2.0, 3.0]]]]))
     statistics.add_cache(0, "key", np.array([[[[-2.0, 1.0]], [[0.0, 4.0]]]]))

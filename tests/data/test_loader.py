@@ -404,7 +404,7 @@ def test_an_image_without_its_text_is_not_dropped_in_silence(tmp_path):
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png")
     (tmp_path / "a.txt").write_text("ocr\nAB")
-    with pytest.raises(InputError, match=r"b\.png: has neither a \.json nor a \.txt beside it"):
+    with pytest.raises(InputError, match=r"b\.png: has neither of b\.json and b\.txt beside it"):
         read(tmp_path)
     dump(tmp_path / "a.json", {"prompt": "ocr", "answer": "AB"})
     with pytest.raises(InputError, match=r"a\.png: has both"):
