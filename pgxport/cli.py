@@ -788,7 +788,8 @@ class Log:
 
 def run_each(bundle: str, patterns: tuple[str, ...], question: Any, cluster: str | None, as_json: bool) -> None:
     """`pgx run --images`: a line for each picture, as it is answered."""
-    from pgxport.runners.many import ask_each, find_pictures
+    from pgxport.data.pictures import find_pictures
+    from pgxport.runners.many import ask_each
     from pgxport.text import terminal_safe
 
     pictures = find_pictures(patterns)

@@ -70,7 +70,9 @@ def _arrow_tables(data: Path, split: str | None) -> list[Rows]:
     if shards and not chosen:
         raise UsageError(f"{data}: has no split {split!r}; it has {', '.join(Path(part).name for part in list(shards)[:8])}")
     if len(chosen) > 1:
-        raise UsageError(f"{data}: has the splits {', '.join(Path(part).name for part in list(chosen)[:8])}; choose with --split")
+        raise UsageError(
+            f"{data}: has the splits {', '.join(Path(part).name for part in list(chosen)[:8])}; choose with --split (pgx report), or give a file of one"
+        )
     return [ArrowRows(f"{data}/{part}" if part != "." else str(data), tuple(files)) for part, files in chosen.items()]
 
 
@@ -118,7 +120,9 @@ def _split(every: list[Rows], split: str | None) -> list[Rows]:
         elif split is not None:
             raise UsageError(f"{rows.where}: its records name no split; leave --split {split} out, and give the split's own file")
         elif len(names) > 1:
-            raise UsageError(f"{rows.where}: has the splits {', '.join(sorted(names))}; choose with --split")
+            raise UsageError(
+                f"{rows.where}: has the splits {', '.join(sorted(names))}; choose with --split (pgx report), or give a file of one"
+            )
         chosen.append(rows)
     return chosen
 

@@ -90,7 +90,8 @@ def all_pictures(data: Path) -> dict[Path | bytes, str]:
     """
     name, rows, context = _open(DataOptions(data), data, judged=False)
     ids: dict[Path | bytes, str] = {}
-    for sample in _some(chain.from_iterable(_read(rows, range(len(rows)), context)), rows, name, len(rows)):
+    samples = _unique(chain.from_iterable(_read(rows, range(len(rows)), context)))
+    for sample in _some(samples, rows, name, len(rows)):
         assert isinstance(sample.image, Path | bytes), "Bug: a record's picture is drawn"
         ids.setdefault(sample.image, sample.id)
     return ids
@@ -115,7 +116,8 @@ def _read(rows: Rows, indices: Iterable[int], context: Context) -> Iterator[list
         embedded += sum(len(sample.image) for sample in samples if isinstance(sample.image, bytes))
         if embedded > MAX_EMBEDDED:
             raise UsageError(
-                f"{rows.where}: its first {count} pictures have {embedded / 1e9:.1f} GB; take fewer with --limit or --samples"
+                f"{rows.where}: its first {count} pictures have {embedded / 1e9:.1f} GB; take fewer with "
+                f"--limit or --samples, or give a part of the data"
             )
         yield samples
 
@@ -139,15 +141,15 @@ def _chosen(options: DataOptions, data: Path) -> tuple[str, Rows]:
     if candidates:
         several = ", ".join(f"{rows.where} ({name})" for name, rows in candidates[:5])
         raise UsageError(
-            f"{data}: holds {len(candidates)} data sets: {several}; give the file, or --format, or --split; "
-            f"of your own files, the one called {LIST} is meant"
+            f"{data}: holds {len(candidates)} data sets: {several}; give the file, or choose with --format or "
+            f"--split (pgx report); of your own files, the one called {LIST} is meant"
         )
     if options.format is not None and len(every) == 1:
         return options.format, every[0]  # its records will say what they lack
     seen = "; ".join(f"{rows.where} has {', '.join(map(repr, list(_first(rows))[:8]))}" for rows in every[:3])
     raise UsageError(
         f"{data}: {seen or 'no JSON, parquet or Arrow file with records'}: no known data set; "
-        f"say which it is with --format {'|'.join(FORMATS)}, or give records of 'image', 'prompt' and 'answer'"
+        f"say which it is with --format {'|'.join(FORMATS)} (pgx report, pgx tune), or give records of 'image', 'prompt' and 'answer'"
     )
 
 

@@ -20,6 +20,7 @@ MAX_JSON = 1 << 30  # bytes of one file; instances_train2014.json has 450 MB
 LINE = "every line is one object"
 MAX_FILES = 2_000_000  # below a data folder
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+ARROW_HEADS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # of a parquet file, an Arrow file, an Arrow stream
 # COCO's name of a picture in its editions of 2014 and 2017.
 NUMBERED = re.compile(r"(?:COCO_[a-z]+[0-9]{4}_)?([0-9]{12})\.jpg")
 
@@ -243,7 +244,17 @@ def files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 def is_arrow(file: Path) -> bool:
     """Whether the file's first bytes are those of a parquet file, an Arrow file or an Arrow stream."""
-    return _head(file).startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"))
+    return _head(file).startswith(ARROW_HEADS)
+
+
+def holds_records(file: Path) -> bool:
+    """Whether the file begins as JSON, parquet or Arrow does, and as no picture does. False where it cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(512)
+    except OSError:
+        return False
+    return head.startswith(ARROW_HEADS) or head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
 
 
 def read_json(file: Path) -> Any:

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("onnx_ir")
-
 from pgxport.calib.encoding import answer_text, digest
 from pgxport.data.loader import first_samples
 from pgxport.metrics.sample import Region, Sample, Segmentation
