@@ -26,7 +26,7 @@ class EncodedSample:
     answer: tuple[int, ...]  # without the token that ends it, which is never fed
 
 
-def encode(sample: Sample, words: PromptTokenizer) -> EncodedSample:
+def encode(sample: Sample, tokenizer: PromptTokenizer) -> EncodedSample:
     """Tokenize prompt and answer.
 
     Raises:
@@ -34,9 +34,9 @@ def encode(sample: Sample, words: PromptTokenizer) -> EncodedSample:
     """
     answer = answer_text(sample)
     try:
-        prompt_ids = words.prompt_ids(sample.prompt, 0)
+        prompt_ids = tokenizer.prompt_ids(sample.prompt, 0)
         # The tokenizer treats the answer as a prompt, whose bos and newline are cut off.
-        answer_ids = words.prompt_ids(answer, 0)[1:-1] if answer else []
+        answer_ids = tokenizer.prompt_ids(answer, 0)[1:-1] if answer else []
     except InputError as error:
         raise InputError(f"sample {sample.id}: {error}") from error
     return EncodedSample(sample, tuple(prompt_ids), tuple(answer_ids))

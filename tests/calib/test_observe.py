@@ -39,17 +39,17 @@ def x(request) -> np.ndarray:
     return request.param.astype(np.float32)
 
 
-def spread_of(x: np.ndarray, parts: int = 7) -> RangeHistogram:
+def histogram_of(x: np.ndarray, parts: int = 7) -> RangeHistogram:
     """Of numbers that arrive in parts, the smallest first, so that the range grows."""
-    spread = RangeHistogram()
+    histogram = RangeHistogram()
     for part in np.array_split(x[np.argsort(np.abs(x))], parts):
-        spread.add(part)
-    return spread
+        histogram.add(part)
+    return histogram
 
 
 def test_a_histogram_is_numpys_over_everything_whatever_the_order(x):
-    counts, edges = spread_of(x).histogram()
-    again, same = spread_of(x[::-1], 3).histogram()
+    counts, edges = histogram_of(x).counts_and_edges()
+    again, same = histogram_of(x[::-1], 3).counts_and_edges()
     expected, _ = np.histogram(x.astype(np.float64), BINS, range=(edges[0], edges[-1]))
     assert np.array_equal(counts, expected)
     assert np.array_equal(counts, again)
@@ -58,10 +58,10 @@ def test_a_histogram_is_numpys_over_everything_whatever_the_order(x):
 
 
 def test_zeros_are_counted_before_and_after_anything_else():
-    spread = RangeHistogram()
+    histogram = RangeHistogram()
     for values in (np.zeros(5), np.array([0.75, -0.5]), np.zeros(3)):
-        spread.add(values.astype(np.float32))
-    counts, edges = spread.histogram()
+        histogram.add(values.astype(np.float32))
+    counts, edges = histogram.counts_and_edges()
     assert np.array_equal(counts, np.histogram([0.0] * 8 + [0.75, -0.5], BINS, range=(edges[0], edges[-1]))[0])
 
 
@@ -72,7 +72,7 @@ def test_the_ranges_of_nothing_but_zeros_are_zero():
 
 
 def test_a_percentile_is_numpys_within_a_bin(x):
-    low, high = percentile(spread_of(x))
+    low, high = percentile(histogram_of(x))
     cut = (100 - PERCENTILE) / 2
     expected = np.percentile(x, [cut, 100 - cut], method="inverted_cdf")
     width = 2 * 2.0 ** np.frexp(np.abs(x).max())[1] / BINS
@@ -100,7 +100,7 @@ def divergence(x: np.ndarray, reach: float, end: float) -> float:
 def test_entropy_finds_nearly_the_least_divergence(name):
     x = DATA[name].astype(np.float32)
     reach = 2.0 ** np.frexp(np.abs(x).max())[1]
-    low, high = entropy(spread_of(x))
+    low, high = entropy(histogram_of(x))
     ends = np.arange(ENTROPY_LEVELS // 2, ENTROPY_BINS // 2) * 2 * reach / ENTROPY_BINS
     found = [divergence(x, reach, end) for end in ends]
     ours = divergence(x, reach, min(max(-low, high), ends[-1]))
@@ -117,7 +117,7 @@ def squared_error(x: np.ndarray, low: float, high: float) -> float:
 
 
 def test_mse_finds_a_range_that_no_other_beats_by_much(x):
-    low, high = mse(spread_of(x))
+    low, high = mse(histogram_of(x))
     ends = [f * max(x.max(), 0) for f in np.linspace(0.05, 1, 60)], [f * min(x.min(), 0) for f in np.linspace(0.05, 1, 60)]
     best = min(squared_error(x, a, b) for a in ends[1] for b in ends[0] if b > a)
     assert low <= 0 <= high
