@@ -230,7 +230,7 @@ def compile(as_json: bool, **options: Any) -> None:
 @click.option("--family", type=click.Choice(["paligemma", "paligemma2"]), default="paligemma2", show_default=True)
 @click.option("--variant", default="pt", show_default=True, help="pt, mix or ft-TASK, as the hub names them.")
 @click.option("--adapter", type=click.Path(), help="A LoRA adapter in PEFT layout, as it will be given to the export.")
-@click.option("--data", type=click.Path(), help="Samples: a JSONL file, or a folder of images and texts  [default: drawn scenes]")
+@click.option("--data", type=click.Path(), help="A data set's file or folder (docs/reference/data.md)  [default: drawn scenes]")
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="How many to take, from the beginning.")
 @click.option("--moments/--no-moments", default=True, show_default=True, help="Keep the second moments, which GPTQ needs.")
 @click.option(
@@ -273,7 +273,11 @@ def calibrate(as_json: bool, **options: Any) -> None:
 @click.argument("bundle", type=click.Path())
 @click.option("--image", "images", multiple=True, type=click.Path(), help="An image; again for several in order.")
 @click.option(
-    "--images", "each", multiple=True, metavar="FOLDER|GLOB", help="Pictures to ask about one by one; again for more of them."
+    "--images",
+    "each",
+    multiple=True,
+    metavar="FOLDER|GLOB|DATA",
+    help="Pictures to ask about one by one; again for more of them.",
 )
 @click.option("--prompt", required=True, help='"caption en", "ocr", "answer en …", "detect a ; b", "segment a".')
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Stop after so many tokens  [default: the bundle's]")
@@ -355,7 +359,7 @@ def run(
 @click.option(
     "--masks", type=click.Path(dir_okay=False), help="vae-oid.npz, where `segment` is among the tasks (tiny has its own)."
 )
-@click.option("--data", type=click.Path(), help="Samples to judge by: a data set's file or folder  [default: drawn scenes]")
+@click.option("--data", type=click.Path(), help="A data set's file or folder (docs/reference/data.md)  [default: drawn scenes]")
 @click.option(
     "--samples", type=click.IntRange(1), default=50, show_default=True, help="Records, evenly spaced; scenes of each task."
 )
@@ -469,7 +473,9 @@ def bench(
 @cli.command()
 @click.argument("bundles", nargs=-1, required=True, type=click.Path())
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="A data set's file or folder, as it is distributed  [default: drawn scenes]"
+    "--data",
+    type=click.Path(path_type=Path),
+    help="A data set's file or folder (docs/reference/data.md)  [default: drawn scenes]",
 )
 @click.option("--format", help="What the data is, where its content does not say; a wrong one lists what there is.")
 @click.option("--images", type=click.Path(path_type=Path), help="The pictures' folder, where it is not the data's.")
@@ -545,7 +551,9 @@ def report(
 @cli.command()
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), help="Ask both bundles these samples, and compare the answers.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="A data set's file or folder (docs/reference/data.md) to ask both bundles."
+)
 @click.option("--format", help="What the data is, where its content does not say.")
 @click.option("--limit", type=click.IntRange(1), help="Records, evenly spaced; without --data of the drawn scenes, of each task.")
 @click.option("--gate", type=click.FloatRange(0, 1), help="End with 8 if the second keeps less of the first's quality.")

@@ -149,7 +149,7 @@ def _chosen(options: DataOptions, data: Path) -> tuple[str, Rows]:
     seen = "; ".join(f"{rows.where} has {', '.join(map(repr, list(_first(rows))[:8]))}" for rows in every[:3])
     raise UsageError(
         f"{data}: {seen or 'no JSON, parquet or Arrow file with records'}: no known data set; "
-        f"say which it is with --format {'|'.join(FORMATS)} (pgx report, pgx tune), or give records of 'image', 'prompt' and 'answer'"
+        f"say which it is with --format {'|'.join(FORMATS)} (report, tune, diff), or give records of 'image', 'prompt' and 'answer'"
     )
 
 
