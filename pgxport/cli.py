@@ -97,6 +97,8 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     """
     import time
 
+    from pgxport.machine.memory import peak_rss
+
     with needs("export"):
         from pgxport.exporter.export import ExportOptions, export
         from pgxport.exporter.export import dry_run as check
@@ -201,6 +203,7 @@ def compile(as_json: bool, **options: Any) -> None:
     import time
 
     from pgxport.compile.tensorrt import CompileOptions, compile_bundle
+    from pgxport.machine.memory import peak_rss
 
     start = time.perf_counter()
     with progress_bar(steps=True) as progress:
@@ -249,6 +252,8 @@ def calibrate(as_json: bool, **options: Any) -> None:
     pgx calibrate my-finetune/ --data samples.jsonl --samples 64
     """
     import time
+
+    from pgxport.machine.memory import peak_rss
 
     with needs("export"):
         from pgxport.calib.calibrate import CalibrateOptions, calibrate
@@ -386,6 +391,7 @@ def tune(as_json: bool, max_loss: str, candidates: str | None, **options: Any) -
     import time
 
     from pgxport.errors import GateError
+    from pgxport.machine.memory import peak_rss
 
     with needs("export"):
         from pgxport.tuning.result import render
@@ -833,14 +839,6 @@ def size(count: int) -> str:
             return f"{count:.3g} {unit}" if unit != "B" else f"{count} B"
         count /= 1000  # type: ignore[assignment]
     raise AssertionError
-
-
-def peak_rss() -> int:
-    """The most memory this process has had resident, in bytes."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from pgxport.bundle.onnx_wire import inner, messages, text_of
 from pgxport.bundle.reader import Bundle
 from pgxport.compile.lint import VERSIONS, check_file
 from pgxport.errors import DiskError, EngineError, IntegrityError, NumericError, UsageError, choose
-from pgxport.machine.board import available_memory
+from pgxport.machine.memory import available_memory
 from pgxport.runners.cuda import Cuda
 from pgxport.runners.engine_cache import (
     Entry,

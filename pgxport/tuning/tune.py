@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pgxport.benchmarking.bench import machine, versions
 from pgxport.cluster.pool import Cluster
 from pgxport.data.loader import DataOptions, load
 from pgxport.errors import EngineError, NumericError, UsageError, choose
@@ -18,6 +17,7 @@ from pgxport.exporter.export import ExportOptions, check_weights
 from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.targets import TARGETS, Target
 from pgxport.hub.locate import locate
+from pgxport.machine.conditions import describe_machine, versions
 from pgxport.metrics.sample import Sample
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.spec import read_config
@@ -245,7 +245,7 @@ def _facts(subject: Subject, bundles: Bundles, o: TuneOptions) -> dict[str, Any]
         "checkpoint": str(o.source or f"--size {o.size}" + (f" --res {o.res}" if o.res else "")), "calibration": str(o.calibration) if o.calibration else None,
         "output": str(o.output), "samples": tasks, "answer_tokens": bundles.answer_tokens, "engine": o.target,
         "reference": {"recipe": "fp32", "bytes": bundles.reference_bytes, "ms": bundles.reference_ms},
-        "key": subject.common, "machine": machine(),
+        "key": subject.common, "machine": describe_machine(),
     }  # fmt: skip
 
 
