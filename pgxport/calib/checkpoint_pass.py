@@ -16,8 +16,9 @@ import numpy as np
 from pgxport.calib.observe import Statistics
 from pgxport.data.calibration_samples import Encoded, token_weights
 from pgxport.exporter.activation_ranges import Census
-from pgxport.exporter.calibration_file import Array, disk, read_metadata, write_tensors
+from pgxport.exporter.calibration_file import Array, read_metadata, write_tensors
 from pgxport.exporter.stream import Progress
+from pgxport.files import disk_errors
 from pgxport.models import gemma, siglip
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.eager import Eager, inputs_embeds
@@ -67,7 +68,7 @@ def observe_checkpoint(
         arriving, leaving = work / f"stream-{i:03}", work / f"stream-{i + 1:03}"
         statistics, census = Statistics(moments=moments), Census(spec)
         before, count = sum(sizes[:i]), 0
-        with disk(f"cannot write {leaving}"), open(leaving, "wb") as out:
+        with disk_errors(f"cannot write {leaving}"), open(leaving, "wb") as out:
             for sample, x, w in zip(samples, _arrivals(arriving, steps[i], samples, spec), weights, strict=True):
                 prefix = spec.image_tokens + len(sample.prompt)
                 g = Eager(source, {}, prefix=prefix, observe=_Observer(statistics, census, steps[i].layer, w))
@@ -122,7 +123,7 @@ def _arrivals(file: Path, step: Step, samples: Sequence[Encoded], spec: ModelSpe
         for sample in samples:
             yield pixel_values(sample.sample.picture(), spec.resolution)[None]
         return
-    with disk(f"cannot read {file}"), open(file, "rb") as stream:
+    with disk_errors(f"cannot read {file}"), open(file, "rb") as stream:
         for sample in samples:
             shape = step.shape(sample)
             yield np.fromfile(stream, np.float32, prod(shape)).reshape(shape)

@@ -15,7 +15,8 @@ from pgxport.bundle.manifest import Manifest, TrtVersion
 from pgxport.bundle.onnx_wire import inner, messages, text_of
 from pgxport.bundle.reader import Bundle
 from pgxport.compile.lint import VERSIONS, check_file
-from pgxport.errors import DiskError, EngineError, IntegrityError, NumericError, UsageError, choose
+from pgxport.errors import EngineError, IntegrityError, NumericError, UsageError, choose
+from pgxport.files import CHECK_DISK, disk_errors, write_whole
 from pgxport.machine.memory import available_memory
 from pgxport.runners.cuda import Cuda
 from pgxport.runners.engine_cache import (
@@ -387,9 +388,7 @@ class _Timings:
         return cache
 
     def keep(self, cache: Any) -> None:
-        staged = self.file.with_name(self.file.name + ".partial")
-        staged.write_bytes(bytes(memoryview(cache.serialize())))
-        staged.replace(self.file)
+        write_whole(self.file, bytes(memoryview(cache.serialize())))
 
 
 @contextmanager
@@ -400,10 +399,8 @@ def _timing_cache(options: CompileOptions, here: Machine, cache: Path) -> Iterat
         yield None
         return
     named = "-".join((here.version, f"sm{here.sm}", f"cuda{here.cuda}"))
-    try:
+    with disk_errors("cannot use", CHECK_DISK, path=cache):
         yield _Timings(options.timing_cache or cache / f"timings-{named}.cache")
-    except OSError as error:
-        raise DiskError(f"{error.filename or cache}: {error.strerror}; check the permissions and the disk") from error
 
 
 def _there(folder: Path, wanted: str) -> Entry | None:
