@@ -39,7 +39,9 @@ from pgxport.benchmarking.measure import WARM_UP_STEPS, Answers, worker  # noqa:
 from pgxport.benchmarking.worker import Measurement, Worker, interleave, serve  # noqa: E402
 from pgxport.bundle.reader import Bundle  # noqa: E402
 from pgxport.calib.calibrate import CalibrateOptions, calibrate  # noqa: E402
-from pgxport.compile.tensorrt import CompileOptions, compile_bundle, weight_bytes  # noqa: E402
+from pgxport.compile.compile import compile_bundle  # noqa: E402
+from pgxport.compile.memory import weight_bytes  # noqa: E402
+from pgxport.compile.options import CompileOptions  # noqa: E402
 from pgxport.errors import PgxError  # noqa: E402
 from pgxport.exporter.export import ExportOptions, export  # noqa: E402
 from pgxport.machine.conditions import describe_machine, versions  # noqa: E402

@@ -97,8 +97,6 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     """
     import time
 
-    from pgxport.machine.memory import peak_rss
-
     with needs("export"):
         from pgxport.exporter.export import ExportOptions, export
         from pgxport.exporter.export import dry_run as check
@@ -202,8 +200,8 @@ def compile(as_json: bool, **options: Any) -> None:
     """
     import time
 
-    from pgxport.compile.tensorrt import CompileOptions, compile_bundle
-    from pgxport.machine.memory import peak_rss
+    from pgxport.compile.compile import compile_bundle
+    from pgxport.compile.options import CompileOptions
 
     start = time.perf_counter()
     with progress_bar(steps=True) as progress:
@@ -252,8 +250,6 @@ def calibrate(as_json: bool, **options: Any) -> None:
     pgx calibrate my-finetune/ --data samples.jsonl --samples 64
     """
     import time
-
-    from pgxport.machine.memory import peak_rss
 
     with needs("export"):
         from pgxport.calib.calibrate import CalibrateOptions, calibrate
@@ -391,7 +387,6 @@ def tune(as_json: bool, max_loss: str, candidates: str | None, **options: Any) -
     import time
 
     from pgxport.errors import GateError
-    from pgxport.machine.memory import peak_rss
 
     with needs("export"):
         from pgxport.tuning.result import render
@@ -841,12 +836,21 @@ def size(count: int) -> str:
     raise AssertionError
 
 
+def peak_rss() -> int:
+    """The most memory this process has had resident, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def main() -> None:
     """Run a command; errors we raise on purpose end with their own exit code (docs/reference/exit-codes.md)."""
-    # As an exception, so that what is half done is cleaned up on the way out.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    from pgxport.interrupts import signals_recorded
+
     try:
-        cli(prog_name="pgx", standalone_mode=False)
+        with signals_recorded(signal.SIGINT, signal.SIGTERM):  # as exceptions, so that what is half done is cleaned up
+            cli(prog_name="pgx", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(2)

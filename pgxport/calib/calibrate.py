@@ -106,7 +106,7 @@ def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None
         m.name, m.provenance.checkpoint_sha256, [encode(s, words) for s in samples], digest(samples), m.image_tokens, m.cache.layers, options
     )  # fmt: skip
     found = observe_bundle(bundle, job.samples, moments=options.moments, progress=progress)
-    # Scores and variances are inside of fused operators, so no census can be made.
+    # Scores and variances are inside of fused operators, so activation ranges cannot be measured.
     about = job.about(engine="onnxruntime", inputs=found.inputs, ranges=None)
     tensors = {name: Array(values) for name, values in found.tensors().items()}
     return write_calibration(Path(options.output), about, tensors, overwrite=options.overwrite)
@@ -114,12 +114,12 @@ def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None
 
 def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibration:
     from pgxport.calib.checkpoint_pass import observe_checkpoint, step_findings
-    from pgxport.exporter.activation_ranges import Census
+    from pgxport.exporter.activation_ranges import ActivationRanges
     from pgxport.exporter.export import check_weights as check_weights
     from pgxport.hub.locate import locate
     from pgxport.models.checkpoint import Checkpoint
+    from pgxport.models.config import read_config
     from pgxport.models.safetensors import read_header
-    from pgxport.models.spec import read_config
 
     found = locate(options.size, options.res, options.family, options.variant, options.source, progress=progress)
     checkpoint = Checkpoint.open(found.path, Path(options.adapter) if options.adapter else None)
@@ -138,15 +138,15 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibra
     )  # fmt: skip
     # Of another version of pgx or numpy, finished steps are not those that this one would have made.
     key = job.about(engine="numpy", inputs={}, ranges=None).model_dump_json()
-    output, census = Path(options.output), Census(spec)
+    output, activation_ranges = Path(options.output), ActivationRanges(spec)
     inputs: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     with _workplace(output.with_name(output.name + ".work"), key) as work:
         steps = observe_checkpoint(checkpoint, spec, job.samples, work, moments=options.moments, progress=progress)
         for step in steps:
-            inputs |= step_findings(step, census)
+            inputs |= step_findings(step, activation_ranges)
             tensors |= read_header(step)
-        about = job.about(engine="numpy", inputs=inputs, ranges=census.ranges(len(samples)))
+        about = job.about(engine="numpy", inputs=inputs, ranges=activation_ranges.ranges(len(samples)))
         made = write_calibration(output, about, tensors, overwrite=options.overwrite)
     shutil.rmtree(work)
     return made
