@@ -20,8 +20,7 @@ from pgxport.errors import EngineError, PgxError
 from pgxport.machine import board, clocks
 from pgxport.machine.driver import Driver, Load, ask_driver
 from pgxport.runners.open_session import open_session
-from pgxport.runners.tensorrt import MODULES, load_engine, logger
-from pgxport.runners.tensorrt import machine as tensorrt_machine
+from pgxport.runners.tensorrt_library import MODULES, engine_key, load_engine, logger
 from pgxport.text import size
 
 # A graph that computes y = x + x on float32 [1]: the smallest that shows that an engine runs.
@@ -222,7 +221,7 @@ def _try_tensorrt(engine: str) -> dict[str, Any]:
     """
     try:
         trt = load_engine(engine)
-        tensorrt_machine(engine, trt)
+        engine_key(engine, trt)
         log = logger(trt)
         try:
             trt.Runtime(log)

@@ -18,13 +18,13 @@ import pytest
 REFERENCE = ("torch", "transformers")
 EXPORT_TOOLS = ("onnx", "onnx_ir", *REFERENCE)
 # The bare package; `from pgxport import bundle` is read as pgxport.bundle.
-ROOT = ("pgxport.errors", "pgxport.text", "pgxport.files", "pgxport.__version__")
+ROOT = ("pgxport.errors", "pgxport.interrupts", "pgxport.text", "pgxport.files", "pgxport.__version__")
 BUNDLE = ("numpy", "pydantic", *ROOT, "pgxport.bundle")
 RUNNERS = (*BUNDLE, "PIL", "tokenizers", "pgxport.runners", "pgxport.machine")
 
 # Every folder and root file of the package, the lowest first: each imports itself and those before it.
 RANKS = (
-    "errors", "text", "files", "machine", "bundle", "models", "hub", "runners", "compile", "metrics", "data", "exporter", "calib",
+    "errors", "interrupts", "text", "files", "machine", "bundle", "models", "hub", "runners", "compile", "metrics", "data", "exporter", "calib",
     "cluster", "benchmarking", "reporting", "tuning", "inspection", "doctor", "demo", "terminal", "cli",
 )  # fmt: skip
 
@@ -65,7 +65,7 @@ LAWS = (
     ),
     Law(
         ("runners/*",),
-        but_not=("runners/ort.py", "runners/tensorrt.py"),
+        but_not=("runners/ort.py", "runners/tensorrt_library.py"),
         only=RUNNERS,
         reason="`pgx run` works where only the base is installed, and an engine is imported in its own file only",
         remedy="take arrays and names from the bundle's manifest, go through a Session, or do it in numpy",
@@ -77,7 +77,7 @@ LAWS = (
         remedy="give another engine its own file, and take what is missing from the bundle's manifest",
     ),
     Law(
-        ("runners/tensorrt.py",),
+        ("runners/tensorrt_library.py",),
         only=(*RUNNERS, "tensorrt", "tensorrt_rtx", "cuda"),
         reason="this file holds one engine, TensorRT, and runs where only the base and that are installed",
         remedy="give another engine its own file, and take what is missing from the bundle's manifest",
@@ -110,7 +110,15 @@ LAWS = (
     ),
     Law(
         ("cli/*", "terminal.py"),
-        only=("click", "pgxport.cli", "pgxport.terminal", "pgxport.errors", "pgxport.text", "pgxport.__version__"),
+        only=(
+            "click",
+            "pgxport.cli",
+            "pgxport.terminal",
+            "pgxport.errors",
+            "pgxport.text",
+            "pgxport.interrupts",
+            "pgxport.__version__",
+        ),
         at_module_level=True,
         reason="`pgx --help` takes under 150 ms, and a command must not fail for an extra that it does not use",
         remedy="import it inside the command",
@@ -301,7 +309,7 @@ def test_every_path_that_a_law_or_pyproject_names_exists():
         ("bundle/reader.py", "import numpy as np\nfrom pydantic import BaseModel\nfrom pgxport.errors import IntegrityError"),
         ("runners/image.py", "from PIL import Image\nfrom pgxport.bundle.reader import Bundle\nfrom . import loop"),
         ("runners/ort.py", "import onnxruntime as ort"),
-        ("runners/tensorrt.py", "import tensorrt\nfrom cuda import cudart"),
+        ("runners/tensorrt_library.py", "import tensorrt\nfrom cuda import cudart"),
         ("models/checkpoint.py", "import ml_dtypes\nfrom safetensors import safe_open"),
         ("reporting/transformers_subject.py", "def f():\n    import torch\n    import transformers"),
         ("exporter/parity.py", "from pgxport.metrics.fidelity import kl_divergence"),

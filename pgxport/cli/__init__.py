@@ -9,6 +9,7 @@ import click
 from pgxport import __version__
 from pgxport.cli import about, export, measure, run, share, tune
 from pgxport.errors import PgxError
+from pgxport.interrupts import signals_recorded
 from pgxport.terminal import fail
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -35,10 +36,9 @@ for command in (
 
 def main() -> None:
     """Run a command; each of our errors ends with its own exit code (docs/reference/exit-codes.md)."""
-    # As an exception, so that what is half done is cleaned up on the way out.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        cli(prog_name="pgx", standalone_mode=False)
+        with signals_recorded(signal.SIGINT, signal.SIGTERM):  # as exceptions, so that what is half done is cleaned up
+            cli(prog_name="pgx", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(2)

@@ -23,7 +23,7 @@ from pgxport.text import size
 
 if TYPE_CHECKING:
     from pgxport.bundle.reader import Bundle
-    from pgxport.compile.tensorrt import Compiled
+    from pgxport.compile.options import Compiled
     from pgxport.exporter.calibration_file import Calibration
 
 
@@ -140,7 +140,7 @@ def plan(as_json: bool, **options: Any) -> None:
 @click.command()
 @click.argument("source", required=False)
 @model_options("size", "res", "family", "variant", "adapter", **OF_SOURCE)
-@click.option("--data", type=click.Path(), help="Samples: a JSONL file, or a folder of images and texts  [default: drawn scenes]")
+@click.option("--data", type=click.Path(), help="A data set's file or folder (docs/reference/data.md)  [default: drawn scenes]")
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="How many to take, from the beginning.")
 @click.option("--moments/--no-moments", default=True, show_default=True, help="Keep the second moments, which GPTQ needs.")
 @click.option(
@@ -224,7 +224,8 @@ def compile(as_json: bool, **options: Any) -> None:
     pgx compile b --engine tensorrt
     pgx compile b --engine tensorrt-rtx --sm 8.9
     """
-    from pgxport.compile.tensorrt import CompileOptions, compile_bundle
+    from pgxport.compile.compile import compile_bundle
+    from pgxport.compile.options import CompileOptions
 
     start = time.perf_counter()
     with progress_bar(steps=True) as progress:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pgxport.errors import CheckpointError, DiskError, HubError, IntegrityError, UsageError
+from pgxport.files import disk_errors
 from pgxport.text import listed
 
 FILES = ["*.json", "*.safetensors"]  # at the top of a repository; nothing else in it is read or fetched
@@ -97,7 +98,10 @@ def download(repository: str, revision: str, progress: Progress | None = None) -
     cache = Path(constants.HF_HUB_CACHE).expanduser()
     home = f"models--{repository.replace('/', '--')}"
     fetch = Fetch(progress, sum(blob.size for blob in blobs))
-    with _disk(cache), explained(repository, revision):
+    with (
+        disk_errors(f"cannot write to the hub's cache {cache}", "free some space, or set HF_HOME"),
+        explained(repository, revision),
+    ):
         (cache / home / "blobs").mkdir(parents=True, exist_ok=True)
         (cache / ".locks" / home).mkdir(parents=True, exist_ok=True)
         missing = sum(blob.size for blob in blobs if not (cache / home / "blobs" / blob.digest).exists())
@@ -269,17 +273,6 @@ def transport_errors() -> tuple[type[Exception], ...]:
     except ImportError:
         import httpx  # type: ignore[import-not-found, no-redef]
     return (httpx.TransportError,)
-
-
-@contextmanager
-def _disk(cache: Path) -> Iterator[None]:
-    """Turn an OSError into a DiskError that names the cache."""
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(
-            f"cannot write to the hub's cache {cache}: {error.strerror or error}; free some space, or set HF_HOME"
-        ) from error
 
 
 @contextmanager

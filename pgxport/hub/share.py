@@ -19,7 +19,7 @@ from pgxport.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileInfo, Mani
 from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import DiskError, HubError, InputError, IntegrityError, UsageError
-from pgxport.files import file_sha256
+from pgxport.files import delete, disk_errors, file_sha256
 from pgxport.hub.fetch import TIMEOUT, Blob, Fetch, Progress, blob_of, explained, transport_errors
 from pgxport.hub.locate import HUB_ID
 from pgxport.text import listed
@@ -148,7 +148,7 @@ def pull(options: PullOptions, *, progress: Progress | None = None) -> Shared:
     sizes = {MANIFEST: len(text)} | {name: file.size for name, file in manifest.files.items()}
     if options.dry_run:
         return Shared(repository, info.sha, sizes, writer.path)
-    with writer, _disk(writer.staging), _explained(repository, revision, "pull"):
+    with writer, disk_errors("cannot write", path=writer.staging), _explained(repository, revision, "pull"):
         _make_room(writer.staging, manifest)
         fetch = Fetch(progress, sum(file.size for file in manifest.files.values()))
         for name, file in manifest.files.items():
@@ -210,7 +210,7 @@ def _make_room(staging: Path, manifest: Manifest) -> None:
     names = {*manifest.files, *digests, *(f"{digest}.incomplete" for digest in digests)}
     for path in staging.iterdir():
         if path.name not in names or path.is_symlink() or not path.is_file():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            delete(path)
     missing = sum(file.size for file in manifest.files.values()) - sum(path.stat().st_size for path in staging.iterdir())
     if missing > (free := shutil.disk_usage(staging).free):
         raise DiskError(f"{missing:,} bytes are to be fetched, and {staging.parent} has room for {free:,}; choose another -o")
@@ -295,17 +295,6 @@ def _explained(repository: str, revision: str, command: str) -> Iterator[None]:
             if isinstance(error, GatedRepoError | RepositoryNotFoundError) or code != 409:
                 raise
             raise HubError(f"{repository} was changed by another commit meanwhile (HTTP 409); run this again") from error
-
-
-@contextmanager
-def _disk(staging: Path) -> Iterator[None]:
-    """Turn an OSError into a DiskError that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(
-            f"cannot write {error.filename or staging}: {error.strerror or error}; free some space, or choose another -o"
-        ) from error
 
 
 @contextmanager
