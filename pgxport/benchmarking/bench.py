@@ -16,6 +16,7 @@ from pgxport.benchmarking.worker import Measurement, Progress, Worker, interleav
 from pgxport.machine.conditions import describe_machine
 from pgxport.machine.memory import ProcessMemory
 from pgxport.machine.nvml import find_nvml
+from pgxport.text import size, table
 
 STAGES = {
     "verify": "verify (sha256)",
@@ -136,11 +137,11 @@ def measurement_json(m: Measurement) -> dict[str, Any]:
     found |= {"stages": stages}
     if "step" in m.seconds:
         found["tokens_per_second"] = asdict(summary([1 / s for s in m.seconds["step"]]))
-    for size in _sizes([m]):
-        rates = {"images_per_second": f"answer/{size}", "tokens_per_second": f"step/{size}"}
-        found.setdefault("batches", {})[str(size)] = {
-            rate: asdict(summary([size / s for s in m.seconds[stage]])) for rate, stage in rates.items()
-        } | {f"peak_{kind}": held for kind, held in m.facts["peaks"][str(size)].items()}
+    for batch in _sizes([m]):
+        rates = {"images_per_second": f"answer/{batch}", "tokens_per_second": f"step/{batch}"}
+        found.setdefault("batches", {})[str(batch)] = {
+            rate: asdict(summary([batch / s for s in m.seconds[stage]])) for rate, stage in rates.items()
+        } | {f"peak_{kind}": held for kind, held in m.facts["peaks"][str(batch)].items()}
     return found | {"memory": {"loaded": _memory_json(m.loaded), "peak": _memory_json(m.peak)}}
 
 
@@ -150,14 +151,14 @@ def render(b: Bench) -> str:
     lines = []
     for m in b.measurements:
         said = (
-            f"{m.facts['recipe']} for {m.facts['target']}, {_bytes(m.facts['bytes'])}, manifest {m.facts['manifest_sha256'][:12]}"
+            f"{m.facts['recipe']} for {m.facts['target']}, {size(m.facts['bytes'])}, manifest {m.facts['manifest_sha256'][:12]}"
             if m.facts
             else ""
         )
         lines.append(f"{names[m.label]}: {m.label}: " + (f"FAILED: {m.reason}" if m.reason else said))
     whole = [m for m in b.measurements if m.reason is None]
     if whole:
-        lines += ["", *_table(whole, names), ""]
+        lines += ["", _table(whole, names), ""]
         for stage, first, second, ratio in b.comparisons():
             lines.append(f"{_title(stage)}: {verdict(names[first.label], names[second.label], ratio)}")
     here = b.machine
@@ -170,7 +171,7 @@ def render(b: Bench) -> str:
     return "\n".join(lines)
 
 
-def _table(measurements: list[Measurement], names: dict[str, str]) -> list[str]:
+def _table(measurements: list[Measurement], names: dict[str, str]) -> str:
     stages = [s for s in STAGES if any(s in m.seconds for m in measurements)]
     stages += [s for m in measurements[:1] for s in m.seconds if s not in STAGES]
     rows = [["", *(names[m.label] for m in measurements)]]
@@ -182,11 +183,10 @@ def _table(measurements: list[Measurement], names: dict[str, str]) -> list[str]:
     rows += [row for size in _sizes(measurements) for row in _batch_rows(size, measurements)]
     for title, memory in (("loaded", [m.loaded for m in measurements]), ("peak", [m.peak for m in measurements])):
         for kind in ("private", "mapped", "resident"):
-            rows.append([f"{title}: {kind}", *(_bytes(getattr(held, kind)) if held else "not told" for held in memory)])
+            rows.append([f"{title}: {kind}", *(size(getattr(held, kind)) if held else "not told" for held in memory)])
     if any(m.facts.get("target") != "cpu" for m in measurements):
         rows.append(["peak: GPU memory", *(_held(m.facts.get("peak_vram")) for m in measurements)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return table(rows)
 
 
 def _batch_rows(size: int, measurements: list[Measurement]) -> list[list[str]]:
@@ -208,7 +208,7 @@ def _sizes(measurements: Sequence[Measurement]) -> list[int]:
 
 
 def _held(count: int | None) -> str:
-    return "not measured" if count is None else _bytes(count)
+    return "not measured" if count is None else size(count)
 
 
 def _title(stage: str) -> str:
@@ -245,10 +245,6 @@ def _spread(values: list[float] | None) -> str:
     digits = 0 if s.median * scale >= 100 else 1 if s.median * scale >= 10 else 2
     median, low, high = (f"{value * scale:.{digits}f}" for value in (s.median, s.low, s.high))
     return f"{median} {unit}" + (f" ({low}–{high})" if len(values) > 1 else "")
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _memory_json(memory: ProcessMemory | None) -> dict[str, int] | None:

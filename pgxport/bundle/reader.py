@@ -17,6 +17,7 @@ from pgxport.bundle.onnx_wire import read_signature
 from pgxport.bundle.token_table import Embedding
 from pgxport.errors import IntegrityError
 from pgxport.files import CHECK_DISK, STAGED, disk_errors, hashed
+from pgxport.text import listed
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _check_files(path: Path, manifest: Manifest) -> None:
     if missing := named - set(manifest.files):
         raise IntegrityError(f"{path}: the manifest uses {', '.join(sorted(missing))} without listing it under files")
     if strangers := sorted(set(os.listdir(path)) - {MANIFEST, *manifest.files}):
-        raise IntegrityError(f"{path} holds {', '.join(map(repr, strangers[:5]))}, which its manifest does not list")
+        raise IntegrityError(f"{path} holds {listed(map(repr, strangers))}, which its manifest does not list")
     for name, info in manifest.files.items():
         if (size := _plain_size(path / name)) != info.size:
             raise IntegrityError(f"{path / name} has {size} bytes where the manifest promises {info.size}")

@@ -13,6 +13,7 @@ from pgxport.bundle.manifest import MANIFEST, FileInfo, Manifest
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import UsageError
 from pgxport.files import StagedFolder, disk_errors, write_new
+from pgxport.text import listed
 
 
 class BundleWriter:
@@ -90,7 +91,7 @@ class BundleWriter:
         with disk_errors(f"cannot read {self.path}"):
             if strangers := sorted(set(os.listdir(self.path)) - _written(self.path)):
                 raise UsageError(
-                    f"{self.path} holds {', '.join(map(repr, strangers[:5]))}, which is not part of a bundle; "
+                    f"{self.path} holds {listed(map(repr, strangers))}, which is not part of a bundle; "
                     f"pgx does not delete it: move it, or choose another -o"
                 )
 

@@ -24,6 +24,7 @@ from pgxport.runners.loop import Decoder
 from pgxport.runners.ort import OrtCache, refusals
 from pgxport.runners.pipeline import Pipeline
 from pgxport.runners.session import Arrays
+from pgxport.text import size
 
 FOLDER = "session.model_external_initializers_file_folder_path"
 GRAPHS = ("vision_encoder", "projector", "decoder_step")
@@ -159,6 +160,6 @@ def _check_memory(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]]) -> None
     needed, available = sum(4 * k * k for k in sites) + bundle.nbytes, available_memory()
     if available is not None and needed > available:
         raise NumericError(
-            f"second moments of all layers of {bundle.path} take {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB "
+            f"second moments of all layers of {bundle.path} take {size(needed)} of memory, and {size(available)} "
             f"are free; give the checkpoint, which is calibrated layer by layer, or --no-moments"
         )

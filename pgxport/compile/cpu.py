@@ -18,6 +18,7 @@ from pgxport.runners.loop import Decoder
 from pgxport.runners.ort import OrtSession
 from pgxport.runners.packed import check, engine_key, flags, is_current
 from pgxport.runners.session import Session
+from pgxport.text import size
 
 ALIGNMENT = 64  # bytes; kernels lay packed weights out from the first address that divides by it
 DISK_COPIES = 2.2  # bundle sizes on disk: ONNX Runtime writes the weights as they were beside the packed ones
@@ -54,8 +55,8 @@ def pack(bundle: Bundle, cache: Path | None = None, *, progress: Progress | None
     with EntryWriter(root, bundle.digest(), engine_key(), flags()) as writer:
         if (free := shutil.disk_usage(writer.staging).free) < DISK_COPIES * bundle.nbytes:
             raise DiskError(
-                f"packed weights of {bundle.path} may take {DISK_COPIES * bundle.nbytes / 1e9:.1f} GB, and {root} has "
-                f"{free / 1e9:.1f} GB left; free some space, or choose another --cache"
+                f"packed weights of {bundle.path} may take {size(DISK_COPIES * bundle.nbytes)}, and {root} has "
+                f"{size(free)} left; free some space, or choose another --cache"
             )
         for i, name in enumerate(graphs):
             if progress:

@@ -6,6 +6,7 @@ from pgxport.bundle.reader import Bundle
 from pgxport.errors import NumericError
 from pgxport.machine.memory import available_memory
 from pgxport.runners.cuda import Cuda
+from pgxport.text import size
 
 # Profiles -> anonymous memory of a build, as a multiple of the graph's weights. TensorRT-RTX 1.7 took 2.2 (int4, one profile),
 # 3.0 (int4, two) and 4.1 (float32, two). Not measured with TensorRT.
@@ -41,15 +42,15 @@ def check_memory(bundle: Bundle, count: int, workspace: int, cuda: Cuda | None) 
     weights = max(weight_bytes(bundle, name) for name in bundle.manifest.graphs)  # graphs are built one after the other
     host, device = build_memory(weights, count, workspace)
     device = device if cuda else 0
-    sums = f"{COPIES[count]} times the largest graph's {weights / 1e9:.1f} GB and {BUILDER_BYTES / 1e9:.1f} GB for the builder"
+    sums = f"{COPIES[count]} times the largest graph's {size(weights)} and {size(BUILDER_BYTES)} for the builder"
     if cuda is not None and cuda.attribute("Integrated"):  # the device's memory is the host's
-        host, device, sums = host + device, 0, f"{sums}, and the graph once more with {workspace / 1e9:.1f} GB of workspace"
+        host, device, sums = host + device, 0, f"{sums}, and the graph once more with {size(workspace)} of workspace"
     shortages = []
     if (free := available_memory()) is not None and host > free:
-        shortages.append(f"{host / 1e9:.1f} GB of memory ({sums}), and {free / 1e9:.1f} GB are free")
+        shortages.append(f"{size(host)} of memory ({sums}), and {size(free)} are free")
     if cuda is not None and device > (unused := int(cuda.call("cudaMemGetInfo")[0])):
         shortages.append(
-            f"{device / 1e9:.1f} GB on the device (the graph and {workspace / 1e9:.1f} GB of workspace), and {unused / 1e9:.1f} GB are free"
+            f"{size(device)} on the device (the graph and {size(workspace)} of workspace), and {size(unused)} are free"
         )
     if shortages:
         raise NumericError(

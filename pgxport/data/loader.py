@@ -17,6 +17,7 @@ from pgxport.data.records import Pictures, Rows
 from pgxport.data.scenes import calibration_scene, scene_samples
 from pgxport.errors import InputError, UsageError, choose
 from pgxport.metrics.sample import Sample
+from pgxport.text import listed, size
 
 MAX_EMBEDDED = 4 << 30  # bytes of pictures that stand in the records themselves
 SCENES = 100  # of each task, where nothing else is asked for
@@ -116,7 +117,7 @@ def _read(rows: Rows, indices: Iterable[int], context: Context) -> Iterator[list
         embedded += sum(len(sample.image) for sample in samples if isinstance(sample.image, bytes))
         if embedded > MAX_EMBEDDED:
             raise UsageError(
-                f"{rows.where}: its first {count} pictures have {embedded / 1e9:.1f} GB; take fewer with "
+                f"{rows.where}: its first {count} pictures have {size(embedded)}; take fewer with "
                 f"--limit or --samples, or give a part of the data"
             )
         yield samples
@@ -139,7 +140,7 @@ def _chosen(options: DataOptions, data: Path) -> tuple[str, Rows]:
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
-        several = ", ".join(f"{rows.where} ({name})" for name, rows in candidates[:5])
+        several = listed(f"{rows.where} ({name})" for name, rows in candidates)
         raise UsageError(
             f"{data}: holds {len(candidates)} data sets: {several}; give the file, or choose with --format or "
             f"--split (pgx report); of your own files, the one called {LIST} is meant"

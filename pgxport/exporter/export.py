@@ -32,6 +32,7 @@ from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import ModelSpec, shrunk, without_window
 from pgxport.models.weights import parameters, weight_shapes
 from pgxport.runners.tokenizer import read_token_ids
+from pgxport.text import listed
 
 MAX_NEW_TOKENS = 256
 LOCAL = ("local_bias", "local_visible")  # inputs that tell what a window hides
@@ -131,7 +132,7 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
         writer.write("recipe.toml", [to_toml(job.recipe).encode()])
         writer.write("tokenizer.json", [job.tokenizer.read_bytes()])
         if left := job.checkpoint.unread():
-            raise CheckpointError(f"Bug: {', '.join(left[:5])} of {job.found.name} reached no graph")
+            raise CheckpointError(f"Bug: {listed(left)} of {job.found.name} reached no graph")
         compared = None
         if job.recipe.lossy and options.parity:
             files = {name: (writer.staging / f"{name}.data", layout) for name, layout in layouts.items()}
@@ -336,5 +337,4 @@ def _provenance(found: Located, digest: str, calibration: Calibration | None) ->
 
 
 def _named(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return f"{shown} is" if len(names) == 1 else f"{shown}{f' and {len(names) - 5} more' if len(names) > 5 else ''} are"
+    return f"{listed(names)} {'is' if len(names) == 1 else 'are'}"

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import ml_dtypes
@@ -34,6 +35,7 @@ from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import SIZES, TINY_RESOLUTIONS, ModelSpec, published, without_window
 from pgxport.models.weights import weight_shapes
+from pgxport.text import size, table
 
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector"}
 # Google's tokenizer.json, where there is no checkpoint to look at.
@@ -211,28 +213,26 @@ def plan(options: PlanOptions) -> Plan:
 def render(plan: Plan) -> str:
     """The same, for people."""
     lines = [
-        f"{plan.model} at {plan.resolution} px, {plan.precision} for {plan.target}: {_size(plan.nbytes)}, "
+        f"{plan.model} at {plan.resolution} px, {plan.precision} for {plan.target}: {size(plan.nbytes)}, "
         f"{sum(plan.parameters.values()):,} parameters"
     ]
-    for name, count in plan.parameters.items():
-        lines.append(f"  {name:16}{count:>16,} parameters")
-    for name, size in plan.files.items():
-        lines.append(f"  {name:22}{'≈' if name in plan.estimated else ' '}{size:>16,} bytes")
+    parameters = [[name, f"{count:,}", "parameters"] for name, count in plan.parameters.items()]
+    files = [[name, f"{'≈ ' if name in plan.estimated else ''}{count:,}", "bytes"] for name, count in plan.files.items()]
+    lines.append(indent(table([*parameters, *files], right=[1]), "  "))
     run, build = plan.run, plan.compile_memory()
-    lines.append(f"export needs ≈ {_size(plan.export_memory)} of memory, and {_size(plan.nbytes)} of disk")
+    lines.append(f"export needs ≈ {size(plan.export_memory)} of memory, and {size(plan.nbytes)} of disk")
     if build:
-        lines.append(f"compile needs ≈ {_size(build[2])} of memory on a board, {_size(build[1])} with --profiles 1")
+        lines.append(f"compile needs ≈ {size(build[2])} of memory on a board, {size(build[1])} with --profiles 1")
     lines += [
-        f"run needs ≈ {_size(run.peak)} of memory at its peak, with {plan.context:,} tokens of prefix and answer:",
-        f"  weights {_size(run.weights)} (+ {_size(run.loading)} while loading), KV {_size(run.kv)}, logits {_size(run.logits)}, "
-        f"vision {_size(run.vision)}, prefill {_size(run.prefill)}, the rest {_size(run.base)}",
+        f"run needs ≈ {size(run.peak)} of memory at its peak, with {plan.context:,} tokens of prefix and answer:",
+        f"  weights {size(run.weights)} (+ {size(run.loading)} while loading), KV {size(run.kv)}, logits {size(run.logits)}, "
+        f"vision {size(run.vision)}, prefill {size(run.prefill)}, the rest {size(run.base)}",
     ]
-    widths = {name: max(10, len(name) + 2) for name in plan.needs}
-    lines.append(f"  {'board':16}{'usable':>10}  " + "".join(f"{name:>{width}}" for name, width in widths.items()))
+    rows = [["board", "usable", *plan.needs]]
     for board in plan.boards():
         fitting = plan.fitting(board)
-        marks = "".join(f"{'fits' if name in fitting else '–':>{width}}" for name, width in widths.items())
-        lines.append(f"  {board.name:16}{_size(board.usable):>10}  {marks}")
+        rows.append([board.name, size(board.usable), *("fits" if name in fitting else "–" for name in plan.needs)])
+    lines.append(indent(table(rows, right=range(1, len(rows[0]))), "  "))
     if plan.options.board and not plan.fitting(BOARDS[plan.options.board]):
         lines.append(f"nothing fits {plan.options.board}; a smaller --size, --res or --context needs less")
     return "\n".join([*lines, f"try: {plan.next_command()}"])
@@ -401,11 +401,3 @@ def _flags(options: PlanOptions) -> str:
     family = "" if options.family == PlanOptions.family or options.size == "tiny" else f" --family {options.family}"
     res = f" --res {options.res}" if options.res else ""
     return f"--size {options.size}{res}{family}" + (f" --context {options.context}" if options.context else "")
-
-
-def _size(count: int) -> str:
-    """
-    >>> _size(1_750_000_000), _size(12_300)
-    ('1.75 GB', '0.0123 MB')
-    """
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

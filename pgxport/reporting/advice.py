@@ -7,6 +7,7 @@ Two rows are ranked only where the interval of their difference leaves no doubt.
 from collections.abc import Callable, Iterator, Sequence
 
 from pgxport.reporting.schema import Device, Finding, Interval, Pair, Row
+from pgxport.text import size
 
 STEPS = 4  # lines on budgets of one kind
 
@@ -251,7 +252,7 @@ def _ms(row: Row) -> str:
 
 
 def _mb(row: Row) -> str:
-    return f"{row.bytes / 1e6:.3g} MB" if row.bytes < 1e9 else f"{row.bytes / 1e9:.3g} GB"
+    return size(row.bytes)
 
 
 def _names(rows: Sequence[Row]) -> str:

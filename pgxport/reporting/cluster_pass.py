@@ -21,8 +21,9 @@ from pgxport.machine.nvml import find_nvml
 from pgxport.metrics.sample import Sample
 from pgxport.reporting import schema
 from pgxport.reporting.environment import board, environment
-from pgxport.reporting.shared_pass import Asker, Run, Subject, Turn, Work, demand, duration, take_turns
+from pgxport.reporting.shared_pass import Asker, Run, Subject, Turn, Work, demand, take_turns
 from pgxport.reporting.store import Asked, Folder, Followed, Measured, NodeStores, Opened, Place
+from pgxport.text import duration
 
 Line = Opened | Asked | Followed
 

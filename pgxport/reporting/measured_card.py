@@ -13,7 +13,7 @@ from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import UsageError
 from pgxport.reporting import files, tables
 from pgxport.reporting.schema import Device, Report, Row
-from pgxport.text import Plain, markdown
+from pgxport.text import Plain, listed, markdown
 
 TASK = "image-text-to-text"
 NO_NAME = re.compile(r"[^A-Za-z0-9_.-]+")  # what the hub refuses in the type of a data set
@@ -68,9 +68,9 @@ def measured(report: Report, bundle: Bundle) -> Measured:
         return Measured(_results(whole), text)
     if found:
         raise UsageError(f"{bundle.path} failed in this report: {found[0][1].reason}; measure it again with pgx report")
-    there = ", ".join(sorted({row.label for device in report.devices for row in device.rows})[:5])
+    labels = listed(sorted({row.label for device in report.devices for row in device.rows}))
     raise UsageError(
-        f"this report did not measure {bundle.path} (digest {digest[:12]}), but {there or 'nothing'}; run pgx report on it"
+        f"this report did not measure {bundle.path} (digest {digest[:12]}), but {labels or 'nothing'}; run pgx report on it"
     )
 
 

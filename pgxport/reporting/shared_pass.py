@@ -24,6 +24,7 @@ from pgxport.machine.nvml import Nvml, find_nvml
 from pgxport.metrics.sample import Sample
 from pgxport.reporting.asking import picture_of
 from pgxport.reporting.store import Asked, Conditions, Folder, Followed, Held, Measured, Opened, Store
+from pgxport.text import duration
 
 
 @dataclass(frozen=True)
@@ -225,16 +226,6 @@ class Clock:
         yield
         self._spent += time.perf_counter() - start
         self._done += 1
-
-
-def duration(seconds: float) -> str:
-    """Of what is left, for people.
-
-    >>> duration(59), duration(150), duration(9000)
-    ('59 s', '2 min', '2 h 30 min')
-    """
-    minutes = int(seconds // 60)
-    return f"{seconds:.0f} s" if seconds < 60 else f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _held(memory: ProcessMemory | None) -> Held | None:

@@ -19,6 +19,7 @@ from pgxport.machine.cpu import overflows_in_16_bits
 from pgxport.machine.driver import ask_driver, missing_libraries
 from pgxport.runners.allocator import map_blocks
 from pgxport.runners.session import Arrays
+from pgxport.text import listed
 
 try:
     import onnxruntime as ort
@@ -258,9 +259,8 @@ def _open_strictly(graph: Path, options: ort.SessionOptions, provider: Provider,
             f"pgx doctor shows their versions"
         )
     if nodes := _elsewhere(session, provider):
-        rest = f" and {len(nodes) - 5} more" if len(nodes) > 5 else ""
         raise EngineError(
-            f"onnxruntime {ort.__version__} has no {provider.name} kernel for {', '.join(nodes[:5])}{rest} of {graph}, and pgx runs "
+            f"onnxruntime {ort.__version__} has no {provider.name} kernel for {listed(nodes)} of {graph}, and pgx runs "
             f"nothing on the CPU that was meant for the GPU; update onnxruntime-gpu, or export in another --precision"
         )
     return session

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a tune found: probes, whole bundles, which of them keep the limits, and the recipe's file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pgxport.exporter.recipe_toml import HEADER, to_toml
+from pgxport.text import table
 from pgxport.tuning.bundles import Measured, rules_text
 
 
@@ -175,16 +176,6 @@ def _dominates(a: Measured, b: Measured) -> bool:
     return first != second and all(x <= y for x, y in zip(first, second, strict=True))  # type: ignore[operator]
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows with their columns under each other.
-
-    >>> table([["a", "b"], ["long", "c"]])
-    ['a     b', 'long  c']
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
 def render(t: Tuning) -> str:
     """For people: the front, what each group loses, and what was chosen."""
     facts, reference = t.facts, t.facts["reference"]
@@ -193,14 +184,14 @@ def render(t: Tuning) -> str:
         f"load average {facts['machine']['load_average']} before",
         f"float32: {reference['bytes'] / 1e6:.2f} MB, {reference['ms']:.1f} ms an answer of {facts['answer_tokens']:.1f} tokens",
         "", "what each group loses by itself: KL to float32 in nats",
-        *table(_sensitivity(t)),
+        table(_sensitivity(t)),
         "", "whole bundles; * no other is as small, as quick and loses as little; points of the task metric, 95 % interval",
     ]  # fmt: skip
     front, rows = {m.label for m in t.front}, [["", "MB", "ms", "points lost", "KL", "same next token", "limits", "recipe"]]
     for m in t.wholes:
         cells = [f"{m.nbytes / 1e6:.2f}", f"{m.ms:.1f}", points(m), f"{m.kl:.2g}", f"{m.agreement:.2%}"]
         rows.append(["*" if m.label in front else "", *cells, "holds" if t.limits.excess(m) == 0 else "–", m.label])
-    lines += [*table(rows), ""]
+    lines += [table(rows), ""]
     lines += [f"{name}: {said}" for name, said in t.comparisons().items()]
     lines += [f"not measured: {reason}" for reason in t.skipped]
     if chosen := t.winner:

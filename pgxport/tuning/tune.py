@@ -22,6 +22,7 @@ from pgxport.machine.conditions import describe_machine, versions
 from pgxport.metrics.sample import Sample
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.config import read_config
+from pgxport.text import duration
 from pgxport.tuning.bundles import Bundles, Measured, Say, Subject
 from pgxport.tuning.candidates import FLOAT, Group, chosen, groups, options, recipe
 from pgxport.tuning.result import Limits, Mix, Probe, Tuning, toml
@@ -125,7 +126,7 @@ class _Bench:
         if not known:
             recent = self.seconds[-10:]
             pace = sum(recent) / len(recent) if recent else 0.0
-            self.say(f"{label}" + (f"; {left} to go, about {_duration(pace * left)}" if left and pace else ""))
+            self.say(f"{label}" + (f"; {left} to go, about {duration(pace * left)}" if left and pace else ""))
         measured = self.bundles.measure(label, recipe, probe=probe)
         if not known:
             self.seconds.append(time.perf_counter() - start)
@@ -257,11 +258,3 @@ def _digest(samples: Sequence[Sample]) -> str:
         content = image.read_bytes() if isinstance(image, Path) else image if isinstance(image, bytes) else repr(image).encode()
         whole.update(hashlib.sha256(content).digest() + repr(plain).encode())
     return whole.hexdigest()
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(40), _duration(400), _duration(9000)
-    ('40 s', '7 min', '2.5 h')
-    """
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
