@@ -216,17 +216,14 @@ def test_a_step_moves_its_token_in_and_its_logits_out_and_no_cache(gpu: Gpu0, bu
         assert decoder.cache.nbytes == buffers * 30 * m.cache.kv_heads * m.cache.head_dim * 2
 
 
-def test_a_bfloat16_cache_is_made_without_a_numpy_that_knows_it(gpu: Gpu0, bundles: dict[str, Path]):
-    session = engine.OrtSession.__new__(engine.OrtSession)
+def test_a_bfloat16_cache_is_made_without_a_numpy_that_knows_it(gpu: Gpu0):
     binding = SimpleNamespace(
         bind_output=lambda *a: None, bind_ortvalue_input=lambda *a: None, bind_ortvalue_output=lambda *a: None
     )
     name = "past_key_values.0.key"
-    session._session = SimpleNamespace(
-        io_binding=lambda: binding, get_inputs=lambda: [SimpleNamespace(name=name, type="tensor(bfloat16)")]
-    )
-    session._graph, session._outputs, session._provider = bundles["bf16"], ["logits", "present.0.key"], engine.CUDA
-    cache = session.new_cache({name: (1, 2, 5, 4)})
+    inputs = [SimpleNamespace(name=name, type="tensor(bfloat16)")]
+    session = SimpleNamespace(io_binding=lambda: binding, get_inputs=lambda: inputs)
+    cache = engine.OrtCache(session, {name: (1, 2, 5, 4)}, ["logits", "present.0.key"], engine.CUDA.device)
     ((device, number, value),) = gpu.made
     assert (device, number, value.data_type()) == ("cuda", 16, "tensor(bfloat16)")
     assert cache.nbytes == 1 * 2 * 5 * 4 * 2
