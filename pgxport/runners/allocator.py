@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Let glibc's malloc give the large blocks that an engine frees back to the system.
 
-By default, once a large block is freed, glibc takes later blocks of up to its size, at most 32 MB, from the heap, which
-does not shrink while anything lies above them. A session that packs its weights frees as much as it keeps: with 3B in w8a8
-on a processor without VNNI, 1.9 GB of 6.2 GB were such holes.
+By default, once a large block is freed, glibc takes later blocks of up to its size, at most 32 MB, from the
+heap, which does not shrink while anything lies above them. A session that packs its weights frees as much as
+it keeps: with 3B in w8a8 on a processor without VNNI, 1.9 GB of 6.2 GB were such holes.
 """
 
 import ctypes
@@ -15,10 +15,10 @@ SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 def map_blocks(least: int) -> None:
-    """Map each later block of at least `least` bytes on its own, so that it goes back to the system when it is freed.
+    """Map each later block of at least `least` bytes on its own, to go back to the system when it is freed.
 
-    This holds for the whole process. Nothing changes where the C library is not glibc, or where the environment sets its
-    malloc already.
+    This holds for the whole process. Nothing changes where the C library is not glibc, or where the
+    environment sets its malloc already.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in SETTINGS):
         return

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache of compiled engines: a private folder for each bundle and machine.
 
-A plan is code, so pgx loads only what it put there. It refuses an entry that belongs to another user, that others may use, that
-holds a link or a file it does not list, whose plan has another sha256, or that another cache sealed: the seal is an HMAC whose
-secret never leaves this cache.
+A plan is code, so pgx loads only what it put there. It refuses an entry that belongs to another user, that
+others may use, that holds a link or a file it does not list, whose plan has another sha256, or that another
+cache sealed: the seal is an HMAC whose secret never leaves this cache.
 """
 
 import fcntl
@@ -50,7 +50,7 @@ class EngineKey:
 
 
 class Entry(BaseModel):
-    """An entry of the cache: its files, the bundle they were made of, and the machine and flags they were made for."""
+    """An entry of the cache: its files, the bundle they come from, and the machine and flags they are for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     bundle: Digest
@@ -80,12 +80,12 @@ def cache_folder(folder: Path | None = None) -> Path:
 
 
 def entry_folder(cache: Path, bundle: str, machine: EngineKey) -> Path:
-    """The folder of a bundle on a machine. Other flags share it and replace its plans, which take gigabytes."""
+    """The folder of a bundle on a machine; other flags replace the plans in it, which take gigabytes."""
     return cache / _sha256({"bundle": bundle, "machine": asdict(machine)})[:32]
 
 
 def read_entry(folder: Path) -> Entry:
-    """Read the list of a complete entry that pgx wrote into this cache on this machine; its plans are not read yet.
+    """Read the list of a complete entry that pgx wrote into this cache on this machine, without its plans.
 
     Raises:
         IntegrityError: the folder is anything else.
@@ -119,7 +119,8 @@ def open_plan(file: Path, *, drop: bool = False) -> Iterator[mmap.mmap]:
     """Map a plan of an entry: the bytes whose sha256 was verified are the bytes that are loaded.
 
     Args:
-        drop: Let the page cache forget the plan afterwards. On a board it shares the memory of the device, which has the weights by then.
+        drop: Let the page cache forget the plan afterwards. On a board it shares the memory of the device,
+            which has the weights by then.
 
     Raises:
         IntegrityError: the file is not a plan that pgx compiled here.
@@ -139,7 +140,7 @@ def open_plan(file: Path, *, drop: bool = False) -> Iterator[mmap.mmap]:
 
 
 class EntryWriter:
-    """Write an entry's plans one by one. `commit` gives the entry its name; leaving the block without it leaves nothing.
+    """Write an entry's plans one by one; without `commit` nothing is left of them.
 
     with EntryWriter(cache, bundle, machine, flags) as writer:
         writer.write("decoder_step.plan", plan)
@@ -160,9 +161,9 @@ class EntryWriter:
                 self.staging.unlink()
             self.staging.mkdir(mode=0o700, exist_ok=True)
             _check_private(self.staging, is_folder=True)
-            self._lock = os.open(self.staging, os.O_RDONLY)
+            self._lock = os.open(self.staging, os.O_RDONLY)  # locked until it is closed, or the process dies
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process dies
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(self._lock)
                 raise UsageError(f"another pgx compiles the same bundle into {self._cache}; wait for it") from None
@@ -202,7 +203,7 @@ class EntryWriter:
         """Seal the entry and give it its name, in place of one that had it.
 
         Raises:
-            KeyboardInterrupt: a signal arrived that the engine swallowed; what it built since is not to be kept.
+            KeyboardInterrupt: SIGINT arrived, and the engine swallowed it; what it built since is not kept.
             DiskError: there is no room, or no permission.
         """
         check_interrupted()
@@ -236,9 +237,8 @@ def _secret(cache: Path, *, make: bool = False) -> bytes:
         staged = file.with_name(f"{KEY}.{os.getpid()}")
         with open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
             opened.write(os.urandom(KEY_BYTES))
-        staged.replace(
-            file
-        )  # whole or not at all; of two processes at once the later secret counts, and the other's entry is made again
+        # Whole or not at all. Of two processes at once the later secret counts, and the other's entry is made again.
+        staged.replace(file)
     if (size := _check_private(file)) != KEY_BYTES:
         raise IntegrityError(_refusal(file, f"it has {size} bytes"))
     return file.read_bytes()
@@ -274,7 +274,7 @@ def _refusal(path: Path, why: str) -> str:
 
 
 def not_compiled(bundle: Path, machine: EngineKey) -> EngineError:
-    """The error for a bundle without an entry. pgx compiles nothing unasked, for that takes minutes and gigabytes."""
+    """The error for a bundle without an entry: compiling takes minutes and gigabytes, and is never implied."""
     return EngineError(
         f"{bundle} is not compiled for {machine.engine} {machine.version}, SM {machine.sm}, CUDA {machine.cuda}, "
         f"driver {machine.driver}: run `pgx compile {bundle} --engine {machine.engine}` on this machine first"

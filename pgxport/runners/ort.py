@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sessions of ONNX Runtime, on the CPU or on an NVIDIA GPU; what the asked device cannot do is an error.
 
-ONNX Runtime by itself goes on without a GPU: the wheel lists the CUDA provider wherever it is installed, a session that
-asks for it alone opens on the CPU with a warning on stderr, and a failing run is tried again on the CPU (1.31.1). Here a
-session opens strictly (`session.disable_cpu_ep_fallback`), the provider of every node is checked, and nothing is retried.
+ONNX Runtime by itself goes on without a GPU: the wheel lists the CUDA provider wherever it is installed, a
+session that asks for it alone opens on the CPU with a warning on stderr, and a failing run is tried again on
+the CPU (1.31.1). Here a session opens strictly (`session.disable_cpu_ep_fallback`), the provider of every
+node is checked, and nothing is retried.
 """
 
 import io
@@ -32,10 +33,10 @@ VERSION: str = ort.__version__
 OLDEST = (1, 30)  # the first release whose GroupQueryAttention can look both ways
 CPU = "CPUExecutionProvider"
 OUT_OF_MEMORY = ("bad_alloc", "allocate memory", "out of memory", "ALLOC_FAILED")
-# Freed blocks from this size on go back to the system: while a session loads, which frees as much as it keeps; in runs, where
-# new blocks take time (glibc's own threshold); and in runs with little memory.
+# Freed blocks from this size on go back to the system: while a session loads, which frees as much as it
+# keeps; in runs, where new blocks take time (glibc's own threshold); and in runs with little memory.
 LOADING, RUNNING, RUNNING_SMALL = 1 << 16, 1 << 25, 1 << 20
-# ONNX Runtime writes the weights to a file beside the graph, once as they were and once packed, and maps both.
+# ONNX Runtime writes the weights to a file beside the graph, both as they were and packed, and maps both.
 PACKED = {
     "save_external_prepacked_constant_initializers": "1",
     "optimized_model_external_initializers_file_name": "{}.data",
@@ -57,12 +58,12 @@ CPU_ONLY = Provider(CPU, "cpu")
 CUDA = Provider(
     "CUDAExecutionProvider",
     "cuda",
-    # float32 weights are multiplied in float32. The one convolution does not repay trying every algorithm first.
+    # float32 weights are multiplied in float32. One convolution does not repay trying every algorithm.
     (("device_id", "0"), ("use_tf32", "0"), ("cudnn_conv_algo_search", "HEURISTIC")),
     # The arena grows by what a run asks for instead of doubling.
     (("arena_extend_strategy", "kSameAsRequested"), ("cudnn_conv_use_max_workspace", "0")),
 )
-# CUDA version -> the libraries that libonnxruntime_providers_cuda.so links to, and cuDNN, which its first convolution loads.
+# CUDA version -> what libonnxruntime_providers_cuda.so links to, and cuDNN, which a convolution loads.
 CUDA_LIBRARIES = {
     12: ("libcudart.so.12", "libcublasLt.so.12", "libcublas.so.12", "libcurand.so.10", "libcufft.so.11", "libcudnn.so.9"),
     13: ("libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10", "libcudnn.so.9"),
@@ -79,7 +80,7 @@ class OrtSession:
         provider: Provider = CPU_ONLY,
         threads: int | None = None,
         low_memory: bool = False,
-        save_packed: Path | None = None,  # the file to write the graph to, with its weights packed for this CPU
+        save_packed: Path | None = None,  # write the graph with packed weights here
     ):
         if tuple(int(n) for n in ort.__version__.split(".")[:2]) < OLDEST:
             raise EngineError(
@@ -201,14 +202,14 @@ def _buffer(shape: tuple[int, ...], type: TensorType, device: str) -> OrtBuffer:
 def session_options(*, threads: int | None = None, low_memory: bool = False) -> ort.SessionOptions:
     """The options of every session here, whatever its provider.
 
-    x86-64 without VNNI adds pairs of uint8 by int8 products in 16 bits, which 2 * 255 * 127 overflows: sums saturate, without
-    a word. `session.x64quantprecision` lets ONNX Runtime multiply uint8 by uint8, which is exact, but halves the speed of all
-    integer products where there is VNNI: it is set only where there is none. AMX counts as VNNI, which every processor with
-    AMX has; its own kernels were not measured.
+    x86-64 without VNNI adds pairs of uint8 by int8 products in 16 bits, which 2 * 255 * 127 overflows: sums
+    saturate, without a word. `session.x64quantprecision` lets ONNX Runtime multiply uint8 by uint8, which is
+    exact, but halves the speed of all integer products where there is VNNI: it is set only where there is
+    none. AMX counts as VNNI, which every processor with AMX has; its own kernels were not measured.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only; they are raised as well
-    # An arena keeps what loading and a prefill took, 0.6 GB with a 3B model. Without one every prefill asks for its pages anew.
+    # An arena keeps what loading and a prefill took (3B: 0.6 GB). Without one, prefills ask for pages anew.
     options.enable_cpu_mem_arena = not low_memory
     # One block for all buffers of a shape, planned in its first run, saves no measurable time and is kept.
     options.enable_mem_pattern = False
@@ -222,7 +223,7 @@ def _open_strictly(graph: Path, options: ort.SessionOptions, provider: Provider,
     """A session all of whose nodes run on the provider.
 
     Raises:
-        EngineError: the provider is missing, does not start, or has no kernel for a node; the message names such nodes.
+        EngineError: the provider is missing, does not start, or lacks a kernel; the message names the nodes.
     """
     if provider.name not in ort.get_available_providers():
         raise EngineError(
@@ -236,7 +237,7 @@ def _open_strictly(graph: Path, options: ort.SessionOptions, provider: Provider,
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    # Weights go from the mapped file straight to the device: by way of the arena they would take as much again.
+    # Weights go from the mapped file straight to the device: the arena would take as much again.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     settings = dict(provider.options + (provider.in_little_memory if low_memory else ()))
     with refusals(f"load {graph}"):

@@ -12,7 +12,7 @@ ENGINES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "tensorrt", "tensorrt-rtx":
 
 
 class KVCache(Protocol):
-    """Key and value buffers, named `past_key_values.*`; they hold what a run gave as `present.*`, for the next run."""
+    """Key and value buffers, named `past_key_values.*`; each holds what the last run gave as `present.*`."""
 
     @property
     def arrays(self) -> Arrays:
@@ -29,8 +29,8 @@ class Session(Protocol):
     def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None) -> Mapping[str, np.ndarray]:
         """Run the graph; keys and values go into `cache`, which `new_cache` of the same session made.
 
-        Results stand until the next run. An engine may leave them on its device until they are read by name, and takes its own
-        results as feeds from there.
+        Results stand until the next run. An engine may leave them on its device until they are read by name,
+        and takes its own results as feeds from there.
         """
 
     def new_cache(self, shapes: Mapping[str, tuple[int, ...]]) -> KVCache:
