@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A signal ends the command even where it arrives in Python code that foreign code calls, which swallows the exception."""
+"""A signal ends the command even where it arrives in Python code whose exceptions a foreign caller swallows."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ import pytest
 
 from pgxport.interrupts import check_interrupted, signals_recorded
 
-# A command whose work is a C function that calls Python: ctypes prints what a callback raises, and the C function goes on.
+# The command's work is a C function that calls Python: ctypes prints what a callback raises, and C goes on.
 IN_A_CALLBACK = """
 import ctypes, signal, sys
 from pgxport import cli, inspection

@@ -237,7 +237,7 @@ def _secret(cache: Path, *, make: bool = False) -> bytes:
         staged = file.with_name(f"{KEY}.{os.getpid()}")
         with open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
             opened.write(os.urandom(KEY_BYTES))
-        # Whole or not at all. Of two processes at once the later secret counts, and the other's entry is made again.
+        # Whole or not at all. Of two processes at once the later secret counts; the other's entry is made again.
         staged.replace(file)
     if (size := _check_private(file)) != KEY_BYTES:
         raise IntegrityError(_refusal(file, f"it has {size} bytes"))
@@ -274,7 +274,7 @@ def _refusal(path: Path, why: str) -> str:
 
 
 def not_compiled(bundle: Path, machine: EngineKey) -> EngineError:
-    """The error for a bundle without an entry: compiling takes minutes and gigabytes, and is never implied."""
+    """The error for a bundle without an entry: compiling takes minutes and gigabytes, never implicitly."""
     return EngineError(
         f"{bundle} is not compiled for {machine.engine} {machine.version}, SM {machine.sm}, CUDA {machine.cuda}, "
         f"driver {machine.driver}: run `pgx compile {bundle} --engine {machine.engine}` on this machine first"

@@ -256,7 +256,7 @@ class ProfileContext:
             self.unbind()
 
     def _past(self, feeds: Mapping[str, np.ndarray], cache: TensorrtCache) -> tuple[int, ...]:
-        """The cache's shape as bound: all rows, or where new keys follow the past, the mask's other columns."""
+        """The cache's shape as bound: all rows, or where new keys follow the past, the other mask columns."""
         if self._loaded.in_place:
             return cache.shape
         *_, tokens, columns = shape_of(feeds, "visible" if "visible" in feeds else "local_visible")

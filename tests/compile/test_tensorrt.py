@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pgx compile`: what is refused, what an entry of the engine cache must be, and real builds by TensorRT-RTX, which needs no GPU."""
+"""`pgx compile`: refusals, entries of the engine cache, and real builds by TensorRT-RTX, which needs no GPU."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -150,11 +151,9 @@ def _flip(entry: Path) -> None:
 
 def _foreign(entry: Path) -> None:
     (entry / "decoder_step.plan").write_bytes(b"{}")
-    found = json.loads((entry / "entry.json").read_text())
-    import hashlib
-
-    found["files"]["decoder_step.plan"] = {"sha256": hashlib.sha256(b"{}").hexdigest(), "size": 2}
-    (entry / "entry.json").write_text(json.dumps(found))
+    content = json.loads((entry / "entry.json").read_text())
+    content["files"]["decoder_step.plan"] = {"sha256": hashlib.sha256(b"{}").hexdigest(), "size": 2}
+    (entry / "entry.json").write_text(json.dumps(content))
 
 
 def _linked(entry: Path) -> None:
@@ -415,7 +414,7 @@ def test_profiles_hold_what_the_runner_feeds(fixture: str, request: pytest.Fixtu
 # TensorRT-RTX: NVIDIA's parser and builder, without a GPU
 
 
-# `pgx` with a signal that the process sends to itself: in a function that TensorRT calls from C++, or in our own code between two graphs.
+# `pgx` sends a signal to itself: in a function that TensorRT calls from C++, or in our own code between two graphs.
 SIGNALLED = """
 import signal, sys
 from dataclasses import replace
@@ -428,9 +427,9 @@ from pgxport.runners.engine_cache import EntryWriter
 number, point = signal.Signals[sys.argv.pop()], sys.argv.pop()
 arrived, parsing = [], []
 
-def arrive(here):
-    if here == point and not arrived:
-        arrived.append(here)
+def arrive(place):
+    if place == point and not arrived:
+        arrived.append(place)
         signal.raise_signal(number)
 
 def logger(trt, real=compiling.logger):

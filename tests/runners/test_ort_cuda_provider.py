@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real CUDA provider of onnxruntime-gpu, on libraries that stand in for CUDA (cuda_stand_in.py): where nodes go, what is copied."""
+"""The real CUDA provider of onnxruntime-gpu on stand-in libraries (cuda_stand_in.py): its nodes and its copies."""
 
 import json
 import os

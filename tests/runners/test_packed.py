@@ -112,7 +112,7 @@ def test_what_was_packed_for_a_branch_is_moved_as_well(tmp_path):
 
 @pytest.mark.parametrize("precision", ["int8", "mixed"])
 def test_packed_weights_of_any_size_are_aligned_in_their_file(bundles, packed_once, precision):
-    """MatMulNBits reads them shifted otherwise: tiny's int8 came back as NaN. Those of mixed are in branches."""
+    """MatMulNBits reads unaligned ones shifted: tiny's int8 gave NaN. The weights of mixed are in branches."""
     folder = entry_folder(packed_once, bundles[precision].digest(), engine_key())
     model = onnx.load(folder / "decoder_step.onnx", load_external_data=False)
     entries = [e.value for t in initializers(model.graph) for e in t.external_data if e.key.startswith("prepacked_")]
@@ -144,7 +144,7 @@ def test_what_was_packed_with_the_other_setting_of_products_is_not_used_and_is_p
     bundle = bundles["w8a8"]
     path, own = str(bundle.path), {name: bundle.graph(name) for name in bundle.manifest.graphs}
     flags = lookup.flags()
-    for others in ({}, {"x64quantprecision": 1 - flags["x64quantprecision"]}):  # of earlier versions; of another pgx
+    for others in ({}, {"x64quantprecision": 1 - flags["x64quantprecision"]}):  # earlier; another machine
         monkeypatch.setattr(packing, "flags", lambda others=others: others)
         pack(bundle)
         assert packed(bundle) == own
@@ -178,8 +178,8 @@ def test_packed_weights_that_compute_something_else_are_not_kept(bundles, cache,
 
     def second_differs(session, bundle, name):
         calls.append(name)
-        found = real(session, bundle, name)
-        return [np.nextafter(x, np.float32(np.inf)) for x in found] if calls.count("decoder_step") == 2 else found
+        outputs = real(session, bundle, name)
+        return [np.nextafter(x, np.float32(np.inf)) for x in outputs] if calls.count("decoder_step") == 2 else outputs
 
     monkeypatch.setattr(packing, "sample_outputs", second_differs)
     with pytest.raises(EngineError, match="something else"):
@@ -196,7 +196,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_packed(bundles, cache
     assert not list(cache.glob("*/*"))
 
 
-# The command ---------------------------------------------------------------------------------------------------------
+# The command
 
 
 def test_pgx_compile_packs_a_bundle_for_the_cpu_once_and_says_so(bundles, cache):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The TensorRT runner on a fake engine and device: the CPU bundle's answers, few copies, nothing left behind, errors that name the call."""
+"""The TensorRT runner on a fake engine and device: answers, copies, what it frees, errors that name the call."""
 
 import json
 import os
@@ -203,11 +203,11 @@ def test_a_longer_answer_grows_the_cache_and_a_shorter_one_is_still_right(
 
 def test_two_answers_in_turns_do_not_mix(runner: Runner, expected: dict[str, tuple[int, ...]]):
     streams = [runner.pipeline.generate(prefix_of(runner.pipeline, prompt), 24) for prompt in PROMPTS[:2]]
-    found: list[list[int]] = [[], []]
+    answers: list[list[int]] = [[], []]
     for _ in range(24):
-        for stream, tokens in zip(streams, found, strict=True):
+        for stream, tokens in zip(streams, answers, strict=True):
             tokens += [token for token in [next(stream, None)] if token is not None]
-    assert [tuple(tokens) for tokens in found] == [expected[prompt] for prompt in PROMPTS[:2]]
+    assert [tuple(tokens) for tokens in answers] == [expected[prompt] for prompt in PROMPTS[:2]]
 
 
 def test_an_abandoned_answer_leaves_its_memory_to_the_next(runner: Runner, cudart: FakeCudart):
@@ -259,10 +259,10 @@ def test_logits_that_are_not_finite_are_an_error_and_the_next_answer_is_right(
     with pytest.raises(NumericError, match=r"decoder_step.*prefill"):
         ask(runner, PROMPTS[0])
     trt.spoil = lambda outputs: None
-    assert ask(runner, PROMPTS[0]) == expected[PROMPTS[0]], "what was left in the cache is not seen"
+    assert ask(runner, PROMPTS[0]) == expected[PROMPTS[0]], "stale rows of the cache are hidden"
 
 
-# Each call of an answer fails once, at its first occurrence and at a later one, and so does each of opening a runner.
+# Each call of an answer, and of opening a runner, fails once at its first and once at a later occurrence.
 
 
 ANSWERING = {
@@ -410,7 +410,7 @@ def half_precision(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[
 def test_half_precision_caches_work_the_same(
     kind: str, tmp_path: Path, trt: FakeTensorrt, half_precision: dict[str, tuple[int, ...]]
 ):
-    """Against the same graphs whose numbers are float32 between the weights: answers of a trained model do not hang on a rounding."""
+    """Compared with float32 activations on the CPU: a trained model's answers do not depend on a rounding."""
     version, path = {"delta": "10.3", "update": "11"}[kind], tmp_path / "b"
     export(ExportOptions(output=path, size="tiny", res=112, precision="fp16", parity=0, target="tensorrt", trt=version))
     compile_bundle(CompileOptions(path))
@@ -428,8 +428,8 @@ def test_cuda_has_the_calls_that_the_fake_has_with_as_many_arguments():
         if name.startswith("cuda") and callable(fake):
             first = getattr(runtime, name).__doc__.splitlines()[0]
             inside = first[first.index("(") + 1 : first.rindex(")")]
-            given = [part for part in inside.split(",") if part.strip()]
-            assert len(given) == fake.__code__.co_argcount - 1, first
+            parameters = [part for part in inside.split(",") if part.strip()]
+            assert len(parameters) == fake.__code__.co_argcount - 1, first
     assert all(hasattr(runtime.cudaDeviceAttr, name) for name in vars(FakeCudart.cudaDeviceAttr))
     assert all(hasattr(runtime.cudaMemcpyKind, name) for name in vars(FakeCudart.cudaMemcpyKind))
     assert hasattr(runtime.cudaStreamCaptureMode, "cudaStreamCaptureModeThreadLocal")
