@@ -2,7 +2,7 @@
 """Stand-ins for CUDA's libraries, which compute nothing; ONNX Runtime's CUDA provider starts on them.
 
 The provider assigns nodes by its real kernels, allocates, copies and launches; kernels do nothing, so numbers
-mean nothing. Tests ask which nodes it takes and what it copies. Needs gcc and nm, and an unpacked onnxruntime-gpu:
+mean nothing. Tests ask which nodes it takes and what it copies. Needs gcc, nm and an unpacked onnxruntime-gpu:
 
 pip install --no-deps --target SITE onnxruntime-gpu && PGX_ORT_GPU=SITE pytest -m nightly tests/runners/test_ort_cuda_provider.py
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a bundle of target `tensorrt` without a GPU: in ONNX Runtime, OpenVINO, or ONNX's reference evaluator."""
+"""Run a bundle of target `tensorrt` without a GPU: ONNX Runtime, OpenVINO, ONNX's reference evaluator."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +78,7 @@ class Decoder:
         return outputs
 
     def _visible(self, tokens: int, window: int | None) -> np.ndarray:
-        """[1, 1, T, keys]: a prefix sees all of itself; a token itself and the keys before it in its window."""
+        """[1, 1, T, keys]: a prefix sees itself; a token itself and the keys before it in its window."""
         before = self.length
         if self.manifest.cache.kind == "delta":
             past = np.arange(1 if before == 0 else self.rows)

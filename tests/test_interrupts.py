@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A signal ends the command even where it arrives in Python code whose exceptions a foreign caller swallows."""
+"""A signal ends the command even where it arrives in a callback whose exceptions the caller swallows."""
 
 import ctypes
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lint refuses graphs that TensorRT would not take; tests/exporter/test_tensorrt_builds.py shows the others."""
+"""The lint refuses graphs that TensorRT would not take; test_tensorrt_builds.py has the rest."""
 
 import importlib.util
 

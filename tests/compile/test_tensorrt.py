@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pgx compile`: refusals, entries of the engine cache, and real builds by TensorRT-RTX, which needs no GPU."""
+"""`pgx compile`: refusals, entries of the engine cache, and real builds by TensorRT-RTX without a GPU."""
 
 import hashlib
 import importlib.util
@@ -414,7 +414,7 @@ def test_profiles_hold_what_the_runner_feeds(fixture: str, request: pytest.Fixtu
 # TensorRT-RTX: NVIDIA's parser and builder, without a GPU
 
 
-# `pgx` sends a signal to itself: in a function that TensorRT calls from C++, or in our own code between two graphs.
+# `pgx` sends a signal to itself: in a function that TensorRT calls, or in our own code between two graphs.
 SIGNALLED = """
 import signal, sys
 from dataclasses import replace

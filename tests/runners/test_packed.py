@@ -112,7 +112,7 @@ def test_what_was_packed_for_a_branch_is_moved_as_well(tmp_path):
 
 @pytest.mark.parametrize("precision", ["int8", "mixed"])
 def test_packed_weights_of_any_size_are_aligned_in_their_file(bundles, packed_once, precision):
-    """MatMulNBits reads unaligned ones shifted: tiny's int8 gave NaN. The weights of mixed are in branches."""
+    """MatMulNBits reads unaligned ones shifted: tiny's int8 gave NaN. Those of mixed are in branches."""
     folder = entry_folder(packed_once, bundles[precision].digest(), engine_key())
     model = onnx.load(folder / "decoder_step.onnx", load_external_data=False)
     entries = [e.value for t in initializers(model.graph) for e in t.external_data if e.key.startswith("prepacked_")]

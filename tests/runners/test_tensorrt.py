@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The TensorRT runner on a fake engine and device: answers, copies, what it frees, errors that name the call."""
+"""The TensorRT runner on a fake engine and device: answers, copies, frees, errors that name the call."""
 
 import json
 import os
