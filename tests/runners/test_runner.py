@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from pgxport.bundle.manifest import Cache, GraphInfo, Manifest, TokenTable
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import EngineError, InputError, IntegrityError, NumericError, UsageError
-from pgxport.runners import runner as runner_module
+from pgxport.runners import pipeline as pipeline_module
 from pgxport.runners.open_session import open_session
 from pgxport.runners.runner import Runner
 from pgxport.runners.tokenizer import read_token_ids
@@ -104,9 +104,11 @@ def model(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     model = FakeModel(fake_bundle.manifest.token_table.shape[0])
     # Byte tokens and letters, so that characters in several pieces come up; never an end.
     model.allowed = range(fake_bundle.manifest.token_ids.newline + 3, fake_bundle.manifest.token_ids.loc_first)
-    monkeypatch.setattr(runner_module, "open_session", model.open)
+    monkeypatch.setattr(pipeline_module, "open_session", model.open)
     # Its graphs are on no disk, and nothing is compiled of them.
-    monkeypatch.setattr(runner_module, "graph_files", lambda engine, bundle: {n: bundle.graph(n) for n in bundle.manifest.graphs})
+    monkeypatch.setattr(
+        pipeline_module, "graph_files", lambda engine, bundle: {n: bundle.graph(n) for n in bundle.manifest.graphs}
+    )
     return model
 
 
