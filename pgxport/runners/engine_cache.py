@@ -23,7 +23,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pgxport.bundle.manifest import FileInfo, FileName
 from pgxport.errors import EngineError, IntegrityError
 from pgxport.files import StagedFolder, disk_errors, write_new
-from pgxport.interrupts import check_interrupted
 
 FOLDER_VARIABLE = "PGX_ENGINE_CACHE"
 REMEDY = f"free some space, or choose another folder with {FOLDER_VARIABLE}"
@@ -198,7 +197,6 @@ class EntryWriter:
             KeyboardInterrupt: SIGINT arrived, and the engine swallowed it; what it built since is not kept.
             DiskError: there is no room, or no permission.
         """
-        check_interrupted()
         with disk_errors(f"cannot finish {self.path}", REMEDY):
             unsealed = Entry(
                 bundle=self._bundle, machine=self._machine, flags=self._flags, files=dict(self._files), seal="0" * 64
