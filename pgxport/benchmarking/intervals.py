@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What repeated measurements say, and what they cannot tell. Pure functions of numbers."""
+"""Medians, paired ratios and their intervals: which differences repeated measurements can tell. Pure functions of numbers."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ T = (
 
 @dataclass(frozen=True)
 class Summary:
-    """The median, and the least and the most: with the few repetitions a benchmark has, quartiles would be invented."""
+    """Median, least and most of some values: a benchmark has too few repetitions for quartiles."""
 
     median: float
     low: float
@@ -24,7 +24,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long the second of two took, with its 95 % interval."""
+    """How many times as long the second of two took, with the 95 % interval."""
 
     value: float
     low: float
@@ -37,7 +37,8 @@ class Ratio:
 
 
 def summary(values: Sequence[float]) -> Summary:
-    """
+    """Median, least and most.
+
     >>> summary([3, 1, 2])
     Summary(median=2, low=1, high=3)
     """
@@ -62,7 +63,7 @@ def paired_ratio(first: Sequence[float], second: Sequence[float]) -> Ratio | Non
 
 
 def verdict(first: str, second: str, ratio: Ratio | None) -> str:
-    """What the pairs say about the two, in words.
+    """The result of a comparison in words.
 
     >>> verdict("A", "B", Ratio(0.8, 0.75, 0.9))
     'B is faster than A (×1.25, 1.11–1.33)'

@@ -41,7 +41,7 @@ def vectors(cpuinfo: Path = CPUINFO) -> str:
 
 
 def instruction_sets(cpuinfo: Path = CPUINFO) -> list[str]:
-    """The different sets of instructions that cores of this machine have, as Linux lists them; empty where it does not.
+    """The different instruction sets of this machine's cores, as Linux lists them; empty where it does not.
 
     >>> instruction_sets(Path("/nonexistent"))
     []
@@ -51,7 +51,7 @@ def instruction_sets(cpuinfo: Path = CPUINFO) -> list[str]:
 
 
 def instruction_key(cpuinfo: Path = CPUINFO) -> str:
-    """A name for what all cores can do, on which packed weights depend: the architecture and a digest of the instruction sets."""
+    """A key for packed weights: the architecture and a digest of the instruction sets of all cores."""
     text = "\n".join(instruction_sets(cpuinfo) or [platform.processor()])
     return f"{platform.machine()}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
