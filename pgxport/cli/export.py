@@ -140,7 +140,7 @@ def plan(as_json: bool, **options: Any) -> None:
 @click.command()
 @click.argument("source", required=False)
 @model_options("size", "res", "family", "variant", "adapter", **OF_SOURCE)
-@click.option("--data", type=click.Path(), help="Samples: a JSONL file, or a folder of images and texts  [default: drawn scenes]")
+@click.option("--data", type=click.Path(), help="A data set's file or folder (docs/reference/data.md)  [default: drawn scenes]")
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="How many to take, from the beginning.")
 @click.option("--moments/--no-moments", default=True, show_default=True, help="Keep the second moments, which GPTQ needs.")
 @click.option(

@@ -78,7 +78,9 @@ def _work(
 @click.command()
 @click.argument("bundles", nargs=-1, required=True, type=click.Path())
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="A data set's file or folder, as it is distributed  [default: drawn scenes]"
+    "--data",
+    type=click.Path(path_type=Path),
+    help="A data set's file or folder (docs/reference/data.md)  [default: drawn scenes]",
 )
 @click.option("--format", help="What the data is, where its content does not say; a wrong one lists what there is.")
 @click.option("--images", type=click.Path(path_type=Path), help="The pictures' folder, where it is not the data's.")
@@ -159,7 +161,9 @@ def _check_report(report: "Report", gate: float | None, output: Path) -> None:
 @click.command()
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), help="Ask both bundles these samples, and compare the answers.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="A data set's file or folder (docs/reference/data.md) to ask both bundles."
+)
 @click.option("--format", help="What the data is, where its content does not say.")
 @click.option("--limit", type=click.IntRange(1), help="Records, evenly spaced; without --data of the drawn scenes, of each task.")
 @click.option("--gate", type=click.FloatRange(0, 1), help="End with 8 if the second keeps less of the first's quality.")

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path())
 @click.option("--image", "images", multiple=True, type=click.Path(), help="An image; again for several in order.")
 @click.option(
-    "--images", "each", multiple=True, metavar="FOLDER|GLOB", help="Pictures to ask about one by one; again for more of them."
+    "--images",
+    "each",
+    multiple=True,
+    metavar="FOLDER|GLOB|DATA",
+    help="Pictures to ask about one by one; again for more of them.",
 )
 @click.option("--prompt", required=True, help='"caption en", "ocr", "answer en …", "detect a ; b", "segment a".')
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Stop after so many tokens  [default: the bundle's]")
@@ -102,7 +106,8 @@ def notes(answer: "Answer", save: str | None) -> Iterator[str]:
 
 def _answer_each(bundle: str, patterns: tuple[str, ...], question: dict[str, Any], cluster: str | None, *, as_json: bool) -> None:
     """Print a line for each picture, as it is answered."""
-    from pgxport.runners.many import Question, ask_each, find_pictures
+    from pgxport.data.pictures import find_pictures
+    from pgxport.runners.many import Question, ask_each
 
     pictures = find_pictures(patterns)
     if cluster is not None:

@@ -24,7 +24,7 @@ from pgxport.terminal import Cost, stages, volume_options
     **OF_SOURCE,
     masks="vae-oid.npz, where `segment` is among the tasks (tiny has its own).",
 )
-@click.option("--data", type=click.Path(), help="Samples to judge by: a data set's file or folder  [default: drawn scenes]")
+@click.option("--data", type=click.Path(), help="A data set's file or folder (docs/reference/data.md)  [default: drawn scenes]")
 @click.option(
     "--samples", type=click.IntRange(1), default=50, show_default=True, help="Records, evenly spaced; scenes of each task."
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pgxport.cluster.pool import Cluster, Lanes, Site
 from pgxport.errors import EngineError
-from pgxport.runners.many import Question, Row, answer, read
+from pgxport.runners.many import EmbeddedPicture, Question, Row, answer, read
 from pgxport.runners.runner import Runner
 
 
@@ -38,7 +38,7 @@ class Answering:
         return one
 
 
-def ask_each(bundle: str, pictures: Sequence[Path], question: Question, address: str) -> Iterator[Row]:
+def ask_each(bundle: str, pictures: Sequence[Path | EmbeddedPicture], question: Question, address: str) -> Iterator[Row]:
     """As `many.ask_each`, spread over a cluster. A picture that was lost with three processes or nodes is a failed row.
 
     Raises:

@@ -20,7 +20,7 @@ pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
 from pgxport import cli
-from pgxport.data.loader import scene_samples
+from pgxport.data.scenes import scene_samples
 from pgxport.errors import EngineError, UsageError
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.exporter.recipe import NORMS, RECIPES, Scheme
