@@ -44,7 +44,7 @@ class Bench:
     machine: dict[str, Any]
 
     def comparisons(self) -> list[tuple[str, Measurement, Measurement, Ratio | None]]:
-        """Stage, first, second, and how many times as long the second took, of every two bundles that were measured to the end."""
+        """Stage, first, second, and their ratio, of every two bundles that were measured to the end."""
         whole = [m for m in self.measurements if m.reason is None]
         return [
             (stage, a, b, paired_ratio(a.seconds[stage], b.seconds[stage]))
@@ -80,7 +80,7 @@ def bench(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Bench:
-    """Measure bundles interleaved, each in a process of its own. One that fails is a measurement with its reason."""
+    """Measure bundles in turn, each in a process of its own. One that fails is a measurement with its reason."""
     work, conditions = work or WholeAnswers(), describe_machine()
     with ExitStack() as stack:
         workers = [
@@ -92,7 +92,7 @@ def bench(
 
 
 def _with_memory(workers: Sequence[Worker], measured: Sequence[Measurement], work: Work, engine: str) -> list[Measurement]:
-    """The measurements with what the GPU holds for each process and what each batch size took, which are read after the work."""
+    """The measurements with the GPU memory of each process and the peaks of batches, read after the work."""
     nvml, completed = find_nvml(engine), []
     for process, m in zip(workers, measured, strict=True):
         more: dict[str, Any] = {}

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Medians, paired ratios and their intervals: which differences repeated measurements can tell. Pure functions of numbers."""
+"""Medians and paired ratios with intervals: which differences repeated measurements can tell."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Student's t, 97.5 %, for 1, 2, 3, … degrees of freedom; beyond the table its last value, which errs towards "cannot tell".
+# Student's t, 97.5 %, for 1, 2, 3, … degrees of freedom; beyond the table its last value, which errs towards
+# "cannot tell".
 T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
@@ -46,10 +47,10 @@ def summary(values: Sequence[float]) -> Summary:
 
 
 def paired_ratio(first: Sequence[float], second: Sequence[float]) -> Ratio | None:
-    """How many times as long `second` took, from pairs measured one after the other; None where one pair or none is.
+    """How many times as long `second` took, from pairs measured one after the other; None of fewer than two.
 
-    The mean and interval of the logarithms, so that the answer is the same whichever comes first. What disturbs the machine for
-    longer than a pair takes cancels out; what hits one of the two widens the interval.
+    The mean and interval are those of the logarithms, so that the answer is the same whichever comes first. A
+    disturbance longer than a pair cancels out; one that hits one of the two widens the interval.
 
     >>> paired_ratio([1.0, 2.0], [2.0, 4.0])
     Ratio(value=2.0, low=2.0, high=2.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure a bundle stage by stage: whole answers, steps of its decoder alone, or answers in batches. As a module, a worker.
+"""Measure a bundle by stages: whole answers, steps of its decoder alone, or batches. As a module, a worker.
 
 python -m pgxport.benchmarking.measure, then a line of JSON for each request (worker.py)
 """
@@ -52,7 +52,7 @@ class WholeAnswers:
 
 @dataclass(frozen=True)
 class Steps:
-    """A repetition is `steps` decode steps after each past, and a prefill of each prefix: of random numbers, without an image."""
+    """A repetition is `steps` decode steps after each past, and a prefill of each prefix, of random numbers."""
 
     kind: ClassVar = "Steps"
     pasts: tuple[int, ...] = ()
@@ -62,7 +62,9 @@ class Steps:
 
 @dataclass(frozen=True)
 class Batches:
-    """A repetition is so many answers at a time, for each size; one image and prompt is repeated, so that all rows have one length.
+    """A repetition is so many answers at a time, for each size.
+
+    One image and prompt is repeated, so that all rows have one length.
 
     Attributes:
         sizes: Answers at a time; engines keep what they took for a larger size, so the smallest comes first.
@@ -305,7 +307,7 @@ def _cache_facts(decoder: Decoder, bundle: Bundle) -> dict[str, Any]:
 
 
 def random_ids(manifest: Manifest, images: int, prompt_tokens: int) -> list[int]:
-    """Ids of a prefix of images and of a prompt of `prompt_tokens` random ids, whatever the tokenizer makes of words."""
+    """Ids of a prefix: those of its images, then `prompt_tokens` random ones."""
     prompt = np.random.default_rng(0).integers(manifest.token_table.shape[0], size=prompt_tokens)
     return [manifest.token_ids.image] * (images * manifest.image_tokens) + prompt.tolist()
 
@@ -319,7 +321,7 @@ def photo() -> bytes:
 
 
 def fill(arrays: Arrays, random: np.random.Generator) -> None:
-    """Fill arrays with finite random numbers: an engine computes zeros faster than a cache's, and untouched pages take no memory."""
+    """Fill arrays with finite random numbers: zeros may be faster, and untouched pages take no memory."""
     normal = random.standard_normal(POOL, np.float32)
     for array in arrays.values():
         pool = (normal if array.dtype.kind == "f" else 32 * normal).clip(-127, 127).astype(array.dtype)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure pieces of work in turn, each in a process of its own, and watch the memory of those processes.
 
-Parent and process exchange JSON, a line each way, and only one process works at a time. This file knows no bundles: a piece of work is
-whatever can be repeated.
+Parent and process exchange JSON, a line each way, and only one process works at a time. This file knows no
+bundles: a piece of work is whatever can be repeated.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ Progress = Callable[[str], None]
 
 
 class Repeatable(Protocol):
-    """A piece of work that a worker can repeat. `facts` describe it; `opening` is the seconds that getting ready took, by stage."""
+    """A piece of work. `facts` describe it; `opening` is the seconds that getting ready took, by stage."""
 
     facts: dict[str, Any]
     opening: dict[str, float]
@@ -44,7 +44,7 @@ class Askable(Repeatable, Protocol):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of one piece of work; `reason` says why that ended early, with the exit code of the error."""
+    """The seconds and memory of a piece of work; `reason` says why it ended early, with an exit code."""
 
     label: str
     facts: dict[str, Any]
@@ -64,7 +64,7 @@ class WorkerError(PgxError):
 
 
 def serve(open_subject: Callable[[dict[str, Any]], Repeatable]) -> None:
-    """Carry out the requests on stdin until it ends. An error of any kind becomes a reply, and the worker carries on."""
+    """Carry out the requests on stdin until it ends. An error of any kind is a reply, and no end."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what an engine prints must not be read as a reply
     subject: Repeatable | None = None
@@ -180,7 +180,7 @@ class Worker:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """Read the process's memory now and then from this process: a thread in that one would take the time it measures."""
+        """Read the worker's memory now and then from here: a thread in the worker would take time that it measures."""
         stop = threading.Event()
 
         def watch() -> None:
@@ -207,7 +207,7 @@ class Worker:
 
 
 def interleave(workers: Sequence[Worker], repetitions: int, progress: Progress | None = None) -> list[Measurement]:
-    """Open all, then repeat in turn, so that a machine that drifts does it to all; a failure ends only its own measurement."""
+    """Open all, then repeat in turn, so that a drifting machine drifts for all; a failure ends its own alone."""
     for worker in workers:
         if progress:
             progress(f"opening {worker.label}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine: board, JetPack, GPU libraries and memory, read from files; the boards that pgx knows, and what to install on each.
+"""The machine: board, JetPack, GPU libraries and memory, read from files; known boards, and what to install.
 
 No command is run and nothing needs root. Every reader takes the root of the tree it reads, for tests.
 """
@@ -30,8 +30,9 @@ JETPACKS = {
 class BoardSpec:
     """A device that `pgx plan` knows: its memory, and what of it is not free for pgx, in bytes.
 
-    Jetsons share one memory between CPU and GPU. The firmware reserves some of it (a module of 8 GB reports some 7.4 GiB), and
-    so does a system without a desktop. On a graphics card it is the driver and a display. We measured neither.
+    Jetsons share one memory between CPU and GPU. The firmware reserves some of it (a module of 8 GB reports
+    some 7.4 GiB), and a system without a desktop takes some more. On a graphics card it is the driver and a
+    display. We measured neither.
 
     Attributes:
         name: As `pgx plan --board` calls it.
@@ -97,7 +98,7 @@ def look(root: Path = ROOT, *, arch: str | None = None) -> Host:
 
 
 def l4t(root: Path = ROOT) -> str | None:
-    """The version of Jetson Linux: 36.4.3 of "# R36 (release), REVISION: 4.3, GCID: ..."; None on what is no Jetson."""
+    """The version of Jetson Linux, 36.4.3 of "# R36 (release), REVISION: 4.3, ..."; None elsewhere."""
     release = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release"))
     return f"{release[1]}.{release[2]}" if release else None
 
@@ -175,7 +176,8 @@ class Setup:
 _BINDINGS = 'pip install "pgxport" cuda-python "tensorrt-cu13-bindings=={0}"'
 _ORIN = ("fp16", "w8a8-static", "int4")
 _GPU = ('pip install "pgxport[gpu]" "onnxruntime-gpu[cuda,cudnn]"', 'or, for TensorRT: pip install "pgxport[tensorrt]"')
-# JetPack -> TensorRT: NVIDIA's JetPack archive. TensorRT 11 on Jetson: "Migrating TensorRT from 10.x to 11.x on Jetson/JetPack".
+# JetPack -> TensorRT: NVIDIA's JetPack archive. TensorRT 11 on Jetson: NVIDIA's "Migrating TensorRT from 10.x
+# to 11.x on Jetson/JetPack".
 SETUPS = (
     Setup(
         "JetPack 5", ("5",), (), (0, 0), "8.5", None, (), (),

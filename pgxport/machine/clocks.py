@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clocks of this machine: frequencies, temperature, and how often it was throttled. None where the system does not tell.
+"""Clocks of this machine: frequencies, temperature, and how often it was throttled; None where it does not tell.
 
-Files of a Jetson are those of the Jetson Linux Developer Guide, "Platform Power and Performance": devfreq for the GPU, the counters
-of soctherm_oc for too much current, cooling devices named alerts for too much heat, and the status of nvpmodel. Other GPUs of NVIDIA
-tell their clocks through NVML.
+Files of a Jetson are those of the Jetson Linux Developer Guide, "Platform Power and Performance": devfreq for
+the GPU, the counters of soctherm_oc for too much current, cooling devices named alerts for too much heat, and
+the status of nvpmodel. Other GPUs of NVIDIA tell their clocks through NVML.
 """
 
 import re
@@ -69,7 +69,7 @@ def look(sys: Path = SYS, nvml: Nvml | None = None) -> Clocks:
 
 
 def power_mode(root: Path = Path("/")) -> str | None:
-    """The mode that nvpmodel was last set to, as "15W (0)"; None where there is no nvpmodel, or it was never set."""
+    """The mode that nvpmodel was last set to, as "15W (0)"; None without nvpmodel, or where it was never set."""
     status = _texts([root / "var" / "lib" / "nvpmodel" / "status"])  # pmode:0002
     mode = re.search(r"pmode:(\d+)", status[0]) if status else None
     if not mode:
@@ -91,7 +91,7 @@ def _held(cores: Iterable[Path], nodes: Iterable[Path]) -> bool | None:
 
 
 def _alerts(sys: Path) -> tuple[str, ...]:
-    """The cooling devices named alerts whose state is not 0: cpu-throttle-alert, gpu-throttle-alert and their like."""
+    """The names of cooling devices that are alerts and whose state is not 0, as cpu-throttle-alert."""
     devices = sorted((sys / "class" / "thermal").glob("cooling_device*"))
     named = [(device, (_texts([device / "type"]) or [""])[0]) for device in devices]
     return tuple(name for device, name in named if name.endswith("-alert") and any(_numbers([device / "cur_state"])))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NVIDIA driver and its GPUs, read through libcuda alone: without a toolkit or a package, and nothing is allocated on a GPU.
+"""The NVIDIA driver and its GPUs, read through libcuda alone: no toolkit, no package, no memory of a GPU.
 
 Codes and attributes are those of CUresult and CUdevice_attribute in cuda.h.
 """
