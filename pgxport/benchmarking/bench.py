@@ -80,7 +80,7 @@ def bench(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Bench:
-    """Measure bundles in turn, each in a process of its own. One that fails is a measurement with its reason."""
+    """Measure bundles in turn, each in a process of its own. One that fails is a row with its reason."""
     work, conditions = work or WholeAnswers(), describe_machine()
     with ExitStack() as stack:
         workers = [

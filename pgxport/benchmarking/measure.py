@@ -52,7 +52,7 @@ class WholeAnswers:
 
 @dataclass(frozen=True)
 class Steps:
-    """A repetition is `steps` decode steps after each past, and a prefill of each prefix, of random numbers."""
+    """A repetition is `steps` decode steps after each past and a prefill of each prefix, on random data."""
 
     kind: ClassVar = "Steps"
     pasts: tuple[int, ...] = ()

@@ -180,7 +180,7 @@ class Worker:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """Read the worker's memory now and then from here: a thread in the worker would take time that it measures."""
+        """Read the worker's memory now and then from here: a thread in there would take time it measures."""
         stop = threading.Event()
 
         def watch() -> None:
@@ -207,7 +207,7 @@ class Worker:
 
 
 def interleave(workers: Sequence[Worker], repetitions: int, progress: Progress | None = None) -> list[Measurement]:
-    """Open all, then repeat in turn, so that a drifting machine drifts for all; a failure ends its own alone."""
+    """Open all, then repeat in turn, so that a drifting machine drifts for all; a failure ends its own."""
     for worker in workers:
         if progress:
             progress(f"opening {worker.label}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clocks of this machine: frequencies, temperature, and how often it was throttled; None where it does not tell.
+"""Clocks of this machine: frequencies, temperature, and how often it was throttled; None where not told.
 
 Files of a Jetson are those of the Jetson Linux Developer Guide, "Platform Power and Performance": devfreq for
 the GPU, the counters of soctherm_oc for too much current, cooling devices named alerts for too much heat, and
@@ -69,7 +69,7 @@ def look(sys: Path = SYS, nvml: Nvml | None = None) -> Clocks:
 
 
 def power_mode(root: Path = Path("/")) -> str | None:
-    """The mode that nvpmodel was last set to, as "15W (0)"; None without nvpmodel, or where it was never set."""
+    """The mode that nvpmodel was last set to, as "15W (0)"; None without nvpmodel, or never set."""
     status = _texts([root / "var" / "lib" / "nvpmodel" / "status"])  # pmode:0002
     mode = re.search(r"pmode:(\d+)", status[0]) if status else None
     if not mode:

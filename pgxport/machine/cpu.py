@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processor: its name, cores and instruction sets of /proc/cpuinfo, and what an engine has to know of them."""
+"""The processor: its name, cores and instruction sets, and what engines have to know of them."""
 
 import hashlib
 import os
@@ -58,7 +58,7 @@ def instruction_key(cpuinfo: Path = CPUINFO) -> str:
 
 
 def has_vnni(cpuinfo: Path = CPUINFO, *, arch: str | None = None) -> bool | None:
-    """Whether every core adds 8-bit products in 32 bits; None but on x86-64, and where Linux does not tell."""
+    """Whether every core of an x86-64 adds 8-bit products in 32 bits; None elsewhere, and where not told."""
     sets = instruction_sets(cpuinfo)
     if (arch or platform.machine()) not in X86_64 or not sets:
         return None
@@ -66,7 +66,7 @@ def has_vnni(cpuinfo: Path = CPUINFO, *, arch: str | None = None) -> bool | None
 
 
 def overflows_in_16_bits(cpuinfo: Path = CPUINFO, *, arch: str | None = None) -> bool:
-    """Whether products of uint8 by int8 may overflow in sums of 16 bits: on x86-64 unless it is known to have VNNI."""
+    """Whether products of uint8 by int8 may overflow in sums of 16 bits: on x86-64 unless VNNI is known."""
     return (arch or platform.machine()) in X86_64 and not has_vnni(cpuinfo, arch=arch)
 
 

@@ -52,8 +52,8 @@ class Rapl:
 class Ina3221:
     """The rails of a Jetson, added up over time: the whole board's, else those of the module, else all.
 
-    The rails are NVIDIA's (Jetson Linux Developer Guide, "Power Monitor"). On AGX Orin and Thor, VIN_SYS_5V0 is
-    one of three that do not overlap, not their sum; Thor's VIN is an INA238 of its own.
+    The rails are NVIDIA's (Jetson Linux Developer Guide, "Power Monitor"). On AGX Orin and Thor, VIN_SYS_5V0
+    is one of three that do not overlap, not their sum; Thor's VIN is an INA238 of its own.
     """
 
     WHOLE = (
@@ -115,7 +115,7 @@ class NvmlMeter:
 
 
 def find_meters(sys: Path = SYS, *, engine: str = "cpu") -> list[Meter]:
-    """All meters that can be read here; the GPU's only where the engine runs on it and no rail includes it."""
+    """All meters that can be read here; the GPU's only where the engine runs on it and no rail has it."""
     meters, rails = list[Meter](), dict[str, tuple[Path, ...]]()
     with suppress(OSError, ValueError):
         if zones := rapl_zones(sys):
@@ -139,7 +139,7 @@ def rapl_zones(sys: Path = SYS) -> list[Path]:
 
 
 def ina3221_rails(sys: Path = SYS) -> dict[str, tuple[Path, ...]]:
-    """The files of each rail whose product is µW: mV and mA of hwmon (since JetPack 5) or iio (4), or µW itself."""
+    """The files of each rail whose product is µW: mV and mA of hwmon (JetPack 5 on) or iio (4), or µW."""
     rails: dict[str, tuple[Path, ...]] = {}
     for folder in sorted((sys / "bus" / "i2c" / "drivers" / "ina3221").glob("*/hwmon/hwmon*")):
         for label in sorted(folder.glob("in[0-9]*_label")):

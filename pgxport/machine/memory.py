@@ -16,7 +16,7 @@ class SystemMemory:
 
     total: int
     available: int
-    block: int | None  # the largest that is free in one piece, which some of a Jetson's drivers need; None where not told
+    block: int | None  # the largest free one, which some of a Jetson's drivers need; None where not told
     zram: int
     swap: int  # on disks and in files
 
@@ -34,7 +34,7 @@ class ProcessMemory:
 
 
 def system_memory(root: Path = Path("/")) -> SystemMemory | None:
-    """The memory of the system, from meminfo, buddyinfo and swaps of /proc; None where there is no meminfo."""
+    """The memory of the system, from meminfo, buddyinfo and swaps of /proc; None without meminfo."""
     kilobytes = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE))
     if not {"MemTotal", "MemAvailable"} <= set(kilobytes):
         return None

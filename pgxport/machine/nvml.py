@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """NVIDIA's GPUs as NVML, the driver's own library, describes them: clocks, energy, and memory by process.
 
-The library comes with the driver; a Jetson's holds a part of it. What a GPU does not tell is None or left out.
-Functions, structures and constants are those of nvml.h.
+The library comes with the driver; a Jetson's holds a part of it. What a GPU does not tell is None or left
+out. Functions, structures and constants are those of nvml.h.
 """
 
 import ctypes
