@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files: read strictly, written whole or not at all, by one process at a time; errors of the disk say their remedy."""
+"""Files: read strictly, written whole or not at all, by one process at a time; disk errors with a remedy."""
 
 import ctypes
 import hashlib
@@ -78,7 +78,7 @@ def file_sha256(path: Path) -> str:
 
 
 def hashed(files: Sequence[Path]) -> Iterator[str]:
-    """The sha256 of each file, several at a time, for hashing takes most of the time that opening a bundle takes."""
+    """The sha256 of each file, several at a time: hashing is most of the time of opening a bundle."""
     with ThreadPoolExecutor() as pool:
         yield from pool.map(file_sha256, files)
 
