@@ -2,8 +2,11 @@
 PYTHON ?= python3
 # Installed before transformers, so that pip does not choose another build. Another one: make test TORCH="torch==X.Y.Z".
 TORCH ?= torch==2.13.0
-# For example: make test PYTEST_ARGS="-x -n 2 -k parity".
+# Processes that run tests side by side; each file is one process's, so that its fixtures are made once.
+WORKERS ?= 2
+# For example: make test PYTEST_ARGS="-x -k parity".
 PYTEST_ARGS ?=
+PARALLEL := -n $(WORKERS) --dist loadfile
 
 WHEEL_TEST := build/wheel-test
 BUNDLES := $(CURDIR)/$(WHEEL_TEST)/bundles
@@ -31,7 +34,7 @@ demo: .venv-demo/.stamp
 test: test-source test-wheel
 
 test-source: .venv/.stamp
-	.venv/bin/pytest $(PYTEST_ARGS)
+	.venv/bin/pytest $(PARALLEL) $(PYTEST_ARGS)
 
 # The wheel has to work with the base and one engine only. A copy of tests/ runs away from the source tree, on bundles that
 # the full environment exports. Then the full environment, where torch and onnx could be imported, shows that they are not.
@@ -44,7 +47,7 @@ test-wheel: .venv/.stamp .venv-wheel/.stamp
 	  found = [m for m in ("torch", "transformers", "onnx", "onnx_ir") if u.find_spec(m)]; \
 	  sys.exit(f"{found} in .venv-wheel, which must hold the base and [cpu] only; make distclean" if found else 0)'
 	set -e; away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; cp -R tests pyproject.toml "$$away"; cd "$$away"; \
-	  PGX_TEST_BUNDLES=$(BUNDLES) $(CURDIR)/.venv-wheel/bin/pytest ./tests --pyargs pgxport
+	  PGX_TEST_BUNDLES=$(BUNDLES) $(CURDIR)/.venv-wheel/bin/pytest $(PARALLEL) ./tests --pyargs pgxport
 	PGX_TEST_BUNDLES=$(BUNDLES) .venv/bin/pytest tests/test_imports.py
 
 # For example: make report-example EXAMPLE_ARGS="--limit 2 -o /tmp/example". Screenshots are made where Chromium is installed.
@@ -82,5 +85,5 @@ distclean: clean
 .venv-wheel/.stamp: pyproject.toml
 	rm -rf .venv-wheel
 	$(call venv,.venv-wheel)
-	.venv-wheel/bin/pip install ".[cpu]" "pytest>=8.3"
+	.venv-wheel/bin/pip install ".[cpu]" "pytest>=8.3" "pytest-xdist>=3.6"
 	@touch $@

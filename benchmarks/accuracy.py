@@ -35,9 +35,8 @@ from pgxport.metrics.fidelity import kl_divergence, token_agreement
 from pgxport.metrics.metrics import METRICS, groups, tally
 from pgxport.metrics.sample import Sample
 from pgxport.runners.image import load_image, pixel_values
-from pgxport.runners.loop import Decoder
-from pgxport.runners.outputs import Answer, parse
-from pgxport.runners.runner import Runner
+from pgxport.runners.outputs import Answer
+from pgxport.runners.pipeline import Pipeline
 
 ROOT = Path(__file__).parent
 RECIPES_AND_CACHES = [*(r for r in RECIPES if r not in ("fp32", "fp8")), str(ROOT / "recipes" / "int8-kv8.toml")]
@@ -72,23 +71,22 @@ def ask(path: Path, reference: Path | None, questions: int, threads: int) -> lis
     if len(rows) >= len(samples):
         return rows[: len(samples)]
     with ExitStack() as stack:
-        runner, file = stack.enter_context(Runner.from_pretrained(path, threads=threads)), stack.enter_context(done.open("a"))
-        exact = reference and stack.enter_context(Runner.from_pretrained(reference, threads=threads))
+        pipeline, file = stack.enter_context(Pipeline.open(path, threads=threads)), stack.enter_context(done.open("a"))
+        exact = reference and stack.enter_context(Pipeline.open(reference, threads=threads))
         for i in range(len(rows), len(samples)):
-            picture, prompt = samples[i].open(), samples[i].prompt
-            prefix = runner._prefix(picture, prompt)
-            ids = list(runner._generate(prefix, runner._limit(prefix, None)))
+            prefix = prefix_of(pipeline, samples[i])
+            ids = list(pipeline.generate(prefix, pipeline.answer_limit(prefix)))
             row = {"id": samples[i].id, "ids": ids}
             if before is not None:
                 given = before[i]["ids"]
                 # Where the whole answer is the same, so is every next token along it.
                 row |= {"agreed": len(given) + 1, "positions": len(given) + 1}
                 if ids != given or i % EVERY == 0:
-                    logits = forced(runner, prefix.embeds, given)
-                    row["agreed"] = int((logits.argmax(-1) == [*given, runner.manifest.token_ids.eos]).sum())
+                    logits = teacher_forced(pipeline, prefix, given)
+                    row["agreed"] = int((logits.argmax(-1) == [*given, pipeline.manifest.token_ids.eos]).sum())
                 if i % EVERY == 0:
                     assert exact is not None
-                    theirs = forced(exact, exact._prefix(picture, prompt).embeds, given)
+                    theirs = teacher_forced(exact, prefix_of(exact, samples[i]), given)
                     row["kl"] = float(kl_divergence(logits, theirs).sum())
             rows.append(row)
             file.write(json.dumps(row) + "\n")
@@ -96,13 +94,14 @@ def ask(path: Path, reference: Path | None, questions: int, threads: int) -> lis
     return rows
 
 
-def forced(runner: Runner, prefix: np.ndarray, answer: list[int]) -> np.ndarray:
-    """Logits [answer + 1, V] of each next token along a given answer, and of what follows it."""
-    decoder = Decoder(runner._sessions["decoder_step"], runner.manifest, prefix.shape[1] + len(answer) + 1)
-    found = [decoder.feed(prefix).copy()]  # logits stand until the next run only
-    for token in answer:
-        found.append(decoder.feed(runner._embed([token])).copy())
-    return np.stack(found)
+def prefix_of(pipeline: Pipeline, sample: Sample) -> np.ndarray:
+    """The prefix [1, T, H] of a sample's picture and prompt."""
+    return pipeline.prefix(pipeline.encode([sample.open()]), pipeline.prompt_ids(sample.prompt))
+
+
+def teacher_forced(pipeline: Pipeline, prefix: np.ndarray, answer: list[int]) -> np.ndarray:
+    """Logits [answer + 1, V] of each next token of a given answer, and of what follows it."""
+    return np.stack([row.copy() for row in pipeline.teacher_forced(prefix, answer)])
 
 
 def in_bfloat16(res: int, exact: Path, questions: int) -> dict[str, float]:
@@ -116,10 +115,10 @@ def in_bfloat16(res: int, exact: Path, questions: int) -> dict[str, float]:
     ).eval()
     samples, agreed, positions, losses = scene_samples(questions), 0, 0, []
     rows = [json.loads(line) for line in exact.with_suffix(".answers.jsonl").read_text().splitlines()]
-    with Runner.from_pretrained(exact, threads=1) as runner, torch.inference_mode():
+    with Pipeline.open(exact, threads=1) as pipeline, torch.inference_mode():
         for i, (sample, row) in enumerate(zip(samples, rows, strict=False)):
-            m, answer = runner.manifest, row["ids"]
-            prompt = runner._tokenizer.prompt_ids(sample.prompt, m.image_tokens, 1, limit=m.context_length)
+            m, answer = pipeline.manifest, row["ids"]
+            prompt = pipeline.prompt_ids(sample.prompt)
             ids = torch.tensor([[*prompt, *answer]])
             logits = model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=(torch.arange(ids.shape[1]) >= len(prompt))[None].long(),
@@ -129,7 +128,7 @@ def in_bfloat16(res: int, exact: Path, questions: int) -> dict[str, float]:
             agreed += int((logits.argmax(-1) == [*answer, m.token_ids.eos]).sum())
             positions += len(logits)
             if i % EVERY == 0:
-                theirs = forced(runner, runner._prefix(sample.open(), sample.prompt).embeds, answer)
+                theirs = teacher_forced(pipeline, prefix_of(pipeline, sample), answer)
                 losses.append((float(kl_divergence(logits, theirs).sum()), len(logits)))
     return {"top1_agreement": agreed / positions, "kl": sum(k for k, _ in losses) / sum(n for _, n in losses)}
 
@@ -181,8 +180,10 @@ def main() -> None:
             yardstick = pool.submit(in_bfloat16, res, paths["fp32"], args.questions)
             jobs = {r: pool.submit(ask, paths[r], paths["fp32"] if r != "fp32" else None, args.questions, 1) for r in paths}
             rows = {r: job.result() for r, job in jobs.items()}
-            with Runner.from_pretrained(paths["fp32"]) as runner:
-                answers = {r: [answer(runner, s, row["ids"]) for s, row in zip(samples, rows[r], strict=True)] for r in paths}
+            with Pipeline.open(paths["fp32"]) as pipeline:
+                answers = {
+                    r: [pipeline.parse(row["ids"], s.open().size) for s, row in zip(samples, rows[r], strict=True)] for r in paths
+                }
             for recipe in paths:
                 same = [float(a["ids"] == b["ids"]) for a, b in zip(rows[recipe], rows["fp32"], strict=True)]
                 of = record["results"].setdefault(Path(recipe).stem, {})[str(res)] = {
@@ -202,12 +203,6 @@ def main() -> None:
             print("transformers in bfloat16", res, record["transformers_bfloat16"][str(res)], flush=True)
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def answer(runner: Runner, sample: Sample, ids: list[int]) -> Answer:
-    text = runner._tokenizer.decode(ids)
-    boxes, masks, warnings = parse(text, *sample.open().size, runner._decode_mask)
-    return Answer(text, tuple(ids), boxes, masks, warnings, truncated=False, timings={})
 
 
 def line(recipe: str, res: int, of: dict[str, Any]) -> str:

@@ -32,21 +32,22 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 from against_peers import prefix_ids, ratios, with_ttft  # noqa: E402
 from make_checkpoint import config, distribution, shallow, write_checkpoint  # noqa: E402
-from parity_true_shapes import STEPS, inputs  # noqa: E402
+from parity_true_shapes import inputs  # noqa: E402
 
 from pgxport.benchmarking.bench import machine, measurement_json, versions  # noqa: E402
 from pgxport.benchmarking.measure import WARM_UP_STEPS, Answers, worker  # noqa: E402
 from pgxport.benchmarking.worker import Measurement, Worker, interleave, serve  # noqa: E402
 from pgxport.bundle.reader import Bundle  # noqa: E402
 from pgxport.calib.calibrate import CalibrateOptions, calibrate  # noqa: E402
-from pgxport.compile.tensorrt import CompileOptions, compile_bundle, weight_bytes  # noqa: E402
+from pgxport.compile.compile import compile_bundle  # noqa: E402
+from pgxport.compile.memory import weight_bytes  # noqa: E402
+from pgxport.compile.options import CompileOptions  # noqa: E402
 from pgxport.errors import PgxError  # noqa: E402
 from pgxport.exporter.export import ExportOptions, export  # noqa: E402
 from pgxport.machine.driver import ask_driver  # noqa: E402
 from pgxport.models.spec import RESOLUTIONS, ModelSpec, published  # noqa: E402
 from pgxport.models.weights import weight_shapes  # noqa: E402
-from pgxport.runners.loop import Decoder  # noqa: E402
-from pgxport.runners.runner import Runner  # noqa: E402
+from pgxport.runners.pipeline import Pipeline  # noqa: E402
 from pgxport.runners.session import ENGINES  # noqa: E402
 
 PACKAGES = (
@@ -344,12 +345,9 @@ def parity(made: Made, expected: Path) -> dict[str, Any]:
     tokens, wanted = reference["tokens"], reference["logits"]
     ids, pixels = inputs(made.bundle)
     try:
-        with Runner.from_pretrained(made.bundle, engine=made.engine) as runner:
-            hidden = runner._session("vision_encoder").run({"pixel_values": pixels})
-            features = runner._session("projector").run(hidden)["image_features"]
-            embeds = np.concatenate([features, runner._embed(ids[runner.manifest.image_tokens :].tolist())], 1)
-            decoder = Decoder(runner._session("decoder_step"), runner.manifest, len(ids) + STEPS)
-            logits = [decoder.feed(embeds).copy(), *(decoder.feed(runner._embed([int(t)])).copy() for t in tokens[:-1])]
+        with Pipeline.open(made.bundle, engine=made.engine) as pipeline:
+            prefix = pipeline.prefix(pipeline.encode_pixels(pixels), ids)
+            logits = [row.copy() for row in pipeline.teacher_forced(prefix, tokens[:-1].tolist())]
     except PgxError as error:
         return {"label": made.label, "reason": str(error)}
     got, scale = np.stack(logits), np.abs(wanted).max()

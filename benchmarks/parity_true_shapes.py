@@ -60,21 +60,17 @@ def reference(checkpoint: Path, bundle: Path, out: Path) -> None:
 
 def candidate(bundle: Path, tokens: np.ndarray, out: Path) -> None:
     """The bundle, fed those tokens: logits [16, V]."""
-    from pgxport.runners.loop import Decoder
-    from pgxport.runners.runner import Runner
+    from pgxport.runners.pipeline import Pipeline
 
     ids, pixels = inputs(bundle)
-    with Runner.from_pretrained(bundle) as runner:
+    with Pipeline.open(bundle) as pipeline:
         start = time.perf_counter()
-        hidden = runner._sessions["vision_encoder"].run({"pixel_values": pixels})["image_hidden"]
-        features = runner._sessions["projector"].run({"image_hidden": hidden})["image_features"]
-        embeds = np.concatenate([features, runner._embed(ids[runner.manifest.image_tokens :])], 1)
-        decoder = Decoder(runner._sessions["decoder_step"], runner.manifest, len(ids) + STEPS)
-        logits = [decoder.feed(embeds).copy()]
+        prefix = pipeline.prefix(pipeline.encode_pixels(pixels), ids)
+        following = pipeline.teacher_forced(prefix, tokens[:-1].tolist())
+        logits = [next(following).copy()]
         first = time.perf_counter() - start
-        for token in tokens[:-1]:
-            logits.append(decoder.feed(runner._embed([int(token)])).copy())
-        np.savez(out, logits=np.stack(logits), seconds=[runner.load_seconds, first, time.perf_counter() - start - first])
+        logits += [row.copy() for row in following]
+        np.savez(out, logits=np.stack(logits), seconds=[pipeline.load_seconds, first, time.perf_counter() - start - first])
 
 
 def main() -> None:

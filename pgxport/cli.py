@@ -200,7 +200,8 @@ def compile(as_json: bool, **options: Any) -> None:
     """
     import time
 
-    from pgxport.compile.tensorrt import CompileOptions, compile_bundle
+    from pgxport.compile.compile import compile_bundle
+    from pgxport.compile.options import CompileOptions
 
     start = time.perf_counter()
     with progress_bar(steps=True) as progress:
@@ -854,10 +855,11 @@ def peak_rss() -> int:
 
 def main() -> None:
     """Run a command; errors we raise on purpose end with their own exit code (docs/reference/exit-codes.md)."""
-    # As an exception, so that what is half done is cleaned up on the way out.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    from pgxport.interrupts import signals_recorded
+
     try:
-        cli(prog_name="pgx", standalone_mode=False)
+        with signals_recorded(signal.SIGINT, signal.SIGTERM):  # as exceptions, so that what is half done is cleaned up
+            cli(prog_name="pgx", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(2)

@@ -130,17 +130,12 @@ def test_memory_of_the_gpu_is_what_went_while_a_worker_worked(on_gpu: Any):
 
 def test_the_parity_of_a_bundle_is_that_of_its_logits(on_gpu: Any, tiny_112: Path, tmp_path: Path):
     pytest.importorskip("onnxruntime")
-    from pgxport.runners.loop import Decoder
-    from pgxport.runners.runner import Runner
+    from pgxport.runners.pipeline import Pipeline
 
-    ids, pixels = on_gpu.inputs(tiny_112)
-    with Runner.from_pretrained(tiny_112) as runner:
-        prefix = runner._session("projector").run(runner._session("vision_encoder").run({"pixel_values": pixels}))[
-            "image_features"
-        ]
-        embeds = np.concatenate([prefix, runner._embed(ids[runner.manifest.image_tokens :].tolist())], 1)
-        decoder, tokens = Decoder(runner._session("decoder_step"), runner.manifest, len(ids) + 3), [5, 9]
-        logits = np.stack([decoder.feed(embeds).copy(), *(decoder.feed(runner._embed([t])).copy() for t in tokens)])
+    (ids, pixels), tokens = on_gpu.inputs(tiny_112), [5, 9]
+    with Pipeline.open(tiny_112) as pipeline:
+        prefix = pipeline.prefix(pipeline.encode_pixels(pixels), ids)
+        logits = np.stack([row.copy() for row in pipeline.teacher_forced(prefix, tokens)])
     chosen = np.array([*tokens, 4])
     np.savez(tmp_path / "reference.npz", tokens=chosen, logits=logits)
     found = on_gpu.parity(on_gpu.Made("cpu", "fp32", tiny_112), tmp_path / "reference.npz")

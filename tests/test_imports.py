@@ -18,13 +18,13 @@ import pytest
 REFERENCE = ("torch", "transformers")
 EXPORT_TOOLS = ("onnx", "onnx_ir", *REFERENCE)
 # "pgxport" itself: `from pgxport import bundle` is read as pgxport.bundle, and this stands for the bare package.
-ROOT = ("pgxport.errors", "pgxport.text", "pgxport.files", "pgxport.__version__")
+ROOT = ("pgxport.errors", "pgxport.interrupts", "pgxport.text", "pgxport.files", "pgxport.__version__")
 BUNDLE = ("numpy", "pydantic", *ROOT, "pgxport.bundle")
 RUNNERS = (*BUNDLE, "PIL", "tokenizers", "pgxport.runners", "pgxport.machine")
 
 # Every folder and every file of the package's root, the lowest first: each imports itself and what stands above it here.
 RANKS = (
-    "errors", "text", "files", "machine", "bundle", "models", "hub", "runners", "compile", "metrics", "data", "exporter", "calib",
+    "errors", "interrupts", "text", "files", "machine", "bundle", "models", "hub", "runners", "compile", "metrics", "data", "exporter", "calib",
     "cluster", "benchmarking", "reporting", "tuning", "inspection", "doctor", "demo", "cli",
 )  # fmt: skip
 
@@ -59,7 +59,7 @@ LAWS = (
     ),
     Law(
         ("runners/*",),
-        but_not=("runners/ort.py", "runners/tensorrt.py"),
+        but_not=("runners/ort.py", "runners/tensorrt_library.py"),
         only=RUNNERS,
         reason="`pgx run` works where only the base is installed, and an engine is imported in its own file only",
         remedy="take arrays and names from the bundle's manifest, go through a Session, or do it in numpy",
@@ -71,7 +71,7 @@ LAWS = (
         remedy="give another engine its own file, and take what is missing from the bundle's manifest",
     ),
     Law(
-        ("runners/tensorrt.py",),
+        ("runners/tensorrt_library.py",),
         only=(*RUNNERS, "tensorrt", "tensorrt_rtx", "cuda"),
         reason="this file holds one engine, TensorRT, and runs where only the base and that are installed",
         remedy="give another engine its own file, and take what is missing from the bundle's manifest",

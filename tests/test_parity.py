@@ -22,7 +22,6 @@ from tokenizers import Tokenizer  # noqa: E402
 from pgxport.exporter.export import ExportOptions, export  # noqa: E402
 from pgxport.models.tiny.scenes import draw  # noqa: E402
 from pgxport.runners.image import pixel_values  # noqa: E402
-from pgxport.runners.loop import Decoder  # noqa: E402
 from pgxport.runners.runner import Runner  # noqa: E402
 
 # Both compute in float32 with other orders of addition; the worst seen over these models is 4e-6 of the logits' scale.
@@ -92,7 +91,7 @@ def pair(request, tmp_path_factory):
 def prefix_of(case: Case, runner: Runner) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [T] and pixels [images, 3, R, R] of a prompt about scenes."""
     m = runner.manifest
-    ids = runner._tokenizer.prompt_ids("answer en what is in the image?", m.image_tokens, case.images)
+    ids = runner.pipeline.prompt_ids("answer en what is in the image?", case.images)
     pixels = np.stack([pixel_values(draw("test", i).image, m.resolution) for i in range(case.images)])
     return np.array(ids), pixels
 
@@ -122,10 +121,7 @@ def reference_logits(model: Any, ids: np.ndarray, pixels: np.ndarray, suffix: np
 
 
 def prefix_embeds(runner: Runner, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    hidden = runner._sessions["vision_encoder"].run({"pixel_values": pixels})["image_hidden"]
-    features = runner._sessions["projector"].run({"image_hidden": hidden})["image_features"]
-    text = runner._embed(ids[len(pixels) * runner.manifest.image_tokens :])
-    return np.concatenate([features.reshape(1, -1, features.shape[-1]), text], 1)
+    return runner.pipeline.prefix(runner.pipeline.encode_pixels(pixels), ids)
 
 
 def test_logits_of_prefill_and_forced_steps_equal_transformers(pair):
@@ -134,9 +130,9 @@ def test_logits_of_prefill_and_forced_steps_equal_transformers(pair):
     suffix = np.random.default_rng(case.seed).integers(3, runner.manifest.token_ids.image, STEPS)
     expected = reference_logits(model, ids, pixels, suffix, window=case.local_window == "hf")
 
-    decoder = Decoder(runner._sessions["decoder_step"], runner.manifest, len(ids) + STEPS)
+    decoder = runner.pipeline.decoder(len(ids) + STEPS)
     got = [decoder.feed(prefix_embeds(runner, ids, pixels)).copy()]
-    got += [decoder.feed(runner._embed([token])).copy() for token in suffix]
+    got += [decoder.feed(runner.pipeline.embed([token])).copy() for token in suffix]
     error = np.abs(np.stack(got) - expected).max(1) / np.abs(expected).max()
     print(f"largest error {error.max():.1e} of the logits' scale")
     assert error.max() < TOLERANCE, f"by position: {error}"
@@ -167,7 +163,7 @@ def test_a_late_prefix_token_moves_an_early_ones_keys_and_values(pair):
     embeds = prefix_embeds(runner, *prefix_of(case, runner))
     caches = []
     for shift in (0.0, 1.0):
-        decoder = Decoder(runner._sessions["decoder_step"], runner.manifest, embeds.shape[1] + 1)
+        decoder = runner.pipeline.decoder(embeds.shape[1] + 1)
         moved = embeds.copy()
         moved[0, -1] += shift
         decoder.feed(moved)
@@ -183,12 +179,12 @@ def test_a_late_prefix_token_moves_an_early_ones_keys_and_values(pair):
 def test_a_suffix_token_is_not_seen_by_what_came_before(pair):
     case, _, runner = pair
     embeds = prefix_embeds(runner, *prefix_of(case, runner))
-    decoder = Decoder(runner._sessions["decoder_step"], runner.manifest, embeds.shape[1] + 2)
+    decoder = runner.pipeline.decoder(embeds.shape[1] + 2)
     decoder.feed(embeds)
-    decoder.feed(runner._embed([5]))
+    decoder.feed(runner.pipeline.embed([5]))
     length = decoder.length
     before = {name: array[:, :, :length].copy() for name, array in decoder.cache.arrays.items()}
-    decoder.feed(runner._embed([9]))
+    decoder.feed(runner.pipeline.embed([9]))
     for name, array in decoder.cache.arrays.items():
         assert np.array_equal(array[:, :, :length], before[name]), name
         assert np.abs(array[:, :, length]).max() > 0, name
@@ -227,6 +223,6 @@ def test_the_mask_decoder_equals_the_same_layers_in_torch(tmp_path):
     random_paligemma(tmp_path / "checkpoint", text={"vocab_size": vocab}, image_token_index=vocab - 1)
     export(ExportOptions(output=tmp_path / "bundle", checkpoint=tmp_path / "checkpoint", masks=Path(TINY / "vae-oid.npz")))
     with Runner.from_pretrained(tmp_path / "bundle") as runner:
-        got = runner._sessions["mask_decoder"].run({"codes": codes})["mask"]
+        got = runner.pipeline.session("mask_decoder").run({"codes": codes})["mask"]
     assert got.shape == (3, 64, 64)
     assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()

@@ -57,7 +57,9 @@ def test_the_readmes_python_runs(folder):
 
 
 def test_the_reading_order_and_the_list_of_files_are_true():
-    done = subprocess.run([sys.executable, ROOT / "tools" / "structure.py", "--check"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "structure.py", "--check"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

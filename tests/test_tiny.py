@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded checkpoint: answers of its bundles are transformers' own, and as good as docs/tiny.md says."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from pgxport.models.tiny import scenes
 from pgxport.runners.runner import Runner
 
 TINY = Path(scenes.__file__).parent
+GOLDENS = Path(__file__).parent / "goldens"
 QUESTIONS = 40  # of each task, at each resolution
+ASKED_AGAIN = 3  # of them, of transformers as it is installed here; all of them in a nightly run
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +37,11 @@ def evaluate():
 def answered(request, evaluate):
     """Held-out questions with transformers' answers and those of our bundle."""
     bundle = request.getfixturevalue(f"tiny_{request.param}")
-    items = evaluate.held_out(QUESTIONS)
-    theirs = evaluate.answers(evaluate.Reference(TINY / f"tiny-{request.param}"), items)
+    items, golden = evaluate.held_out(QUESTIONS), json.loads((GOLDENS / f"tiny-{request.param}-answers.json").read_text())
+    weights = (TINY / f"tiny-{request.param}" / "model.safetensors").read_bytes()
+    assert golden["checkpoint_sha256"] == hashlib.sha256(weights).hexdigest(), "the answers are another checkpoint's"
+    assert [(index, q.prompt) for index, q in items] == [(index, prompt) for index, prompt, _ in golden["answers"]]
+    theirs = [text for _, _, text in golden["answers"]]
     with Runner.from_pretrained(bundle, threads=1) as runner:
         ours = [runner.answer(scenes.draw("test", index).image, question.prompt).text for index, question in items]
     return request.param, items, ours, theirs
@@ -46,6 +52,14 @@ def test_answers_are_those_of_transformers_greedy_decoding(answered):
     different = [(q.prompt, o, t) for (_, q), o, t in zip(items, ours, theirs, strict=True) if o != t]
     assert len(items) == 5 * QUESTIONS
     assert not different, different
+
+
+@pytest.mark.parametrize("questions", [ASKED_AGAIN, pytest.param(QUESTIONS, marks=pytest.mark.nightly)])
+def test_transformers_still_answers_as_it_did(answered, evaluate, questions):
+    resolution, items, _, theirs = answered
+    chosen = [k for k in range(len(items)) if k % QUESTIONS < questions]
+    again = evaluate.answers(evaluate.Reference(TINY / f"tiny-{resolution}"), [items[k] for k in chosen])
+    assert again == [theirs[k] for k in chosen]
 
 
 def test_answers_are_right_as_often_as_the_published_figures_say(answered, evaluate):

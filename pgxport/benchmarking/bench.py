@@ -108,7 +108,7 @@ def _with_memory(
     for process, m in zip(workers, measured, strict=True):
         more: dict[str, Any] = {}
         if m.reason is None:
-            more["peak_vram"] = vram.held_by(process._process.pid) if vram else None
+            more["peak_vram"] = vram.held_by(process.pid) if vram else None
         if isinstance(work, Batches) and m.reason is None:
             more |= process.ask({}) or {}
         found.append(replace(m, facts=m.facts | more))

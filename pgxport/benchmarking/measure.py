@@ -15,14 +15,15 @@ import numpy as np
 from PIL import Image
 
 from pgxport.benchmarking.worker import Subject, Worker, serve
-from pgxport.bundle.manifest import MANIFEST
+from pgxport.bundle.manifest import MANIFEST, Manifest
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import UsageError
 from pgxport.files import file_sha256
+from pgxport.runners.image import load_image
 from pgxport.runners.loop import Decoder, generate
 from pgxport.runners.open_session import graph_files, open_session
 from pgxport.runners.outputs import parse
-from pgxport.runners.runner import Runner
+from pgxport.runners.pipeline import Pipeline
 from pgxport.runners.session import Arrays, Session
 
 WARM_UP_STEPS = 2
@@ -89,26 +90,28 @@ def open_bundle(request: dict[str, Any]) -> Subject:
 class _Answering:
     def __init__(self, bundle: Bundle, opening: dict[str, float], work: Answers, engine: str, threads: int | None):
         start = time.perf_counter()
-        self._runner = Runner(bundle, engine=engine, threads=threads)
+        self._pipeline = Pipeline(bundle, engine=engine, threads=threads)
         self.opening = opening | {"load": time.perf_counter() - start}
-        self._session, self._work = _Timed(self._runner._sessions["decoder_step"]), work
-        self._images: list[str | bytes] = [*work.images] or [_photo()]
-        self._prompt = np.random.default_rng(0).integers(bundle.manifest.token_table.shape[0], size=work.prompt_tokens)
-        self._capacity = len(self._images) * bundle.manifest.image_tokens + work.prompt_tokens + work.new_tokens
+        self._session, self._work = _Timed(self._pipeline.session("decoder_step")), work
+        self._images: list[str | bytes] = [*work.images] or [photo()]
+        self._ids = random_ids(bundle.manifest, len(self._images), work.prompt_tokens)
+        self._capacity = len(self._ids) + work.new_tokens
         self.facts = _facts(bundle, Decoder(self._session, bundle.manifest, self._capacity))
 
     def repeat(self, *, warm_up: bool) -> dict[str, float]:
-        runner, manifest = self._runner, self._runner.manifest
-        prefix = runner._prefix(self._images, "caption en")
-        # The image features are the runner's; the prompt is as long as was asked for, whatever the tokenizer makes of words.
-        features = prefix.embeds[:, : len(self._images) * manifest.image_tokens]
-        embeds = np.concatenate([features, runner._embed(self._prompt.tolist())], axis=1)
+        pipeline, start = self._pipeline, time.perf_counter()
+        images = [load_image(image) for image in self._images]
+        pipeline.prompt_ids("caption en", len(images))
+        pixels = pipeline.pixels(images)
+        timings = {"preprocess": time.perf_counter() - start}
+        features = pipeline.encode_pixels(pixels, timings=timings)
+        embeds = pipeline.prefix(features, self._ids)
 
         steps = min(WARM_UP_STEPS, self._work.new_tokens) if warm_up else self._work.new_tokens
         ids, walls, engine = [], [], []
         start, self._session.seconds = time.perf_counter(), 0.0
-        decoder = Decoder(self._session, manifest, self._capacity)
-        for token in generate(decoder, embeds, lambda t: runner._embed([t]), eos=NEVER, limit=steps + 1):
+        decoder = Decoder(self._session, pipeline.manifest, self._capacity)
+        for token in generate(decoder, embeds, lambda t: pipeline.embed([t]), eos=NEVER, limit=steps + 1):
             now = time.perf_counter()
             ids.append(token)
             walls.append(now - start)
@@ -118,9 +121,9 @@ class _Answering:
         assert len(each) == steps, f"Bug: {len(each)} steps instead of {steps}"
 
         start = time.perf_counter()
-        parse(runner._tokenizer.decode(ids), *prefix.images[0].size)
+        parse(pipeline.decode(ids), *images[0].size)
         post = time.perf_counter() - start
-        before = prefix.timings | {"prefill": prefill}
+        before = timings | {"prefill": prefill}
         first = sum(before.values())
         return before | {
             "first_token": first, "step": sum(each) / steps, "overhead": (sum(each) - sum(engine[1:])) / steps, "post": post,
@@ -194,7 +197,13 @@ def _facts(bundle: Bundle, decoder: Decoder) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _photo() -> bytes:
+def random_ids(manifest: Manifest, images: int, prompt_tokens: int) -> list[int]:
+    """Ids of a prefix whose prompt is as long as was asked for, whatever the tokenizer makes of words."""
+    prompt = np.random.default_rng(0).integers(manifest.token_table.shape[0], size=prompt_tokens)
+    return [manifest.token_ids.image] * (images * manifest.image_tokens) + prompt.tolist()
+
+
+def photo() -> bytes:
     """A JPEG of a camera's proportions, so that decoding and resizing cost what they do."""
     noise = np.random.default_rng(0).integers(256, size=(48, 64, 3), dtype=np.uint8)
     file = io.BytesIO()

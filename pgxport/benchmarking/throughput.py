@@ -14,16 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from pgxport.benchmarking.measure import WARM_UP_STEPS, Answers, _photo
+from pgxport.benchmarking.measure import WARM_UP_STEPS, Answers, photo, random_ids
 from pgxport.benchmarking.worker import Worker, read_memory, serve
 from pgxport.bundle.manifest import MANIFEST
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import UsageError
 from pgxport.files import file_sha256
 from pgxport.machine.nvml import find_vram
-from pgxport.runners.image import load_image, pixel_values
-from pgxport.runners.loop import Decoder
-from pgxport.runners.runner import Runner
+from pgxport.runners.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -70,13 +68,12 @@ class Batching:
                 f"--batch"
             )
         verified = time.perf_counter()
-        self._runner = Runner(bundle, engine=engine, threads=request["threads"])
+        self._pipeline = Pipeline(bundle, engine=engine, threads=request["threads"])
         self.opening = {"verify": verified - start, "load": time.perf_counter() - verified}
         self._work, self._vram = work, find_vram(engine)
-        self._image = work.images[0] if work.images else _photo()
-        ids = np.random.default_rng(0).integers(bundle.manifest.token_table.shape[0], size=work.prompt_tokens)
-        self._prompt, self._peaks = self._runner._embed(ids.tolist()), dict[str, dict[str, int | None]]()
+        self._image = work.images[0] if work.images else photo()
         m = bundle.manifest
+        self._ids, self._peaks = random_ids(m, 1, work.prompt_tokens), dict[str, dict[str, int | None]]()
         shown = m.model_dump(include={"name", "recipe", "target", "resolution", "image_tokens", "context_length"})
         self.facts = shown | {"bytes": bundle.nbytes, "manifest_sha256": file_sha256(bundle.path / MANIFEST)}
 
@@ -96,18 +93,16 @@ class Batching:
         return {"peaks": self._peaks}
 
     def _answers(self, size: int, *, warm_up: bool) -> dict[str, float]:
-        runner, work = self._runner, self._work
+        pipeline, work = self._pipeline, self._work
         steps = min(WARM_UP_STEPS, work.new_tokens) if warm_up else work.new_tokens
         start = time.perf_counter()
-        pixels = np.stack([pixel_values(load_image(self._image), runner.manifest.resolution) for _ in range(size)])
-        hidden = runner._session("vision_encoder").run({"pixel_values": pixels})
-        features = runner._session("projector").run(hidden)["image_features"]
-        embeds = np.concatenate([features, np.repeat(self._prompt, size, 0)], axis=1)
-        decoder = Decoder(runner._session("decoder_step"), runner.manifest, embeds.shape[1] + work.new_tokens, rows=size)
+        features = pipeline.encode([self._image] * size)
+        embeds = np.concatenate([pipeline.prefix(row[None], self._ids) for row in features])
+        decoder = pipeline.decoder(embeds.shape[1] + work.new_tokens, rows=size)
         tokens = decoder.feed_rows(embeds).argmax(-1)
         first = time.perf_counter()
         for _ in range(steps):
-            tokens = decoder.feed_rows(runner._embed(tokens.tolist()).swapaxes(0, 1)).argmax(-1)
+            tokens = decoder.feed_rows(pipeline.embed(tokens.tolist()).swapaxes(0, 1)).argmax(-1)
         end = time.perf_counter()
         return {"first_token": first - start, "step": (end - first) / steps, "answer": end - start}
 

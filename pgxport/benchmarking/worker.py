@@ -133,6 +133,11 @@ class Worker:
         self._process.communicate()
         self._stderr.close()
 
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
     def open(self) -> None:
         """Get ready, then warm up."""
         reply = self._ask({"do": "open", **self.request})

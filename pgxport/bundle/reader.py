@@ -147,8 +147,8 @@ def _check_graphs(path: Path, manifest: Manifest) -> None:
         if file.suffix != ".onnx":  # what an engine does with a file depends on its name
             raise IntegrityError(f"{path}: the graph {name} is called {graph.file!r}, which does not end in .onnx")
         found = read_signature(file, sizes)
-        promised = tuple({t.name: t.shape for t in tensors} for tensors in (graph.inputs, graph.outputs))
-        if found != promised or tuple(map(set, found)) != expected[name]:
+        described = tuple({t.name: t.shape for t in tensors} for tensors in (graph.inputs, graph.outputs))
+        if found != described or tuple(map(set, found)) != expected[name]:
             raise IntegrityError(f"{file} has other inputs or outputs than the manifest and the runners know; export it again")
     width = manifest.token_table.shape[1]
     embeds = {t.name: t.shape for t in manifest.graphs["decoder_step"].inputs}["inputs_embeds"]

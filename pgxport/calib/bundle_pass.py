@@ -22,6 +22,7 @@ from pgxport.models.weights import weight_shapes
 from pgxport.runners.image import pixel_values
 from pgxport.runners.loop import Decoder
 from pgxport.runners.ort import OrtCache, refusals
+from pgxport.runners.pipeline import Pipeline
 from pgxport.runners.session import Arrays
 
 FOLDER = "session.model_external_initializers_file_folder_path"
@@ -50,21 +51,16 @@ def observe_bundle(
             f"{bundle.path} ({m.recipe}) does not multiply by {hidden[0]!r} in float, nor by {len(hidden) - 1} others; "
             f"calibrate the checkpoint, or a bundle of it with --precision fp32"
         )
-    statistics, table = InputStatistics(moments=moments), bundle.token_table()
-    scale = np.float32(m.token_table.scale)
-
-    def embed(ids: Sequence[int]) -> np.ndarray:
-        """[1, T, H]"""
-        return table.rows(ids)[None] * scale
-
+    statistics = InputStatistics(moments=moments)
+    pipeline = Pipeline(bundle, low_memory=True)  # for embeddings: it loads no graph until one is run
     for number, (sample, weights) in enumerate(zip(samples, token_weights(samples, m.image_tokens), strict=True), 1):
         pixels = pixel_values(sample.sample.open(), m.resolution)[None]
         hidden_states = sessions["vision_encoder"].run({"pixel_values": pixels})["image_hidden"]
         features = sessions["projector"].run({"image_hidden": hidden_states})["image_features"]
         decoder = Decoder(sessions["decoder_step"], m, features.shape[1] + len(sample.prompt) + len(sample.answer))
-        decoder.feed(np.concatenate([features, embed(sample.prompt)], 1))
+        decoder.feed(pipeline.prefix(features, [m.token_ids.image] * m.image_tokens + list(sample.prompt)))
         for token in sample.answer:
-            decoder.feed(embed([token]))
+            decoder.feed(pipeline.embed([token]))
         for name, session in sessions.items():
             session.hand_over(statistics, weights if name == "decoder_step" else None)
         for layer in range(m.cache.layers):

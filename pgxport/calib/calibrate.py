@@ -117,7 +117,7 @@ def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None
     encoded, checkpoint = [encode(s, tokenizer) for s in samples], m.provenance.checkpoint_sha256
     job = CalibrationJob(m.name, checkpoint, encoded, digest(samples), m.image_tokens, m.cache.layers, options)
     statistics = observe_bundle(bundle, job.samples, moments=options.moments, progress=progress)
-    # Scores and variances are inside of fused operators, so no census can be made.
+    # Scores and variances are inside of fused operators, so activation ranges cannot be measured.
     about = job.about(engine="onnxruntime", inputs=statistics.inputs, ranges=None)
     tensors = {name: Array(values) for name, values in statistics.tensors().items()}
     return write_calibration(Path(options.output), about, tensors, overwrite=options.overwrite)
@@ -125,12 +125,12 @@ def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None
 
 def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibration:
     from pgxport.calib.checkpoint_pass import observe_checkpoint, step_findings
-    from pgxport.exporter.activation_ranges import Census
+    from pgxport.exporter.activation_ranges import ActivationRanges
     from pgxport.exporter.export import check_weights
     from pgxport.hub.locate import locate
     from pgxport.models.checkpoint import Checkpoint
+    from pgxport.models.config import read_config
     from pgxport.models.safetensors import read_header
-    from pgxport.models.spec import read_config
 
     model = locate(options.size, options.res, options.family, options.variant, options.source, progress=progress)
     checkpoint = Checkpoint.open(model.path, Path(options.adapter) if options.adapter else None)
@@ -147,15 +147,15 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibra
     job = CalibrationJob(model.name, sha256, encoded, digest(samples), spec.image_tokens, spec.text.depth, options)
     # The key names versions: another pgx or numpy would have computed finished steps differently.
     key = job.about(engine="numpy", inputs={}, ranges=None).model_dump_json()
-    output, census = Path(options.output), Census(spec)
+    output, activation_ranges = Path(options.output), ActivationRanges(spec)
     inputs: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     with _workplace(output.with_name(output.name + ".work"), key) as work:
         steps = observe_checkpoint(checkpoint, spec, job.samples, work, moments=options.moments, progress=progress)
         for step in steps:
-            inputs |= step_findings(step, census)
+            inputs |= step_findings(step, activation_ranges)
             tensors |= read_header(step)
-        about = job.about(engine="numpy", inputs=inputs, ranges=census.ranges(len(samples)))
+        about = job.about(engine="numpy", inputs=inputs, ranges=activation_ranges.ranges(len(samples)))
         made = write_calibration(output, about, tensors, overwrite=options.overwrite)
     shutil.rmtree(work)
     return made

@@ -15,7 +15,7 @@ import numpy as np
 from pgxport.calib.encoding import EncodedSample, token_weights
 from pgxport.calib.observe import InputStatistics
 from pgxport.calib.steps import PIXELS, ModelSteps, Step
-from pgxport.exporter.activation_ranges import Census
+from pgxport.exporter.activation_ranges import ActivationRanges
 from pgxport.exporter.calibration_file import Array, disk, read_metadata, write_tensors
 from pgxport.exporter.stream import Progress
 from pgxport.models.checkpoint import TensorSource
@@ -35,7 +35,7 @@ def observe_checkpoint(
 ) -> list[Path]:
     """Run every step that has no file in `work` yet, and return the files, in order.
 
-    Each is written when its step is done: the step's tensors, and beside them its census and which linears share an input.
+    Each is written when its step is done: the step's tensors, and beside them its activation ranges and which linears share an input.
 
     Raises:
         NumericError: activations are not finite.
@@ -48,12 +48,12 @@ def observe_checkpoint(
     done = next((i for i, file in enumerate(files) if not file.exists()), len(files))
     for i in range(done, len(steps)):
         arriving, leaving = work / f"stream-{i:03}", work / f"stream-{i + 1:03}"
-        statistics, census = InputStatistics(moments=moments), Census(spec)
+        statistics, activation_ranges = InputStatistics(moments=moments), ActivationRanges(spec)
         before, count = sum(sizes[:i]), 0
         with disk(f"cannot write {leaving}"), open(leaving, "wb") as out:
             for sample, x, w in zip(samples, _arrivals(arriving, steps[i], samples, spec), weights, strict=True):
                 prefix = spec.image_tokens + len(sample.prompt)
-                g = Eager(source, {}, prefix=prefix, observe=_Observer(statistics, census, steps[i].layer, w))
+                g = Eager(source, {}, prefix=prefix, observe=_Observer(statistics, activation_ranges, steps[i].layer, w))
                 y = steps[i].run(g, sample, x)
                 if y is not None:
                     out.write(np.ascontiguousarray(y, np.float32).data)
@@ -62,26 +62,29 @@ def observe_checkpoint(
                     progress(steps[i].name, before + count, sum(sizes))
             out.flush()
             os.fsync(out.fileno())
-        about = {"census": json.dumps([census.largest, census.where]), "inputs": json.dumps(statistics.inputs)}
+        about = {
+            "census": json.dumps([activation_ranges.largest, activation_ranges.where]),
+            "inputs": json.dumps(statistics.inputs),
+        }
         write_tensors(files[i], {name: Array(values) for name, values in statistics.tensors().items()}, about)
         arriving.unlink(missing_ok=True)  # from here on, the step is done
     return files
 
 
-def step_findings(file: Path, census: Census) -> dict[str, str]:
-    """Count a step's census in, and return its linears, each with the linear that its input is stored under."""
+def step_findings(file: Path, activation_ranges: ActivationRanges) -> dict[str, str]:
+    """Add a step's activation ranges, and return its linears, each with the linear that its input is stored under."""
     metadata = read_metadata(file)
     largest, where = json.loads(metadata["census"])
     for kind, top in largest.items():
-        census.add(kind, where[kind], top)
+        activation_ranges.add(kind, where[kind], top)
     return dict(json.loads(metadata["inputs"]))
 
 
 class _Observer:
-    """Sorts what an Eager shows into statistics and census."""
+    """Sorts what an Eager shows into statistics and activation ranges."""
 
-    def __init__(self, statistics: InputStatistics, census: Census, layer: int | None, weights: np.ndarray):
-        self._statistics, self._census, self._layer = statistics, census, layer
+    def __init__(self, statistics: InputStatistics, activation_ranges: ActivationRanges, layer: int | None, weights: np.ndarray):
+        self._statistics, self._ranges, self._layer = statistics, activation_ranges, layer
         self._weights = weights if layer is not None else None
         self._input: tuple[str, np.ndarray] | None = None
 
@@ -96,7 +99,7 @@ class _Observer:
             assert self._layer is not None, f"Bug: {where} is cached outside of the decoder"
             self._statistics.add_cache(self._layer, kind.removeprefix("cache "), values)
         else:
-            self._census(kind, where, values)
+            self._ranges(kind, where, values)
 
 
 def _arrivals(file: Path, step: Step, samples: Sequence[EncodedSample], spec: ModelSpec) -> Iterator[np.ndarray]:

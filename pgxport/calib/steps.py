@@ -9,8 +9,8 @@ import numpy as np
 
 from pgxport.calib.encoding import EncodedSample
 from pgxport.models import gemma, siglip
-from pgxport.models.checkpoint import TensorSource, to_float32
-from pgxport.models.eager import Eager
+from pgxport.models.checkpoint import TensorSource
+from pgxport.models.eager import Eager, inputs_embeds
 from pgxport.models.layers import layer_norm
 from pgxport.models.projector import projector
 from pgxport.models.spec import ModelSpec
@@ -83,9 +83,7 @@ class ModelSteps:
         with g.scope(VISION):
             g.feeds["image_hidden"] = layer_norm(g, x, "post_layernorm", self.spec.vision.eps)
         projector(g, self.spec)
-        rows = [to_float32(self.source.rows(gemma.TOKEN_TABLE, i, i + 1)) for i in (*sample.prompt, *sample.answer)]
-        text = np.concatenate(rows)[None] * np.float32(self.spec.text.embed_scale)
-        embeds = np.concatenate([g.outputs["image_features"], text], 1)
+        embeds = inputs_embeds(self.source, self.spec, g.outputs["image_features"], (*sample.prompt, *sample.answer))
         g.observe("residual", "inputs_embeds", embeds)
         return embeds
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from pgxport.bundle.manifest import Ranges, TokenIds
 from pgxport.errors import UsageError
-from pgxport.models.checkpoint import TensorSource, to_float32
-from pgxport.models.eager import Eager
-from pgxport.models.gemma import TOKEN_TABLE, decoder_step
+from pgxport.models.checkpoint import TensorSource
+from pgxport.models.eager import Eager, inputs_embeds
+from pgxport.models.gemma import decoder_step
 from pgxport.models.projector import projector
 from pgxport.models.siglip import vision_encoder
 from pgxport.models.spec import ModelSpec
@@ -32,7 +32,7 @@ HELD = ("vision residual", "MLP product", "linear output")
 ELSEWHERE = ("linear input", "cache key", "cache value")
 
 
-class Census:
+class ActivationRanges:
     """The largest |x| of each kind of number, and where it was."""
 
     def __init__(self, spec: ModelSpec):
@@ -61,13 +61,13 @@ class Census:
         return Ranges(largest={k: self.largest[k] for k in kinds}, where={k: self.where[k] for k in kinds}, scenes=scenes)
 
 
-def audit(source: TensorSource, spec: ModelSpec, tokenizer: Path, ids: TokenIds, *, scenes: int = SCENES) -> Ranges:
+def measure_ranges(source: TensorSource, spec: ModelSpec, tokenizer: Path, ids: TokenIds, *, scenes: int = SCENES) -> Ranges:
     """The largest |x| of each kind of number, over prefix and answer of calibration scenes, and where it was.
 
     Raises:
         UsageError: numbers that no divisor reaches exceed float16, so that it cannot be used.
     """
-    observe = Census(spec)
+    observe = ActivationRanges(spec)
     words = PromptTokenizer(tokenizer, ids)
     prompt = words.prompt_ids("caption en", 0)
     for index in range(scenes):  # one at a time: the weights are read again, and activations take half the memory of two
@@ -76,10 +76,7 @@ def audit(source: TensorSource, spec: ModelSpec, tokenizer: Path, ids: TokenIds,
         pixels = pixel_values(scene.image, spec.resolution)[None]
         hidden = _run(Eager(source, {"pixel_values": pixels}, observe=observe), vision_encoder, spec, "image_hidden")
         features = _run(Eager(source, {"image_hidden": hidden}, observe=observe), projector, spec, "image_features")
-        text = np.concatenate([to_float32(source.rows(TOKEN_TABLE, t, t + 1)) for t in tokens]) * np.float32(
-            spec.text.embed_scale
-        )
-        embeds = np.concatenate([features, text[None]], 1)
+        embeds = inputs_embeds(source, spec, features, tokens)
         observe("residual", "inputs_embeds", embeds)
         eager = Eager(source, {"inputs_embeds": embeds}, prefix=spec.image_tokens + len(prompt), observe=observe)
         _run(eager, decoder_step, spec, "logits")

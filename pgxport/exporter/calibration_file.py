@@ -46,7 +46,7 @@ class About(BaseModel):
     moments: bool
     layers: PositiveInt  # of the decoder, each with a cache of keys and values
     inputs: dict[str, str]  # a linear's weight, and the weight under whose name its input is stored: q, k and v share one
-    ranges: Ranges | None  # the census for float16; None where a bundle was run
+    ranges: Ranges | None  # of activations, for float16; None where a bundle was run
     versions: dict[str, str]
     command: str
 
@@ -126,7 +126,7 @@ class Calibration:
 
     @property
     def ranges(self) -> Ranges | None:
-        """The census for float16, as `audit` makes it; None where a bundle was run."""
+        """The ranges of all activations, as `measure_ranges` gives them; None where a bundle was run."""
         return self.about.ranges
 
     def absmax(self, path: str) -> np.ndarray:

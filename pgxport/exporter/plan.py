@@ -16,21 +16,22 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from pgxport.compile.tensorrt import COPIES, WORKSPACE_BYTES, build_memory
+from pgxport.compile.memory import COPIES, WORKSPACE_BYTES, build_memory
 from pgxport.errors import UsageError, choose
 from pgxport.exporter.export import context_length, named
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, file_sizes, write_graphs
-from pgxport.exporter.lower_onnxruntime import SCREENED
+from pgxport.exporter.lower_onnxruntime import SHORTLIST_TABLE
 from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.recipe_toml import to_toml
-from pgxport.exporter.stream import DataLayout, Promise
+from pgxport.exporter.stream import DataLayout, LazyTensor
 from pgxport.exporter.targets import TARGETS, Target, find_target
 from pgxport.hub.locate import TINY, published_name
 from pgxport.models.checkpoint import BLOCK_BYTES, Checkpoint, TensorSource
+from pgxport.models.config import read_config
 from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.mask_decoder import MaskWeights
-from pgxport.models.spec import SIZES, TINY_RESOLUTIONS, ModelSpec, published, read_config, without_window
+from pgxport.models.spec import SIZES, TINY_RESOLUTIONS, ModelSpec, published, without_window
 from pgxport.models.weights import weight_shapes
 
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector"}
@@ -40,9 +41,9 @@ TOKENIZER_BYTES = {"paligemma": 17_500_000, "paligemma2": 34_600_000}
 # Python, numpy, onnx_ir and a graph of 46 layers; then blocks of rows on their way: as stored, widened, transformed, narrowed.
 # Measured: 132 to 146 MB for exports of 0.8 GB, with a tokenizer.json of 0.3 MB.
 EXPORT_BASE, EXPORT_BLOCKS = 125_000_000, 4
-# The audit for float16 holds activations in float32, so many of an MLP's width for each token of a scene at once. Measured:
+# Measuring ranges for float16 holds activations in float32: this many of the MLP's width for each token of a scene. Measured:
 # 194 MB with the true widths of PaliGemma 2 3B at 448 px, on one layer.
-AUDIT_BUFFERS = 5.2
+RANGES_BUFFERS = 5.2
 # What the tokenizer takes once it is parsed: measured with 255,000 pieces and half a million merges, as the published ones have.
 TOKENIZER_MEMORY, TOKENIZER_FACTOR = 320_000_000, 10
 # Python, numpy, Pillow and ONNX Runtime on the CPU, measured. On a GPU its libraries and a CUDA context: assumed.
@@ -234,7 +235,7 @@ def plan(options: PlanOptions) -> Plan:
     return Plan(
         model=model, family=spec.family, resolution=spec.resolution, precision=recipe.name, target=target.name, context=context,
         parameters=_parameters(spec), files=files | exact | estimated, estimated=tuple(estimated),
-        export_memory=EXPORT_BASE + EXPORT_BLOCKS * BLOCK_BYTES + 2 * text + _audit_memory(spec, recipe, target, text),
+        export_memory=EXPORT_BASE + EXPORT_BLOCKS * BLOCK_BYTES + 2 * text + _ranges_memory(spec, recipe, target, text),
         run=run, needs={name: needs[name] for name in RECIPES if name in needs}, options=options,
     )  # fmt: skip
 
@@ -314,9 +315,9 @@ class _Sketch:
         axes = {"batch": 1} | dict.fromkeys(("capacity", "tokens", "total", "past", "keys"), self.context)
         inputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.inputs}
         outputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.outputs}
-        held = [_held(p, g.dtype) for g in self.graphs.values() for p in g.promises.values()]
-        if SCREENED not in decoder.matrices:  # of a screened table the engine reads rows
-            held += [_held(p, decoder.dtype) for p in self.table.promises]
+        held = [_held(p, g.dtype) for g in self.graphs.values() for p in g.lazy_tensors.values()]
+        if SHORTLIST_TABLE not in decoder.matrices:  # of a screened table the engine reads rows
+            held += [_held(p, decoder.dtype) for p in self.table.lazy_tensors]
         per_image = (
             v.image_tokens * self.graphs["vision_encoder"].dtype.itemsize * (MLP_BUFFERS * v.mlp + STREAM_BUFFERS * v.width)
         )
@@ -343,24 +344,24 @@ def _sketch(
     return _Sketch(spec, context, graphs, table)
 
 
-def _held(promise: Promise, computed: np.dtype[Any]) -> tuple[int, int]:
+def _held(tensor: LazyTensor, computed: np.dtype[Any]) -> tuple[int, int]:
     """What an engine holds of a weight once it is loaded, and what more for a moment.
 
     ONNX Runtime maps the files, and packs what it multiplies by into memory of its own: as large, and what was mapped is let go.
     A float stored in another type than it is computed in is cast whole before it is packed.
     """
-    if promise.dtype == computed:
-        return promise.nbytes, 0
-    if promise.dtype.kind == "f" or promise.dtype == ml_dtypes.bfloat16:
-        wide = prod(promise.shape) * computed.itemsize
+    if tensor.dtype == computed:
+        return tensor.nbytes, 0
+    if tensor.dtype.kind == "f" or tensor.dtype == ml_dtypes.bfloat16:
+        wide = prod(tensor.shape) * computed.itemsize
         return wide, wide
-    return promise.nbytes, promise.nbytes
+    return tensor.nbytes, tensor.nbytes
 
 
-def _audit_memory(spec: ModelSpec, recipe: Recipe, target: Target, tokenizer: int) -> int:
+def _ranges_memory(spec: ModelSpec, recipe: Recipe, target: Target, tokenizer: int) -> int:
     if target.compute(recipe.rules[-1].scheme.dtype) != "float16":
         return 0
-    activations = int(spec.image_tokens * AUDIT_BUFFERS * max(spec.vision.mlp, spec.text.mlp) * 4)
+    activations = int(spec.image_tokens * RANGES_BUFFERS * max(spec.vision.mlp, spec.text.mlp) * 4)
     return activations + _tokenizer_memory(tokenizer)
 
 

@@ -5,7 +5,7 @@ Holds a few row blocks of weights, whatever the model's size. Used to measure ra
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -199,8 +199,14 @@ class Eager:
         return x / np.sqrt(variance + np.float32(epsilon)) * w
 
 
+def inputs_embeds(source: TensorSource, spec: ModelSpec, features: np.ndarray, ids: Iterable[int]) -> np.ndarray:
+    """What the decoder reads [1, N + T, H]: image features [1, N, H], then the rows of T token ids × √H."""
+    rows = np.concatenate([to_float32(source.rows(TOKEN_TABLE, t, t + 1)) for t in ids])
+    return np.concatenate([features, (rows * np.float32(spec.text.embed_scale))[None]], 1)
+
+
 @dataclass(frozen=True)
-class Forced:
+class TokenizedSample:
     """One sample: pixels [1, 3, R, R], the ids of the prompt after the image's, and those of the answer."""
 
     pixels: np.ndarray
@@ -208,10 +214,10 @@ class Forced:
     answer: list[int]
 
 
-def forced_logits(
+def teacher_forced_logits(
     source: TensorSource,
     spec: ModelSpec,
-    sample: Forced,
+    sample: TokenizedSample,
     *,
     observe: Observe | None = None,
     rounding: Rounding | None = None,
@@ -229,8 +235,7 @@ def forced_logits(
 
     hidden = run(vision_encoder, "image_hidden", "pixel_values", sample.pixels)
     features = run(projector, "image_features", "image_hidden", hidden)
-    text = np.concatenate([to_float32(source.rows(TOKEN_TABLE, t, t + 1)) for t in (*sample.prompt, *sample.answer)])
-    embeds = np.concatenate([features, (text * np.float32(spec.text.embed_scale))[None]], 1)
+    embeds = inputs_embeds(source, spec, features, (*sample.prompt, *sample.answer))
     if observe:
         observe("residual", "inputs_embeds", embeds)
     return run(decoder_step, "logits", "inputs_embeds", embeds)[0]

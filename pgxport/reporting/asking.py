@@ -23,9 +23,9 @@ from pgxport.errors import InputError
 from pgxport.machine.nvml import find_vram
 from pgxport.metrics.fidelity import kl_divergence
 from pgxport.metrics.sample import Drawn, Sample
-from pgxport.runners.loop import Decoder
 from pgxport.runners.outputs import Answer
-from pgxport.runners.runner import Picture, Runner
+from pgxport.runners.pipeline import Picture
+from pgxport.runners.runner import Runner
 
 WARM_UP_PROMPT = "caption en"
 
@@ -77,14 +77,13 @@ class BundleSubject:
             return {"refused": str(error)}
 
     def _follow(self, picture: Picture, request: dict[str, Any]) -> dict[str, Any]:
-        runner, manifest, ids = self._runner, self._runner.manifest, request["follow"]
-        prefix = runner._prefix(picture, request["prompt"])
-        decoder = Decoder(runner._sessions["decoder_step"], manifest, prefix.embeds.shape[1] + len(ids))
-        fed = [prefix.embeds, *(runner._embed([token]) for token in ids)]
+        pipeline, ids = self._runner.pipeline, request["follow"]
+        prefix = pipeline.prefix(pipeline.encode([picture]), pipeline.prompt_ids(request["prompt"]))
+        logits = pipeline.teacher_forced(prefix, ids)
         if "write" in request:
-            write_logits(Path(request["write"]), (decoder.feed(embeds) for embeds in fed), len(fed), len(runner._table))
+            write_logits(Path(request["write"]), logits, len(ids) + 1, pipeline.manifest.token_table.shape[0])
             return {}
-        return along(request["read"], (decoder.feed(embeds) for embeds in fed), manifest.token_ids)
+        return along(request["read"], logits, pipeline.manifest.token_ids)
 
 
 def open_subject(request: dict[str, Any]) -> Askable:

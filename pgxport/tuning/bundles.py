@@ -29,7 +29,7 @@ from pgxport.exporter.recipe_toml import HEADER, to_toml
 from pgxport.metrics.sample import Sample
 from pgxport.models.spec import ModelSpec
 from pgxport.models.weights import weight_shapes
-from pgxport.runners.runner import Runner
+from pgxport.runners.pipeline import Pipeline
 from pgxport.tuning.cluster_score import Scorer
 from pgxport.tuning.loss import Loss, loss
 from pgxport.tuning.score import STAGES, Answers, Samples, Seconds, ratios
@@ -106,7 +106,7 @@ class Bundles:
                 self._say("exporting the float model")
                 export(replace(self._export, output=path, precision=FP32.name, calibration=None))
             bundle = Bundle.open(path)
-            self._reference = self._stack.enter_context(Runner(bundle, engine=self._export.target, threads=self._threads))
+            self._reference = self._stack.enter_context(Pipeline(bundle, engine=self._export.target, threads=self._threads))
             self.reference_bytes = bundle.nbytes
             kept = self._store.find(reference=True)
             self._asked = Samples(self._samples, self._folder, kept["ids"] if kept else ())
@@ -177,10 +177,10 @@ class Bundles:
             if self._scorer:
                 score = self._scorer.score(bundle.path, self._asked, places, vision, keep=floats)
             # Times are measured here in any case, when no node of the cluster works for us: those of several would not compare.
-            with Runner(bundle, engine=self._export.target, threads=self._threads) as runner:
+            with Pipeline(bundle, engine=self._export.target, threads=self._threads) as pipeline:
                 if not self._scorer:
-                    score = self._asked.score(runner, places, vision, keep=floats)
-                stages, _ = ratios(runner, self._reference, self._prefix_tokens())
+                    score = self._asked.score(pipeline, places, vision, keep=floats)
+                stages, _ = ratios(pipeline, self._reference, self._prefix_tokens())
             return {**asdict(score), "nbytes": bundle.nbytes, "stages": stages}
         finally:
             shutil.rmtree(output, ignore_errors=True)

@@ -11,7 +11,7 @@ from pgxport.cluster.pool import Cluster, Lanes, Site
 from pgxport.errors import EngineError
 from pgxport.metrics.sample import Sample
 from pgxport.reporting.cluster_pass import travelling
-from pgxport.runners.runner import Runner
+from pgxport.runners.pipeline import Pipeline
 from pgxport.tuning.score import Samples, Score, Scored, features_of, prefix_of, score_one, together
 
 
@@ -36,11 +36,11 @@ class Scoring:
 
     def start(self, site: Site) -> Callable[[Item], tuple[Scored, np.ndarray]]:
         path = site.fetch(self.digest, keep=False)
-        runner = site.stack.enter_context(Runner.from_pretrained(path, engine=self.engine, threads=self.threads))
+        pipeline = site.stack.enter_context(Pipeline.open(path, engine=self.engine, threads=self.threads))
 
         def one(item: Item) -> tuple[Scored, np.ndarray]:
-            features = features_of(runner, item.sample) if item.features is None else item.features
-            return score_one(runner, prefix_of(runner, item.sample, features), item.ids, item.logits), features
+            features = features_of(pipeline, item.sample) if item.features is None else item.features
+            return score_one(pipeline, prefix_of(pipeline, item.sample, features), item.ids, item.logits), features
 
         return one
 

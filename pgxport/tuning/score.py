@@ -19,10 +19,8 @@ from pgxport.errors import IntegrityError
 from pgxport.exporter.calibration_file import disk
 from pgxport.metrics.fidelity import kl_divergence, top1_agreement
 from pgxport.metrics.sample import Sample
-from pgxport.runners.image import pixel_values
-from pgxport.runners.loop import Decoder
-from pgxport.runners.outputs import Answer, parse
-from pgxport.runners.runner import Runner
+from pgxport.runners.outputs import Answer
+from pgxport.runners.pipeline import Pipeline
 
 ROUNDS = 9  # of timing, in turns
 STEPS = 8  # decode steps a round
@@ -62,19 +60,19 @@ class Samples:
     def _logits(self, i: int) -> Path:
         return self._folder / f"logits-{i}.npy"
 
-    def answer_all(self, runner: Runner, progress: Callable[[str], None]) -> None:
+    def answer_all(self, pipeline: Pipeline, progress: Callable[[str], None]) -> None:
         """Let the reference answer, and keep what it says."""
         self.ids = []
         for i in range(len(self.samples)):
             progress(f"the float model, sample {i + 1} of {len(self.samples)}")
-            prefix = prefix_of(runner, self.samples[i], features_of(runner, self.samples[i]))
-            _, answer = along(runner, prefix, ())
-            logits, again = along(runner, prefix, answer)
+            prefix = prefix_of(pipeline, self.samples[i], features_of(pipeline, self.samples[i]))
+            _, answer = along(pipeline, prefix, ())
+            logits, again = along(pipeline, prefix, answer)
             assert answer == again, f"Bug: sample {i} was answered in two ways"
             _save(self._logits(i), logits)
             self.ids.append(answer)
 
-    def score(self, runner: Runner, places: Sequence[int], vision: str, *, keep: bool) -> Score:
+    def score(self, pipeline: Pipeline, places: Sequence[int], vision: str, *, keep: bool) -> Score:
         """Run a bundle over the samples at these places.
 
         Args:
@@ -85,10 +83,10 @@ class Samples:
         for i in places:
             features = self.features(i, vision)
             if features is None:
-                features = features_of(runner, self.samples[i])
+                features = features_of(pipeline, self.samples[i])
                 if keep:
                     self.keep_features(i, vision, features)
-            found.append(score_one(runner, prefix_of(runner, self.samples[i], features), self.ids[i], self.logits(i)))
+            found.append(score_one(pipeline, prefix_of(pipeline, self.samples[i], features), self.ids[i], self.logits(i)))
         return together(found)
 
     def features(self, i: int, vision: str) -> np.ndarray | None:
@@ -112,9 +110,9 @@ class Scored:
     agreed: np.ndarray  # [T]
 
 
-def score_one(runner: Runner, prefix: np.ndarray, ids: Sequence[int], expected: np.ndarray) -> Scored:
+def score_one(pipeline: Pipeline, prefix: np.ndarray, ids: Sequence[int], expected: np.ndarray) -> Scored:
     """Run a bundle along the reference's answer, whose logits [T, V] were expected."""
-    logits, answer = along(runner, prefix, ids)
+    logits, answer = along(pipeline, prefix, ids)
     return Scored(answer, kl_divergence(logits, expected), top1_agreement(logits, expected))
 
 
@@ -125,31 +123,22 @@ def together(found: Sequence[Scored]) -> Score:
     return Score([one.ids for one in found], float(every.mean()), float(every.max()), float(agreed.mean()))
 
 
-def features_of(runner: Runner, sample: Sample) -> np.ndarray:
-    """[1, N, H]"""
-    return encode(runner, pixel_values(sample.open(), runner.manifest.resolution)[None])
+def features_of(pipeline: Pipeline, sample: Sample) -> np.ndarray:
+    """Image features [1, N, H] of a sample's picture."""
+    return pipeline.encode([sample.open()])
 
 
-def prefix_of(runner: Runner, sample: Sample, features: np.ndarray) -> np.ndarray:
-    """[1, N, H] -> [1, T, H]"""
-    m = runner.manifest
-    ids = runner._tokenizer.prompt_ids(sample.prompt, m.image_tokens, limit=m.context_length)
-    return np.concatenate([features, runner._embed(ids[m.image_tokens :])], axis=1)
+def prefix_of(pipeline: Pipeline, sample: Sample, features: np.ndarray) -> np.ndarray:
+    """Image features [1, N, H] and a sample's prompt to the prefix's embeddings [1, T, H]."""
+    return pipeline.prefix(features, pipeline.prompt_ids(sample.prompt))
 
 
-def encode(runner: Runner, pixels: np.ndarray) -> np.ndarray:
-    """[1, 3, R, R] -> [1, N, H]"""
-    hidden = runner._sessions["vision_encoder"].run({"pixel_values": pixels})["image_hidden"]
-    return runner._sessions["projector"].run({"image_hidden": hidden})["image_features"]
-
-
-def along(runner: Runner, prefix: np.ndarray, reference: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+def along(pipeline: Pipeline, prefix: np.ndarray, reference: Sequence[int]) -> tuple[np.ndarray, list[int]]:
     """Logits [T, V] of each token of a given answer and of what follows it; and the answer the bundle gives by itself."""
-    m = runner.manifest
-    limit, eos = max(1, min(m.max_new_tokens, m.context_length - prefix.shape[1])), m.token_ids.eos
-    decoder = Decoder(runner._sessions["decoder_step"], m, prefix.shape[1] + limit)
+    limit, eos = pipeline.answer_limit(prefix), pipeline.manifest.token_ids.eos
+    decoder = pipeline.decoder(prefix.shape[1] + limit)
     rows = [decoder.feed(prefix).copy()]
-    rows += [decoder.feed(runner._embed([token])).copy() for token in reference[: limit - 1]]
+    rows += [decoder.feed(pipeline.embed([token])).copy() for token in reference[: limit - 1]]
     logits = np.stack(rows)
     said = logits.argmax(-1).tolist()
     same = next((i for i, (a, b) in enumerate(zip(said, reference, strict=False)) if a != b), min(len(said), len(reference)))
@@ -162,7 +151,7 @@ def along(runner: Runner, prefix: np.ndarray, reference: Sequence[int]) -> tuple
         answer.append(token)
         if len(answer) == limit:
             break
-        token = int(decoder.feed(runner._embed([token])).argmax())
+        token = int(decoder.feed(pipeline.embed([token])).argmax())
     return logits, answer
 
 
@@ -170,11 +159,11 @@ class Answers:
     """Token ids as text, boxes and masks; each different answer to a sample is read once.
 
     Args:
-        runner: Of the reference, whose mask decoder is used for all, and which stays open.
+        pipeline: Of the reference, whose mask decoder is used for all, and which stays open.
     """
 
-    def __init__(self, runner: Runner, samples: Sequence[Sample]):
-        self._runner, self._samples = runner, samples
+    def __init__(self, pipeline: Pipeline, samples: Sequence[Sample]):
+        self._pipeline, self._samples = pipeline, samples
         self._sizes: dict[int, tuple[int, int]] = {}
         self._known: dict[tuple[int, tuple[int, ...]], Answer] = {}
 
@@ -185,14 +174,11 @@ class Answers:
         if (i, ids) not in self._known:
             if i not in self._sizes:
                 self._sizes[i] = self._samples[i].open().size
-            text = self._runner._tokenizer.decode(ids)
-            decode_mask = self._runner._decode_mask if "mask_decoder" in self._runner.manifest.graphs else None
-            boxes, masks, warnings = parse(text, *self._sizes[i], decode_mask)
-            self._known[i, ids] = Answer(text, ids, boxes, masks, warnings, truncated=False, timings={})
+            self._known[i, ids] = self._pipeline.parse(ids, self._sizes[i])
         return self._known[i, ids]
 
 
-def ratios(runner: Runner, reference: Runner, prefix: int) -> tuple[Seconds, Seconds]:
+def ratios(pipeline: Pipeline, reference: Pipeline, prefix: int) -> tuple[Seconds, Seconds]:
     """How many times as long as the reference a bundle takes, by stage, and the reference's seconds; medians.
 
     Both run in turns on the same random numbers, so that a machine that slows down does it to both.
@@ -200,7 +186,7 @@ def ratios(runner: Runner, reference: Runner, prefix: int) -> tuple[Seconds, Sec
     Args:
         prefix: Tokens of an image and a prompt.
     """
-    both = (reference, runner)
+    both = (reference, pipeline)
     for warm_up in both:
         _lap(warm_up, prefix)
     found: list[tuple[Seconds, Seconds]] = []
@@ -211,13 +197,13 @@ def ratios(runner: Runner, reference: Runner, prefix: int) -> tuple[Seconds, Sec
     return times, {stage: statistics.median(a[stage] for a, _ in found) for stage in STAGES}
 
 
-def _lap(runner: Runner, prefix: int) -> Seconds:
-    m, random = runner.manifest, np.random.default_rng(0)
+def _lap(pipeline: Pipeline, prefix: int) -> Seconds:
+    m, random = pipeline.manifest, np.random.default_rng(0)
     pixels = random.standard_normal((1, 3, m.resolution, m.resolution), np.float32)
     embeds = random.standard_normal((1, prefix, m.token_table.shape[1]), np.float32)
-    decoder = Decoder(runner._sessions["decoder_step"], m, prefix + STEPS)
+    decoder = pipeline.decoder(prefix + STEPS)
     start = time.perf_counter()
-    encode(runner, pixels)
+    pipeline.encode_pixels(pixels)
     encoded = time.perf_counter()
     decoder.feed(embeds)
     filled = time.perf_counter()

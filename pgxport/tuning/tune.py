@@ -20,7 +20,7 @@ from pgxport.exporter.targets import TARGETS, Target
 from pgxport.hub.locate import locate
 from pgxport.metrics.sample import Sample
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.spec import read_config
+from pgxport.models.config import read_config
 from pgxport.tuning.bundles import Bundles, Measured, Say, Subject
 from pgxport.tuning.candidates import FLOAT, Group, chosen, groups, options, recipe
 from pgxport.tuning.result import Limits, Mix, Probe, Tuning, toml

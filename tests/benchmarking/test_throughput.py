@@ -16,7 +16,6 @@ from pgxport.benchmarking.throughput import Batches, Batching, sizes
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import UsageError
 from pgxport.models.tiny.scenes import draw
-from pgxport.runners.loop import Decoder
 from pgxport.runners.runner import Runner
 
 # float32 sums in another order where a product has more rows; the logits reach 25.
@@ -36,16 +35,18 @@ def int8_112(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("bundle", ["tiny_112", "int8_112"])
 def test_a_row_of_a_batch_is_what_it_is_alone(bundle: str, request: pytest.FixtureRequest):
     with Runner.from_pretrained(request.getfixturevalue(bundle), threads=1) as runner:
-        prefixes = [runner._prefix(draw("test", i).image, "detect cross").embeds for i in range(3)]
-        session, room = runner._session("decoder_step"), prefixes[0].shape[1] + 8
-        together = Decoder(session, runner.manifest, room, rows=3)
-        alone = [Decoder(session, runner.manifest, room) for _ in prefixes]
+        pipeline = runner.pipeline
+        ids = pipeline.prompt_ids("detect cross")
+        prefixes = [pipeline.prefix(pipeline.encode([draw("test", i).image]), ids) for i in range(3)]
+        capacity = prefixes[0].shape[1] + 8
+        together = pipeline.decoder(capacity, rows=3)
+        alone = [pipeline.decoder(capacity) for _ in prefixes]
         fed, rows = prefixes, np.concatenate(prefixes)
         for step in range(8):
             expected = np.stack([one.feed(embeds).copy() for one, embeds in zip(alone, fed, strict=True)])
             found = together.feed_rows(rows)
             assert found == pytest.approx(expected, abs=TOLERANCE), step
-            fed = [runner._embed([int(token)]) for token in expected.argmax(-1)]
+            fed = [pipeline.embed([int(token)]) for token in expected.argmax(-1)]
             rows = np.concatenate(fed)
         assert len({logits.tobytes() for logits in expected}) == 3  # three different answers
 

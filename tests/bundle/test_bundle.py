@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from pgxport.bundle import writer as writer_module
-from pgxport.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES
+from pgxport.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, TokenTable
 from pgxport.bundle.onnx_wire import read_signature
 from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import DiskError, IntegrityError, PgxError, UsageError
-from pgxport.runners import runner as runner_module
+from pgxport.runners import pipeline as pipeline_module
 from pgxport.runners.runner import Runner
 
 ROOT = Path(writer_module.__file__).parents[2]
@@ -49,6 +49,13 @@ def test_a_bundle_is_what_was_written(a_bundle: Path, tmp_path: Path):
     assert bundle.nbytes == sum(p.stat().st_size for p in a_bundle.iterdir() if p.name != MANIFEST)
     assert bundle.token_table().rows([0, 1]).shape == (2, bundle.manifest.token_table.shape[1])
     assert os.listdir(tmp_path / "new") == ["b"]
+
+
+def test_a_token_table_of_an_earlier_manifest_is_read():
+    text = """{"file": "token_table.bin", "dtype": "int8", "shape": [512, 64], "scale": 8.0, "group": 32,
+        "scales_offset": 32768, "scales_dtype": "float16"}"""
+    table = TokenTable.model_validate_json(text)
+    assert (table.group, table.row_bytes, table.nbytes) == (32, 64, 32768 + 512 * 2 * 2)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError(), KeyboardInterrupt(), SystemExit(143)])
@@ -426,7 +433,7 @@ def _no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a bundle that is not sound reached the engine")
 
-    monkeypatch.setattr(runner_module, "open_session", refuse)
+    monkeypatch.setattr(pipeline_module, "open_session", refuse)
 
 
 def refused(path: Path) -> str:

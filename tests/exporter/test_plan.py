@@ -185,7 +185,7 @@ def test_what_a_board_needs_to_compile_is_what_compile_refuses_below(tmp_path: P
     from fake_tensorrt import FakeCudart
 
     from pgxport.bundle.reader import Bundle
-    from pgxport.compile import tensorrt as compiling
+    from pgxport.compile import memory as compiling
     from pgxport.errors import NumericError
     from pgxport.exporter.export import ExportOptions, export
     from pgxport.runners.cuda import Cuda

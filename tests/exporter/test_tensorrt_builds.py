@@ -66,7 +66,7 @@ def write(folder: Path, precision: str, trt: str, family: str = "paligemma2") ->
     graphs, table = write_graphs(source, spec, masks, target.recipe(precision), target, CONTEXT, Ones(spec))
     (folder / TABLE_FILE).write_bytes(b"".join(table.bytes()))
     for name, g in graphs.items():
-        layout = DataLayout(g.promises.values())
+        layout = DataLayout(g.lazy_tensors.values())
         (folder / f"{name}.data").write_bytes(b"".join(layout.bytes()))
         (folder / f"{name}.onnx").write_bytes(serialized(g, layout, table))
     return {name: folder / f"{name}.onnx" for name in graphs}

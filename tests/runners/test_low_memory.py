@@ -9,22 +9,22 @@ from PIL import Image
 pytest.importorskip("onnxruntime")
 
 from pgxport.errors import UsageError
-from pgxport.runners import runner as runner_module
+from pgxport.runners import pipeline as pipeline_module
 from pgxport.runners.runner import Runner
 
 
 def test_vision_and_decoder_are_never_loaded_together(a_bundle: Path, monkeypatch: pytest.MonkeyPatch):
     image = Image.new("RGB", (40, 30), "green")
     held: list[set[str]] = []
-    opened = runner_module.open_session
+    opened = pipeline_module.open_session
 
     def watched(engine, graph, **options):
-        held.append({*runner._sessions, graph.stem})
+        held.append({*runner.pipeline.loaded, graph.stem})
         return opened(engine, graph, **options)
 
     with Runner.from_pretrained(a_bundle) as whole:
         expected = [whole.answer(image, prompt, max_new_tokens=8).token_ids for prompt in ("caption en", "detect ring")]
-    monkeypatch.setattr(runner_module, "open_session", watched)
+    monkeypatch.setattr(pipeline_module, "open_session", watched)
     with Runner.from_pretrained(a_bundle, low_memory=True) as runner:
         answers = [runner.answer(image, prompt, max_new_tokens=8).token_ids for prompt in ("caption en", "detect ring")]
     assert answers == expected
@@ -37,4 +37,4 @@ def test_a_closed_runner_loads_nothing(a_bundle: Path):
     runner.close()
     with pytest.raises(UsageError, match="closed"):
         runner.answer(Image.new("RGB", (4, 4)), "caption en")
-    assert not runner._sessions
+    assert not runner.pipeline.loaded

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from pgxport.bundle.manifest import Cache, GraphInfo, Manifest, TokenTable
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import EngineError, InputError, IntegrityError, NumericError, UsageError
-from pgxport.runners import runner as runner_module
+from pgxport.runners import pipeline as pipeline_module
 from pgxport.runners.open_session import open_session
 from pgxport.runners.runner import Runner
 from pgxport.runners.tokenizer import read_token_ids
@@ -104,9 +104,11 @@ def model(fake_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     model = FakeModel(fake_bundle.manifest.token_table.shape[0])
     # Byte tokens and letters, so that characters in several pieces come up; never an end.
     model.allowed = range(fake_bundle.manifest.token_ids.newline + 3, fake_bundle.manifest.token_ids.loc_first)
-    monkeypatch.setattr(runner_module, "open_session", model.open)
+    monkeypatch.setattr(pipeline_module, "open_session", model.open)
     # Its graphs are on no disk, and nothing is compiled of them.
-    monkeypatch.setattr(runner_module, "graph_files", lambda engine, bundle: {n: bundle.graph(n) for n in bundle.manifest.graphs})
+    monkeypatch.setattr(
+        pipeline_module, "graph_files", lambda engine, bundle: {n: bundle.graph(n) for n in bundle.manifest.graphs}
+    )
     return model
 
 
@@ -272,11 +274,12 @@ def test_the_first_tokens_do_not_depend_on_the_limit(real: Runner):
 def test_closing_frees_the_engines_memory(a_bundle: Path):
     pytest.importorskip("onnxruntime")
     runner = Runner.from_pretrained(a_bundle)
-    engines = [weakref.ref(session._session) for session in runner._sessions.values()]
+    sessions = [weakref.ref(runner.pipeline.session(name)) for name in runner.pipeline.loaded]
     runner.answer(RED, "caption en", max_new_tokens=2)
     runner.close()
     gc.collect()
-    assert [engine() for engine in engines] == [None] * len(engines)
+    assert sessions
+    assert [session() for session in sessions] == [None] * len(sessions)
 
 
 def test_a_graph_that_the_engine_refuses_is_an_integrity_error(tmp_path: Path):

@@ -18,14 +18,16 @@ from fake_tensorrt import Builder, Code, Config, Context, Engine, FakeCudart, Fa
 from tensorrt_signatures import GOLDEN, signatures
 
 from pgxport.bundle.reader import Bundle
-from pgxport.compile.tensorrt import CompileOptions, compile_bundle
+from pgxport.compile.compile import compile_bundle
+from pgxport.compile.options import CompileOptions
 from pgxport.errors import EngineError, NumericError, PgxError, UsageError
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.models.tiny.scenes import draw
 from pgxport.runners.cuda import ALIGNMENT
-from pgxport.runners.loop import Decoder
+from pgxport.runners.pipeline import Pipeline
 from pgxport.runners.runner import Runner
-from pgxport.runners.tensorrt import DTYPES, TensorrtSession, load_cuda, logger
+from pgxport.runners.tensorrt import TensorrtSession
+from pgxport.runners.tensorrt_library import DTYPES, load_cuda, logger
 
 PROMPTS = ("caption en", "detect orange cross", "segment green star")
 SCENE = draw("test", 3).image
@@ -130,13 +132,16 @@ def test_an_interrupt_while_tensorrt_logs_is_not_forgotten(trt: FakeTensorrt, mo
     log.check()
 
 
+def prefix_of(pipeline: Pipeline, prompt: str = PROMPTS[0]) -> np.ndarray:
+    return pipeline.prefix(pipeline.encode([SCENE]), pipeline.prompt_ids(prompt))
+
+
 def test_a_step_brings_home_a_token_and_not_the_logits(runner: Runner, cudart: FakeCudart):
-    decoder = Decoder(runner._session("decoder_step"), runner.manifest, 90)
-    embeds = runner._prefix(SCENE, PROMPTS[0]).embeds
+    decoder, embeds = runner.pipeline.decoder(90), prefix_of(runner.pipeline)
     cudart.down = 0
     token = decoder.next_token(embeds)
     for _ in range(3):
-        token = decoder.next_token(runner._embed([token]))
+        token = decoder.next_token(runner.pipeline.embed([token]))
     assert cudart.down <= 4 * 2 * ALIGNMENT < runner.manifest.token_table.shape[0] * 4, "next_token and logits_square"
 
 
@@ -144,14 +149,16 @@ def test_logits_are_there_for_those_who_score(runner: Runner, tiny_112: Path):
     with Runner.from_pretrained(tiny_112) as cpu:
         logits = []
         for r in (runner, cpu):
-            decoder, embeds = Decoder(r._session("decoder_step"), r.manifest, 90), r._prefix(SCENE, PROMPTS[0]).embeds
-            logits.append(np.stack([decoder.feed(embeds).copy(), *(decoder.feed(r._embed([t])).copy() for t in (5, 9, 30))]))
+            decoder, embeds = r.pipeline.decoder(90), prefix_of(r.pipeline)
+            logits.append(
+                np.stack([decoder.feed(embeds).copy(), *(decoder.feed(r.pipeline.embed([t])).copy() for t in (5, 9, 30))])
+            )
     np.testing.assert_allclose(*logits, atol=2e-4)
 
 
 def test_what_the_vision_encoder_gives_stays_on_the_device(runner: Runner, cudart: FakeCudart):
     cudart.down = 0
-    embeds = runner._prefix(SCENE, PROMPTS[0]).embeds
+    embeds = prefix_of(runner.pipeline)
     m = runner.manifest
     assert cudart.down == m.image_tokens * embeds.shape[2] * 4, "image_features, and no image_hidden"
 
@@ -175,7 +182,7 @@ def test_a_longer_answer_grows_the_cache_and_a_shorter_one_is_still_right(
 
 
 def test_two_answers_in_turns_do_not_mix(runner: Runner, expected: dict[str, tuple[int, ...]]):
-    streams = [runner._generate(runner._prefix(SCENE, prompt), 24) for prompt in PROMPTS[:2]]
+    streams = [runner.pipeline.generate(prefix_of(runner.pipeline, prompt), 24) for prompt in PROMPTS[:2]]
     found: list[list[int]] = [[], []]
     for _ in range(24):
         for stream, tokens in zip(streams, found, strict=True):
@@ -319,7 +326,8 @@ def test_of_a_lost_device_nothing_is_freed(bundle: Path, cudart: FakeCudart):
             ask(runner, PROMPTS[0])
         cudart.fail |= {name: (Code.cudaErrorIllegalAddress, frozenset(range(99))) for name in ("cudaFree", "cudaFreeHost")}
         frees = cudart.calls["cudaFree"]
-        lost = next(s for s in runner._sessions.values() if isinstance(s, TensorrtSession) and s.cuda.lost)
+        sessions = [runner.pipeline.session(name) for name in runner.pipeline.loaded]
+        lost = next(s for s in sessions if isinstance(s, TensorrtSession) and s.cuda.lost)
         lost.close()
         assert cudart.calls["cudaFree"] == frees
         cudart.fail = {}

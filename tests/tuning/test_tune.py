@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """pgx tune: its search against enumeration, its measurements against the runner, and what a kill leaves of it."""
 
+import copy
 import itertools
 import json
 import os
@@ -28,9 +29,11 @@ from pgxport.exporter.scaling import sites
 from pgxport.exporter.targets import CPU
 from pgxport.metrics.sample import Sample
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.spec import published, read_config
+from pgxport.models.config import read_config
+from pgxport.models.spec import published
 from pgxport.models.weights import weight_shapes
 from pgxport.runners.outputs import Answer
+from pgxport.runners.pipeline import Pipeline
 from pgxport.runners.runner import Runner
 from pgxport.tuning import bundles, score, tune
 from pgxport.tuning.candidates import CANDIDATES, FLOAT, Group, chosen, groups, options, recipe
@@ -151,7 +154,7 @@ def test_a_choices_recipe_gives_every_group_its_scheme(spec, tmp_path):
                 fixed = not any(name in site.linears for site in sites(spec))
                 scheme = replace(scheme, scaling="none") if fixed else scheme
                 table = "embed_tokens" in name
-                expected = replace(scheme, symmetric=True) if table else replace(scheme, screen=False)
+                expected = replace(scheme, symmetric=True) if table else replace(scheme, shortlist=False)
                 assert made.scheme(name) == expected, name
         assert all(made.scheme(n) == NORMS.scheme for n in shapes if "norm" in n)
         (tmp_path / "r.toml").write_text(to_toml(made))
@@ -183,7 +186,7 @@ def test_candidates_that_need_calibration_are_left_out_without_it():
 
 def test_a_candidate_that_is_the_same_as_another_for_a_group_is_not_tried_twice(spec, monkeypatch):
     table, projector, attention, *_ = groups(spec)
-    monkeypatch.setitem(CANDIDATES, "clip", Scheme(bits=4, group=32, symmetric=False, method="clip"))
+    monkeypatch.setitem(CANDIDATES, "clip", Scheme(bits=4, group_size=32, symmetric=False, method="clip"))
     both = ["clip", "w4-g32-awq"]
     # Neither the table nor the projector has anything before it that can be divided.
     assert (options(table, both), options(projector, both), options(attention, both)) == (["clip"], ["clip"], both)
@@ -428,27 +431,28 @@ def test_answers_along_a_reference_are_those_of_the_runner(tiny_112, tmp_path):
     differ = 0
     with Runner.from_pretrained(tiny_112, threads=1) as exact, Runner(rough, threads=1) as runner:
         asked = Samples(samples, tmp_path / "kept")
-        asked.answer_all(exact, lambda text: None)
-        found = asked.score(runner, range(len(samples)), "v", keep=True)
+        asked.answer_all(exact.pipeline, lambda text: None)
+        found = asked.score(runner.pipeline, range(len(samples)), "v", keep=True)
         for i, sample in enumerate(samples):
             assert asked.ids[i] == list(exact.answer(sample.open(), sample.prompt).token_ids)
             assert found.ids[i] == list(runner.answer(sample.open(), sample.prompt).token_ids)
             differ += found.ids[i] != asked.ids[i]
-        assert asked.score(runner, range(len(samples)), "v", keep=True) == found  # from kept features
-        same = asked.score(exact, range(len(samples)), "w", keep=False)
+        assert asked.score(runner.pipeline, range(len(samples)), "v", keep=True) == found  # from kept features
+        same = asked.score(exact.pipeline, range(len(samples)), "w", keep=False)
         assert (same.ids, same.kl, same.agreement) == (asked.ids, 0.0, 1.0)
         # Cut off at the bundle's limit, as the runner does.
-        short = replace_limit(exact, 2)
-        logits, ids = along(short, prefix_of(exact, samples[0], features_of(exact, samples[0])), asked.ids[0][:2])
+        pipeline = exact.pipeline
+        short = replace_limit(pipeline, 2)
+        logits, ids = along(short, prefix_of(pipeline, samples[0], features_of(pipeline, samples[0])), asked.ids[0][:2])
         assert (len(logits), ids) == (2, asked.ids[0][:2])
     assert differ
     assert found.kl > 0
 
 
-def replace_limit(runner: Runner, tokens: int) -> Runner:
+def replace_limit(pipeline: Pipeline, tokens: int) -> Pipeline:
     """The same sessions with another limit."""
-    other = object.__new__(Runner)
-    other.__dict__ = {**runner.__dict__, "manifest": runner.manifest.model_copy(update={"max_new_tokens": tokens})}
+    other = copy.copy(pipeline)
+    other.manifest = pipeline.manifest.model_copy(update={"max_new_tokens": tokens})
     return other
 
 

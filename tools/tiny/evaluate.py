@@ -2,6 +2,7 @@
 """Measure a tiny checkpoint with transformers, in float32, on held-out questions of every task.
 
 python tools/tiny/evaluate.py CHECKPOINT --questions 500 --json benchmarks/results/tiny-112.json
+python tools/tiny/evaluate.py pgxport/models/tiny/tiny-112 --questions 40 --answers tests/goldens/tiny-112-answers.json
 
 caption, ocr, answer: share of answers that are exactly right. detect: share of true boxes met with an IoU of 0.5 or more, and
 their mean IoU, boxes matched one to one within a label; a box nobody predicted counts 0. segment: mean IoU of the masks in the
@@ -9,6 +10,7 @@ picture's pixels. Intervals are 95 % bootstrap percentiles over questions.
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import time
@@ -157,16 +159,29 @@ def _summary(rows: list[list[float]]) -> dict[str, float | int]:
     return {"mean": round(float(mean), 4), "low": round(float(low), 4), "high": round(float(high), 4), "questions": len(rows)}
 
 
+def golden(checkpoint: Path, items: list[Item], texts: list[str]) -> dict[str, object]:
+    """The answers with what they depend on."""
+    return {
+        "made_by": f"python tools/tiny/evaluate.py {checkpoint} --answers: transformers {transformers.__version__} in float32, greedy",
+        "checkpoint_sha256": hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest(),
+        "answers": [[index, question.prompt, text] for (index, question), text in zip(items, texts, strict=True)],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--questions", type=int, default=500, help="of each task")
     parser.add_argument("--masks", type=Path, default=Path("pgxport/models/tiny/vae-oid.npz"))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--answers", type=Path, help="Keep the answers here, for tests.")
     args = parser.parse_args()
     start = time.monotonic()
     items = held_out(args.questions)
-    result = score(items, answers(Reference(args.checkpoint), items), mask_decoder(args.masks))
+    texts = answers(Reference(args.checkpoint), items)
+    if args.answers:
+        args.answers.write_text(json.dumps(golden(args.checkpoint, items, texts), indent=1) + "\n")
+    result = score(items, texts, mask_decoder(args.masks))
     record = {
         "what": f"{args.checkpoint.name}: accuracy on {args.questions} held-out questions a task, transformers in float32, greedy",
         "command": f"python tools/tiny/evaluate.py {args.checkpoint.name} --questions {args.questions}",
