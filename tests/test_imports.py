@@ -110,7 +110,15 @@ LAWS = (
     ),
     Law(
         ("cli/*", "terminal.py"),
-        only=("click", "pgxport.cli", "pgxport.terminal", "pgxport.errors", "pgxport.text", "pgxport.__version__"),
+        only=(
+            "click",
+            "pgxport.cli",
+            "pgxport.terminal",
+            "pgxport.errors",
+            "pgxport.text",
+            "pgxport.interrupts",
+            "pgxport.__version__",
+        ),
         at_module_level=True,
         reason="`pgx --help` takes under 150 ms, and a command must not fail for an extra that it does not use",
         remedy="import it inside the command",

@@ -16,7 +16,7 @@ from pgxport.calib.encoding import EncodedSample, token_weights
 from pgxport.calib.observe import InputStatistics
 from pgxport.errors import NumericError, UsageError
 from pgxport.exporter.stream import Progress
-from pgxport.machine.board import available_memory
+from pgxport.machine.memory import available_memory
 from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
 from pgxport.models.weights import weight_shapes
 from pgxport.runners.image import pixel_values

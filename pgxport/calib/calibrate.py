@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pipeline of `pgx calibrate`: find the model, read the samples, run them observed, write the calibration file."""
 
-import fcntl
 import importlib.metadata
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +14,9 @@ from pgxport.bundle.reader import Bundle
 from pgxport.calib.encoding import EncodedSample, digest, encode
 from pgxport.data.loader import first_samples
 from pgxport.errors import CheckpointError, EngineError, UsageError
-from pgxport.exporter.calibration_file import About, Array, Calibration, check_output, checkpoint_sha256, disk, write_calibration
+from pgxport.exporter.calibration_file import About, Array, Calibration, checkpoint_sha256, write_calibration
 from pgxport.exporter.stream import Progress
+from pgxport.files import check_output, disk_errors, locked
 from pgxport.models.safetensors import Tensor
 from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
 
@@ -168,18 +167,12 @@ def _workplace(folder: Path, key: str) -> Iterator[Path]:
     Raises:
         UsageError: another pgx works there, or the folder is something else.
     """
-    with disk(f"cannot use {folder}"):
-        folder.mkdir(exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until it is closed, or the process dies
-        with disk(f"cannot use {folder}"):
+    with ExitStack() as stack:
+        with disk_errors(f"cannot use {folder}"):
+            folder.mkdir(exist_ok=True)
+            stack.enter_context(locked(folder, f"another pgx works in {folder}; wait for it, or choose another -o"))
             _claim(folder, key)
         yield folder
-    except BlockingIOError:
-        raise UsageError(f"another pgx works in {folder}; wait for it, or choose another -o") from None
-    finally:
-        os.close(lock)
 
 
 def _claim(folder: Path, key: str) -> None:

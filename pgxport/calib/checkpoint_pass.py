@@ -16,8 +16,9 @@ from pgxport.calib.encoding import EncodedSample, token_weights
 from pgxport.calib.observe import InputStatistics
 from pgxport.calib.steps import PIXELS, ModelSteps, Step
 from pgxport.exporter.activation_ranges import ActivationRanges
-from pgxport.exporter.calibration_file import Array, disk, read_metadata, write_tensors
+from pgxport.exporter.calibration_file import Array, read_metadata, write_tensors
 from pgxport.exporter.stream import Progress
+from pgxport.files import disk_errors
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.eager import Eager
 from pgxport.models.spec import ModelSpec
@@ -50,7 +51,7 @@ def observe_checkpoint(
         arriving, leaving = work / f"stream-{i:03}", work / f"stream-{i + 1:03}"
         statistics, activation_ranges = InputStatistics(moments=moments), ActivationRanges(spec)
         before, count = sum(sizes[:i]), 0
-        with disk(f"cannot write {leaving}"), open(leaving, "wb") as out:
+        with disk_errors(f"cannot write {leaving}"), open(leaving, "wb") as out:
             for sample, x, w in zip(samples, _arrivals(arriving, steps[i], samples, spec), weights, strict=True):
                 prefix = spec.image_tokens + len(sample.prompt)
                 g = Eager(source, {}, prefix=prefix, observe=_Observer(statistics, activation_ranges, steps[i].layer, w))
@@ -108,7 +109,7 @@ def _arrivals(file: Path, step: Step, samples: Sequence[EncodedSample], spec: Mo
         for sample in samples:
             yield pixel_values(sample.sample.open(), spec.resolution)[None]
         return
-    with disk(f"cannot read {file}"), open(file, "rb") as stream:
+    with disk_errors(f"cannot read {file}"), open(file, "rb") as stream:
         for sample in samples:
             shape = step.shape(sample)
             yield np.fromfile(stream, np.float32, prod(shape)).reshape(shape)

@@ -4,7 +4,7 @@
 from pgxport.bundle.onnx_wire import inner, messages, text_of
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import NumericError
-from pgxport.machine.board import available_memory
+from pgxport.machine.memory import available_memory
 from pgxport.runners.cuda import Cuda
 
 # Profiles -> anonymous memory of a build, as a multiple of the graph's weights. TensorRT-RTX 1.7 took 2.2 (int4, one profile),

@@ -16,7 +16,8 @@ from pgxport.bundle.reader import Bundle
 from pgxport.compile.lint import VERSIONS, check_file
 from pgxport.compile.memory import WORKSPACE_BYTES, check_memory, room_for_tactics
 from pgxport.compile.options import Compiled, CompileOptions, Progress
-from pgxport.errors import DiskError, EngineError, IntegrityError, UsageError
+from pgxport.errors import EngineError, IntegrityError, UsageError
+from pgxport.files import CHECK_DISK, disk_errors, write_whole
 from pgxport.runners.engine_cache import (
     EngineKey,
     Entry,
@@ -265,9 +266,7 @@ class TimingCache:
 
     def keep(self, cache: Any) -> None:
         """Write the timings of a build, whole or not at all."""
-        staged = self.file.with_name(self.file.name + ".partial")
-        staged.write_bytes(bytes(memoryview(cache.serialize())))
-        staged.replace(self.file)
+        write_whole(self.file, bytes(memoryview(cache.serialize())))
 
 
 @contextmanager
@@ -278,10 +277,8 @@ def _timing_cache(options: CompileOptions, key: EngineKey, cache: Path) -> Itera
         yield None
         return
     device = "-".join((key.version, f"sm{key.sm}", f"cuda{key.cuda}"))
-    try:
+    with disk_errors("cannot use", CHECK_DISK, path=cache):
         yield TimingCache(options.timing_cache or cache / f"timings-{device}.cache")
-    except OSError as error:
-        raise DiskError(f"{error.filename or cache}: {error.strerror}; check the permissions and the disk") from error
 
 
 def _sound_entry(folder: Path, key: str) -> Entry | None:

@@ -27,6 +27,7 @@ from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import DataLayout, LazyTensor
 from pgxport.exporter.targets import TARGETS, Target, find_target
 from pgxport.hub.locate import TINY, published_name
+from pgxport.machine.board import BOARDS, BoardSpec
 from pgxport.models.checkpoint import BLOCK_BYTES, Checkpoint, TensorSource
 from pgxport.models.config import read_config
 from pgxport.models.gemma import TOKEN_TABLE
@@ -52,39 +53,6 @@ RUN_BASE_GPU = 600_000_000
 # ONNX Runtime 1.31 on the CPU, in activations of one token: outputs of the MLP's products and its GELU, and some of the
 # stream's width. Measured on 3 to 4 layers at 1,500 and 4,500 tokens: plans of whole runs were 1 to 13 % above.
 MLP_BUFFERS, STREAM_BUFFERS, QKV_BUFFERS = 3, 6, 4
-
-
-@dataclass(frozen=True)
-class Board:
-    """A device: its memory, and what of it is not free for pgx.
-
-    Jetsons share one memory between CPU and GPU. What is kept there is what the firmware reserves (a module of 8 GB reports some
-    7.4 GiB), and a system without a desktop. On a graphics card it is the driver's and a display's. Neither was measured by us.
-    """
-
-    name: str
-    memory: int
-    kept: int
-    gpu_only: bool = False
-
-    @property
-    def usable(self) -> int:
-        return self.memory - self.kept
-
-
-GIB = 1 << 30
-BOARDS = {
-    board.name: board
-    for board in (
-        Board("orin-nano-8gb", 8 * GIB, int(1.5 * GIB)),
-        Board("orin-nx-8gb", 8 * GIB, int(1.5 * GIB)),
-        Board("orin-nx-16gb", 16 * GIB, int(1.75 * GIB)),
-        Board("agx-orin-32gb", 32 * GIB, int(2.5 * GIB)),
-        Board("agx-orin-64gb", 64 * GIB, int(3.5 * GIB)),
-        Board("thor-128gb", 128 * GIB, int(6.5 * GIB)),
-        *(Board(f"gpu-{n}gb", n * GIB, int(0.5 * GIB), gpu_only=True) for n in (8, 12, 16, 24, 32, 48, 80, 96)),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -144,13 +112,13 @@ class Plan:
     def nbytes(self) -> int:
         return sum(self.files.values())
 
-    def boards(self) -> list[Board]:
+    def boards(self) -> list[BoardSpec]:
         """The boards that have what the target computes on, or the one that was asked for."""
         if self.options.board:
             return [BOARDS[self.options.board]]
         return [b for b in BOARDS.values() if self.target != "cpu" or not b.gpu_only]
 
-    def fitting(self, board: Board) -> list[str]:
+    def fitting(self, board: BoardSpec) -> list[str]:
         """The precisions that fit, the largest first."""
         there = sorted(self.needs.items(), key=lambda item: -item[1])
         # Where two need as much, as on a CPU that widens one to the other, the one named first stores more.

@@ -20,7 +20,7 @@ from pgxport.benchmarking.worker import Askable, serve
 from pgxport.bundle.manifest import Manifest, TokenIds
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import InputError
-from pgxport.machine.nvml import find_vram
+from pgxport.machine.nvml import find_nvml
 from pgxport.metrics.fidelity import kl_divergence
 from pgxport.metrics.sample import Drawn, Sample
 from pgxport.runners.outputs import Answer
@@ -61,7 +61,7 @@ class BundleSubject:
         verified = time.perf_counter()
         self._runner = Runner(bundle, engine=request["engine"], threads=request["threads"])
         self.opening = {"verify": verified - start, "load": time.perf_counter() - verified}
-        self.facts, self._vram = bundle_facts(bundle), find_vram(request["engine"])
+        self.facts, self._nvml = bundle_facts(bundle), find_nvml(request["engine"])
 
     def repeat(self, *, warm_up: bool) -> dict[str, float]:
         return dict(self._runner.answer(Image.new("RGB", (640, 480), "grey"), WARM_UP_PROMPT, max_new_tokens=4).timings)
@@ -72,7 +72,7 @@ class BundleSubject:
             if "follow" in request:
                 return self._follow(picture, request)
             found = answered(self._runner.answer(picture, request["prompt"], max_new_tokens=request["max_new_tokens"]))
-            return found | ({"vram": self._vram.held_by(os.getpid())} if self._vram else {})
+            return found | ({"vram": self._nvml.held_by(os.getpid())} if self._nvml else {})
         except InputError as error:  # this one cannot be asked; the next may
             return {"refused": str(error)}
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pgxport.benchmarking.bench import machine
 from pgxport.benchmarking.worker import Progress, WorkerError
 from pgxport.cluster.pool import Cluster, Lanes, Site
 from pgxport.errors import DiskError, EngineError, PgxError, UsageError
-from pgxport.machine.clocks import find_gpus
+from pgxport.machine.conditions import describe_machine
 from pgxport.machine.energy import find_meters
+from pgxport.machine.nvml import find_nvml
 from pgxport.metrics.sample import Sample
 from pgxport.reporting import schema
 from pgxport.reporting.environment import board, environment
@@ -72,16 +72,16 @@ class Station:
         meters = find_meters(engine=self.engine)
         for meter in meters:
             site.stack.callback(meter.close)
-        if gpus := find_gpus(self.engine):
-            site.stack.callback(gpus.close)
+        if nvml := find_nvml(self.engine):
+            site.stack.callback(nvml.close)
         logits = Path(site.stack.enter_context(tempfile.TemporaryDirectory(prefix="pgx-report-"))) / "logits.npy"
-        here = machine()
+        here = describe_machine()
         about = environment(self.engine, self.threads, here).model_dump(mode="json")
         about = {"name": f"{board() or here['processor']}, node {site.node}", "environment": about}
         askers = []
         for subject, digest in zip(self.subjects, self.digests, strict=True):
             path = site.fetch(digest) if digest else None
-            asker = Asker(replace(subject, request={**subject.request, "bundle": str(path)}), _Notes(), meters, gpus)
+            asker = Asker(replace(subject, request={**subject.request, "bundle": str(path)}), _Notes(), meters, nvml)
             if path:
                 site.stack.enter_context(asker.process())
                 asker.open(about)
@@ -151,7 +151,7 @@ def cluster_pass(
     if any(needed):
         with cluster:
             _measure(cluster, subjects, askers, work, Lanes(threads, gpu=engine != "cpu"), engine, progress)
-    return _chapters(askers, work, environment(engine, threads, machine()))
+    return _chapters(askers, work, environment(engine, threads, describe_machine()))
 
 
 def _measure(

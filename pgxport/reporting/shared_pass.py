@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pgxport.benchmarking.worker import Memory, Progress, Worker
+from pgxport.benchmarking.worker import Progress, Worker
 from pgxport.errors import PgxError
-from pgxport.machine.clocks import Gpus, find_gpus, look
+from pgxport.machine.clocks import look
 from pgxport.machine.energy import Meter, find_meters
+from pgxport.machine.memory import ProcessMemory
+from pgxport.machine.nvml import Nvml, find_nvml
 from pgxport.metrics.sample import Sample
 from pgxport.reporting.asking import picture_of
 from pgxport.reporting.store import Asked, Conditions, Folder, Followed, Held, Measured, Opened, Store
@@ -67,11 +69,11 @@ def shared_pass(
         meters = find_meters(engine=engine)
         for meter in meters:
             stack.callback(meter.close)
-        if gpus := find_gpus(engine):
-            stack.callback(gpus.close)
+        if nvml := find_nvml(engine):
+            stack.callback(nvml.close)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgx-report-")))
         stores = [Store(folder.path, subject.conditions) if subject.conditions else None for subject in subjects]
-        askers = [Asker(subject, store, meters, gpus) for subject, store in zip(subjects, stores, strict=True)]
+        askers = [Asker(subject, store, meters, nvml) for subject, store in zip(subjects, stores, strict=True)]
         reference, needed = askers[work.reference], demand(askers, work)
         clock = Clock(sum(asks for asks, _ in needed) + needed[work.reference][1], progress)
         for asker, lacking in zip(askers, needed, strict=True):
@@ -142,8 +144,8 @@ def follow(turn: "Sequence[Asker]", reference: "Asker", key: str, sample: Sample
 class Asker:
     """A subject, its process if it has one here, and what is kept of it. What failed is not asked again."""
 
-    def __init__(self, subject: Subject, store: Measured | None, meters: Sequence[Meter] = (), gpus: Gpus | None = None):
-        self.label, self._subject, self._meters, self._gpus, self.store = subject.label, subject, meters, gpus, store
+    def __init__(self, subject: Subject, store: Measured | None, meters: Sequence[Meter] = (), nvml: Nvml | None = None):
+        self.label, self._subject, self._meters, self._nvml, self.store = subject.label, subject, meters, nvml, store
         self.failed: PgxError | None = None  # elsewhere
         self._worker: Worker | None = None
 
@@ -179,12 +181,12 @@ class Asker:
             return
         assert self._worker is not None
         assert self.store is not None
-        before, clocks = [meter.joules() for meter in self._meters], look(gpus=self._gpus)
+        before, clocks = [meter.joules() for meter in self._meters], look(nvml=self._nvml)
         found = self.tell({"image": picture_of(sample), "prompt": sample.prompt, "max_new_tokens": max_new_tokens})
         if found is None:
             return
         joules = {meter.source: meter.joules() - start for meter, start in zip(self._meters, before, strict=True)}
-        now = look(gpus=self._gpus)
+        now = look(nvml=self._nvml)
         throttled = None if now.throttled is None or clocks.throttled is None else now.throttled - clocks.throttled
         line = Asked(
             sample=key, joules=joules, mhz=now.mhz, celsius=now.celsius, throttled=throttled, gpu_mhz=now.gpu_mhz, slowed=now.hot,
@@ -235,5 +237,5 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 60 else f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _held(memory: Memory | None) -> Held | None:
+def _held(memory: ProcessMemory | None) -> Held | None:
     return Held(**asdict(memory)) if memory else None

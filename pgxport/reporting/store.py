@@ -5,11 +5,11 @@ A file for each bundle under the same conditions, named after both. A line that 
 an error, for a report must not lose samples in silence.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from pgxport.errors import DiskError, IntegrityError, UsageError
+from pgxport.errors import IntegrityError, UsageError
+from pgxport.files import CHECK_DISK, disk_errors, file_sha256, locked
 from pgxport.metrics.sample import Drawn, Sample, Segmentation
 from pgxport.runners.outputs import Answer, Box, Fault, Malformed, Mask
 
@@ -172,11 +173,8 @@ class Store(Measured):
                 ) from None
 
     def _append(self, text: str) -> None:
-        try:
-            with open(self.file, "ab", buffering=0) as file:
-                file.write(text.encode() + b"\n")
-        except OSError as error:
-            raise DiskError(f"cannot write {self.file}: {error.strerror}; free some space or choose another -o") from error
+        with disk_errors(f"cannot write {self.file}"), open(self.file, "ab", buffering=0) as file:
+            file.write(text.encode() + b"\n")
 
 
 @dataclass(frozen=True, order=True)
@@ -224,19 +222,14 @@ class Folder:
         self.path = output / FOLDER
         if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not self.path.is_dir())):
             raise UsageError(f"{output} exists and holds no report of pgx; choose another -o")
-        try:
+        held, self._lock = f"another pgx is measuring into {output}; wait for it, or choose another -o", ExitStack()
+        with disk_errors(f"cannot write {output}", "choose another -o"):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise DiskError(f"cannot write {output}: {error.strerror}; choose another -o") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise UsageError(f"another pgx is measuring into {output}; wait for it, or choose another -o") from None
+            self._lock.enter_context(locked(self.path, held))
 
     def close(self) -> None:
-        os.close(self._lock)
+        """Let another pgx have the folder."""
+        self._lock.close()
 
 
 def answer_of(asked: Asked) -> Answer:
@@ -277,8 +270,5 @@ def _picture(sample: Sample) -> str:
         case bytes(content):
             return hashlib.sha256(content).hexdigest()
         case path:
-            try:
-                with open(path, "rb") as file:
-                    return hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise DiskError(f"sample {sample.id}: cannot read {path}: {error.strerror}") from error
+            with disk_errors(f"sample {sample.id}: cannot read {path}", CHECK_DISK):
+                return file_sha256(Path(path))

@@ -6,13 +6,11 @@ holds a link or a file it does not list, whose plan has another sha256, or that 
 secret never leaves this cache.
 """
 
-import fcntl
 import hashlib
 import hmac
 import json
 import mmap
 import os
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,10 +21,12 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pgxport.bundle.manifest import FileInfo, FileName
-from pgxport.errors import DiskError, EngineError, IntegrityError, UsageError
+from pgxport.errors import EngineError, IntegrityError
+from pgxport.files import StagedFolder, disk_errors, write_new
 from pgxport.interrupts import check_interrupted
 
 FOLDER_VARIABLE = "PGX_ENGINE_CACHE"
+REMEDY = f"free some space, or choose another folder with {FOLDER_VARIABLE}"
 ENTRY = "entry.json"
 KEY = "seal.key"
 KEY_BYTES = 32
@@ -92,7 +92,7 @@ def read_entry(folder: Path) -> Entry:
     """
     _check_private(folder.parent, is_folder=True)
     _check_private(folder, is_folder=True)
-    with _disk(f"cannot read {folder}"):
+    with disk_errors(f"cannot read {folder}", REMEDY):
         if (size := _check_private(folder / ENTRY)) > MAX_ENTRY_BYTES:
             raise IntegrityError(_refusal(folder / ENTRY, f"it has {size} bytes"))
         text = (folder / ENTRY).read_bytes()
@@ -129,7 +129,7 @@ def open_plan(file: Path, *, drop: bool = False) -> Iterator[mmap.mmap]:
     info = read_entry(file.parent).files.get(file.name)
     if info is None:
         raise IntegrityError(_refusal(file, "its entry does not list it"))
-    with _disk(f"cannot read {file}"), open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as opened:
+    with disk_errors(f"cannot read {file}", REMEDY), open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as opened:
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             if (digest := hashlib.sha256(mapped).hexdigest()) != info.sha256:
                 raise IntegrityError(_refusal(file, f"its sha256 begins {digest[:12]} and not {info.sha256[:12]}"))
@@ -149,30 +149,22 @@ class EntryWriter:
     def __init__(self, cache: Path, bundle: str, machine: EngineKey, flags: Flags):
         self._cache, self._bundle, self._machine, self._flags = cache, bundle, machine, flags
         self.path = entry_folder(cache, bundle, machine)
-        self.staging = self.path.with_name(self.path.name + ".partial")
+        held = f"another pgx compiles the same bundle into {cache}; wait for it"
+        self._folder = StagedFolder(self.path, held, mode=0o700)
+        self.staging = self._folder.staging
         self._files: dict[str, FileInfo] = {}
 
     def __enter__(self) -> "EntryWriter":
-        with _disk(f"cannot write {self.staging}"):
+        with disk_errors(f"cannot write {self.staging}", REMEDY):
             self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check_private(self._cache, is_folder=True)
-            if self.staging.is_symlink() or self.staging.is_file():
-                self.staging.unlink()
-            self.staging.mkdir(mode=0o700, exist_ok=True)
-            _check_private(self.staging, is_folder=True)
-            self._lock = os.open(self.staging, os.O_RDONLY)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process dies
-            except BlockingIOError:
-                os.close(self._lock)
-                raise UsageError(f"another pgx compiles the same bundle into {self._cache}; wait for it") from None
-            for leftover in self.staging.iterdir():  # of a process that was killed
-                leftover.unlink()
+            if self.staging.is_dir() and not self.staging.is_symlink():  # of one that was killed
+                _check_private(self.staging, is_folder=True)
+            self._folder.open()
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
-        os.close(self._lock)
+        self._folder.close()
 
     def write(self, name: str, plan: memoryview | bytes) -> None:
         """Write a plan to the disk.
@@ -180,9 +172,9 @@ class EntryWriter:
         Raises:
             DiskError: there is no room, or no permission.
         """
-        with _disk(f"cannot write {name} of {self.path}"):
-            self._write(name, plan)
-        self._files[name] = FileInfo(sha256=hashlib.sha256(plan).hexdigest(), size=len(plan))
+        with disk_errors(f"cannot write {name} of {self.path}", REMEDY):
+            sha256, size = write_new(self.staging / name, [plan], 0o600)
+        self._files[name] = FileInfo(sha256=sha256, size=size)
 
     def adopt(self, name: str) -> None:
         """Make a file part of the entry that an engine wrote into `staging` itself.
@@ -191,7 +183,7 @@ class EntryWriter:
             DiskError: the file cannot be read.
         """
         file = self.staging / name
-        with _disk(f"cannot write {name} of {self.path}"):
+        with disk_errors(f"cannot write {name} of {self.path}", REMEDY):
             file.chmod(0o600)
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
@@ -206,27 +198,14 @@ class EntryWriter:
             DiskError: there is no room, or no permission.
         """
         check_interrupted()
-        with _disk(f"cannot finish {self.path}"):
+        with disk_errors(f"cannot finish {self.path}", REMEDY):
             unsealed = Entry(
                 bundle=self._bundle, machine=self._machine, flags=self._flags, files=dict(self._files), seal="0" * 64
             )
             entry = unsealed.model_copy(update={"seal": _seal(_secret(self._cache, make=True), unsealed)})
-            self._write(ENTRY, entry.model_dump_json(indent=1).encode() + b"\n")
-            _sync_folder(self.staging)
-            if self.path.is_symlink() or self.path.is_file():
-                self.path.unlink()
-            elif self.path.exists():  # a process killed here leaves no entry, and the next compile makes one
-                shutil.rmtree(self.path)
-            self.staging.rename(self.path)
-            _sync_folder(self._cache)
+            write_new(self.staging / ENTRY, [entry.model_dump_json(indent=1).encode() + b"\n"], 0o600)
+            self._folder.publish()
         return entry
-
-    def _write(self, name: str, content: memoryview | bytes) -> None:
-        with open(os.open(self.staging / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0) as file:
-            remaining = memoryview(content)
-            while remaining:
-                remaining = remaining[file.write(remaining) :]
-            os.fsync(file.fileno())
 
 
 def _secret(cache: Path, *, make: bool = False) -> bytes:
@@ -234,11 +213,8 @@ def _secret(cache: Path, *, make: bool = False) -> bytes:
     file = cache / KEY
     if make and not os.path.lexists(file):
         staged = file.with_name(f"{KEY}.{os.getpid()}")
-        with open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
-            opened.write(os.urandom(KEY_BYTES))
-        staged.replace(
-            file
-        )  # whole or not at all; of two processes at once the later secret counts, and the other's entry is made again
+        write_new(staged, [os.urandom(KEY_BYTES)], 0o600)
+        staged.replace(file)  # of two processes at once the later secret counts, and the other's entry is made again
     if (size := _check_private(file)) != KEY_BYTES:
         raise IntegrityError(_refusal(file, f"it has {size} bytes"))
     return file.read_bytes()
@@ -287,21 +263,3 @@ def _canonical(value: object) -> bytes:
 
 def _sha256(value: object) -> str:
     return hashlib.sha256(_canonical(value)).hexdigest()
-
-
-@contextmanager
-def _disk(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(
-            f"{what}: {error.strerror or error}; free some space, or choose another folder with {FOLDER_VARIABLE}"
-        ) from error
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

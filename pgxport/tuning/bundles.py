@@ -22,10 +22,10 @@ import numpy as np
 
 from pgxport.bundle.reader import Bundle
 from pgxport.cluster.pool import Cluster
-from pgxport.exporter.calibration_file import disk
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.exporter.recipe import FP32, Recipe
 from pgxport.exporter.recipe_toml import HEADER, to_toml
+from pgxport.files import disk_errors
 from pgxport.metrics.sample import Sample
 from pgxport.models.spec import ModelSpec
 from pgxport.models.weights import weight_shapes
@@ -167,7 +167,7 @@ class Bundles:
 
     def _run(self, recipe: Recipe, places: list[int]) -> dict[str, Any]:
         file, output = self._work / "recipe.toml", self._work / "bundle"
-        with disk(f"cannot write {file}"):
+        with disk_errors(f"cannot write {file}"):
             file.write_text(to_toml(recipe))
         try:
             bundle = export(replace(self._export, output=output, recipe=file, overwrite=True))

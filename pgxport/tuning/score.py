@@ -10,13 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pgxport.benchmarking.worker import turns
 from pgxport.errors import IntegrityError
-from pgxport.exporter.calibration_file import disk
+from pgxport.files import disk_errors, writing
 from pgxport.metrics.fidelity import kl_divergence, top1_agreement
 from pgxport.metrics.sample import Sample
 from pgxport.runners.outputs import Answer
@@ -46,7 +45,7 @@ class Samples:
 
     def __init__(self, samples: Sequence[Sample], folder: Path, ids: Sequence[Sequence[int]] = ()):
         self.samples, self.ids, self._folder = list(samples), [list(i) for i in ids], folder
-        with disk(f"cannot use {folder}"):
+        with disk_errors(f"cannot use {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
 
     def complete(self) -> bool:
@@ -213,11 +212,8 @@ def _lap(pipeline: Pipeline, prefix: int) -> Seconds:
 
 
 def _save(file: Path, array: np.ndarray) -> None:
-    partial: Any = file.with_suffix(".partial")
-    with disk(f"cannot write {file}"):
-        with partial.open("wb") as out:
-            np.save(out, array, allow_pickle=False)
-        partial.replace(file)
+    with disk_errors(f"cannot write {file}"), writing(file) as out:
+        np.save(out, array, allow_pickle=False)
 
 
 def _load(file: Path) -> np.ndarray:

@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was measured, kept as a JSON file each, under the digest of all that it depends on: nothing is measured twice."""
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pgxport.errors import UsageError
-from pgxport.exporter.calibration_file import disk
+from pgxport.files import disk_errors, locked, write_whole
 
 Result = dict[str, Any]
 
@@ -25,7 +22,7 @@ class Store:
 
     def __init__(self, folder: Path, common: Mapping[str, Any]):
         self.folder, self._common = folder, dict(common)
-        with disk(f"cannot use {folder}"):
+        with disk_errors(f"cannot use {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
 
     def find(self, **what: Any) -> Result | None:
@@ -39,10 +36,8 @@ class Store:
     def keep(self, result: Result, **what: Any) -> None:
         """Write a result, whole or not at all."""
         file = self._file(what)
-        partial = file.with_suffix(".partial")
-        with disk(f"cannot write {file}"):
-            partial.write_text(json.dumps({"of": self._of(what), "result": result}, indent=1) + "\n")
-            partial.replace(file)
+        with disk_errors(f"cannot write {file}"):
+            write_whole(file, json.dumps({"of": self._of(what), "result": result}, indent=1) + "\n")
 
     def _of(self, what: Mapping[str, Any]) -> Result:
         return {**self._common, **what}
@@ -63,14 +58,8 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: one does.
     """
-    with disk(f"cannot use {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process dies
-    except OSError as error:
-        raise UsageError(f"another pgx works in {folder}; wait for it, or choose another --work") from error
-    else:
+    with ExitStack() as stack:
+        with disk_errors(f"cannot use {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder, f"another pgx works in {folder}; wait for it, or choose another --work"))
         yield
-    finally:
-        os.close(lock)

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pgxport.benchmarking.bench import machine, versions
 from pgxport.cluster.pool import Cluster
 from pgxport.data.loader import DataOptions, load
 from pgxport.errors import EngineError, NumericError, UsageError, choose
-from pgxport.exporter.calibration_file import Calibration, check_output, checkpoint_sha256, disk
+from pgxport.exporter.calibration_file import Calibration, checkpoint_sha256
 from pgxport.exporter.export import ExportOptions, check_weights
 from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.targets import TARGETS, Target
+from pgxport.files import check_output, disk_errors, write_whole
 from pgxport.hub.locate import locate
+from pgxport.machine.conditions import describe_machine, versions
 from pgxport.metrics.sample import Sample
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.config import read_config
@@ -106,10 +107,8 @@ def tune(options: TuneOptions, *, progress: Say | None = None) -> Tuning:
         mixes = _search(bench, found, base, probes, named, limits)
         tuning = Tuning(_facts(subject, bundles, options), limits, named, base, tuple(probes), tuple(mixes), tuple(skipped))
     if tuning.winner:
-        with disk(f"cannot write {output}"):
-            partial = output.with_name(output.name + ".partial")
-            partial.write_text(toml(tuning))
-            partial.replace(output)
+        with disk_errors(f"cannot write {output}"):
+            write_whole(output, toml(tuning))
     return tuning
 
 
@@ -245,7 +244,7 @@ def _facts(subject: Subject, bundles: Bundles, o: TuneOptions) -> dict[str, Any]
         "checkpoint": str(o.source or f"--size {o.size}" + (f" --res {o.res}" if o.res else "")), "calibration": str(o.calibration) if o.calibration else None,
         "output": str(o.output), "samples": tasks, "answer_tokens": bundles.answer_tokens, "engine": o.target,
         "reference": {"recipe": "fp32", "bytes": bundles.reference_bytes, "ms": bundles.reference_ms},
-        "key": subject.common, "machine": machine(),
+        "key": subject.common, "machine": describe_machine(),
     }  # fmt: skip
 
 

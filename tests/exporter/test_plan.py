@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("onnx_ir")
 
 from pgxport.errors import UsageError
-from pgxport.exporter.plan import BOARDS, GIB, PlanOptions, _computes, plan, render
+from pgxport.exporter.plan import PlanOptions, _computes, plan, render
 from pgxport.exporter.recipe import RECIPES
 from pgxport.exporter.targets import TARGETS
+from pgxport.machine.board import BOARDS, GIB
 from pgxport.models.spec import RESOLUTIONS, TEXT
 from pgxport.models.tiny import __file__ as tiny
 
