@@ -136,7 +136,7 @@ def _number(text: str) -> float | None:
 
 
 def choice_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """Return 1 if the answer names the right choice by letter or text, which are the two `truths`.
+    """Return 1 if the answer names the right choice by its letter or its text, `truths` in this order.
 
     ScienceQA's own form is "The answer is B." (Lu et al. 2022); a bare or bracketed letter counts too.
 
