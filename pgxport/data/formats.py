@@ -236,7 +236,9 @@ OWN_KEYS = ("image", "file_name", "prompt", "prefix", *ANSWER_KEYS, "task", "met
 
 
 def _fits_own(fields: Mapping[str, Any]) -> bool:
-    return bool({"prompt", "prefix"} & set(fields)) and bool({"image", "file_name"} & set(fields))
+    """Whether there is an image with a prompt, or with a key so close to it that the error should name the slip."""
+    prompt = any(get_close_matches(key, ("prompt", "prefix"), 1, 0.8) for key in fields)
+    return prompt and bool({"image", "file_name"} & set(fields))
 
 
 def _fits_vqa(fields: Mapping[str, Any], *, raw: bool) -> bool:
