@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pipeline of `pgx calibrate`: find the model, read the samples, run them observed, write the calibration file."""
+"""The pipeline of `pgx calibrate`: find the model, read the samples, run them observed, write the file."""
 
 import importlib.metadata
 import shutil
@@ -87,7 +87,7 @@ class CalibrationJob:
 def calibrate(options: CalibrateOptions, *, progress: Progress | None = None) -> Calibration:
     """Run samples through a model and write statistics of the inputs of its linears.
 
-    A checkpoint is run layer by layer, and a run that was stopped goes on with the layer it was in; a bundle is run whole.
+    A checkpoint is run layer by layer, and a stopped run goes on with its layer; a bundle is run whole.
 
     Raises:
         UsageError: an option names what does not exist, or the output is there already.

@@ -35,7 +35,7 @@ FAMILIES = ("paligemma", "paligemma2")
 
 
 class Killed(BaseException):
-    """What no handler expects."""
+    """An exception that no handler catches."""
 
 
 def data(folder: Path, *samples: tuple[str, str | None]) -> Path:
@@ -51,7 +51,7 @@ def data(folder: Path, *samples: tuple[str, str | None]) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without the search that takes half of the time here."""
+    """Replace the entropy search, which takes half of the time here."""
     monkeypatch.setitem(observe.OBSERVER, "entropy", observe.minmax)
 
 
@@ -80,8 +80,8 @@ def random(request, tmp_path_factory) -> tuple[Path, Any]:
 def hooked(
     folder: Path, model: Any, samples: tuple[tuple[str, str | None], ...]
 ) -> tuple[dict[str, np.ndarray], list[Any], np.ndarray]:
-    """What each linear of transformers is given, [tokens, K], by the weight's published name; the caches of each sample; and
-    which tokens an answer is read from."""
+    """The inputs of transformers' linears, [tokens, K], by the weight's published name; the caches of each
+    sample; and which tokens an answer is read from."""
     import torch
 
     config = Checkpoint.open(folder).config
