@@ -239,7 +239,7 @@ def compile(as_json: bool, **options: Any) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
 @volume_options
 @json_option
-def calibrate(as_json: bool, **options: Any) -> None:
+def calibrate(as_json: bool, source: str | None, **options: Any) -> None:
     """Run samples through a model, and write what quantization has to know about its activations.
 
     SOURCE is a checkpoint or a hub id, run layer by layer (stopped, it goes on where it was), or a float bundle, run whole.
@@ -255,7 +255,7 @@ def calibrate(as_json: bool, **options: Any) -> None:
 
         start = time.perf_counter()
         with progress_bar() as progress:
-            made = calibrate(CalibrateOptions(**options), progress=progress)
+            made = calibrate(CalibrateOptions(checkpoint=source, **options), progress=progress)
     about, nbytes, seconds = made.about, made.path.stat().st_size, round(time.perf_counter() - start, 2)
     if as_json:
         found = {"file": str(made.path), "bytes": nbytes, "sha256": made.digest, "seconds": seconds, "peak_rss_bytes": peak_rss()}
@@ -264,7 +264,7 @@ def calibrate(as_json: bool, **options: Any) -> None:
     click.echo(f"wrote {made.path}: {size(nbytes)} in {seconds} s, peak memory {size(peak_rss())}")
     click.echo(f"{about.samples} samples: {about.prefix_tokens} tokens of prefix, {about.suffix_tokens} of suffix")
     of_bundle = about.engine == "onnxruntime"
-    named = {"checkpoint": "CHECKPOINT" if of_bundle else options["source"], "size": options["size"], "res": options["res"]}
+    named = {"checkpoint": "CHECKPOINT" if of_bundle else source, "size": options["size"], "res": options["res"]}
     model = " ".join(f"--{option} {value}" for option, value in named.items() if value)
     click.echo(f"try: pgx export {model} --precision int4 --calibration {made.path}")
 
@@ -374,7 +374,7 @@ def run(
 @cluster_option
 @volume_options
 @json_option
-def tune(as_json: bool, max_loss: str, candidates: str | None, **options: Any) -> None:
+def tune(as_json: bool, source: str | None, max_loss: str, candidates: str | None, **options: Any) -> None:
     """Search the recipe with the smallest bundle that loses no more than it may.
 
     Each group of layers is measured in each scheme, mixes are proposed and measured whole; stopped, it goes on where it was.
@@ -398,7 +398,7 @@ def tune(as_json: bool, max_loss: str, candidates: str | None, **options: Any) -
     names = tuple(name.strip() for name in candidates.split(",")) if candidates else ()
     progress = stages()
     start = time.perf_counter()
-    found = tune(TuneOptions(max_loss=points, candidates=names, **options), progress=progress)
+    found = tune(TuneOptions(checkpoint=source, max_loss=points, candidates=names, **options), progress=progress)
     if progress:
         progress("")
     seconds = round(time.perf_counter() - start, 2)
@@ -410,7 +410,7 @@ def tune(as_json: bool, max_loss: str, candidates: str | None, **options: Any) -
         raise GateError(refusal)
     if as_json:
         return
-    given = {"checkpoint": options["source"], "size": options["size"], "res": options["res"], "adapter": options["adapter"]}
+    given = {"checkpoint": source, "size": options["size"], "res": options["res"], "adapter": options["adapter"]}
     given |= {key: options[key] for key in ("family", "variant") if options["size"] not in (None, "tiny")}
     given |= {"masks": options["masks"], "recipe": options["output"], "calibration": options["calibration"]}
     words = " ".join(f"--{option} {value}" for option, value in given.items() if value)

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from pgxport.compile.tensorrt import COPIES, WORKSPACE_BYTES, build_memory
 from pgxport.errors import UsageError, choose
-from pgxport.exporter.export import context_length, named
+from pgxport.exporter.export import context_length, find_recipe
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, file_sizes, write_graphs
 from pgxport.exporter.lower_onnxruntime import SHORTLIST_TABLE
@@ -26,7 +26,7 @@ from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import DataLayout, LazyTensor
 from pgxport.exporter.targets import TARGETS, Target, find_target
-from pgxport.hub.locate import TINY, published_name
+from pgxport.hub.locate import TINY, ModelChoice, published_name
 from pgxport.models.checkpoint import BLOCK_BYTES, Checkpoint, TensorSource
 from pgxport.models.config import read_config
 from pgxport.models.gemma import TOKEN_TABLE
@@ -88,14 +88,9 @@ BOARDS = {
 
 
 @dataclass(frozen=True)
-class PlanOptions:
-    """What to plan. Names are those of `pgx plan`'s flags, and of `ExportOptions`."""
+class PlanOptions(ModelChoice):
+    """Options of a plan, called as the flags of `pgx plan` and as those of `ExportOptions`."""
 
-    size: str | None = None
-    res: int | None = None
-    family: str = "paligemma2"
-    checkpoint: str | Path | None = None
-    masks: str | Path | None = None
     precision: str = "fp32"
     recipe: str | Path | None = None
     target: str = "cpu"
@@ -207,7 +202,7 @@ def plan(options: PlanOptions) -> Plan:
         CheckpointError: the checkpoint that was given is not sound.
     """
     target = find_target(options.target, options.trt)
-    recipe = named(options.precision, options.recipe, target)
+    recipe = find_recipe(options.precision, options.recipe, target)
     if options.board is not None and choose("board", options.board, BOARDS).gpu_only and target.name == "cpu":
         others = ", ".join(name for name in TARGETS if name != "cpu") or "none that this pgx has"
         raise UsageError(
@@ -394,7 +389,7 @@ def _model(options: PlanOptions) -> tuple[str, TensorSource, ModelSpec, int | No
             raise UsageError(f"size {options.size!r} does not exist; choose --size {', '.join(SIZES)}, or --checkpoint DIR")
         spec = published(options.family, options.size, options.res)
         spec = spec if window else without_window(spec)
-        return published_name(options.family, options.size, options.res, "pt"), SpecSource(spec), spec, None
+        return published_name(options.family, options.size, options.res, options.variant), SpecSource(spec), spec, None
     if options.checkpoint is None:
         res = options.res or TINY_RESOLUTIONS[0]
         if res not in TINY_RESOLUTIONS:
