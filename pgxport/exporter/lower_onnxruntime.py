@@ -184,11 +184,12 @@ def cached_attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, 
             f"head_dim is {text.head_dim}; target {g.target.name!r} attends with head sizes that are multiples of 16"
         )
     cache = _cache(g, layer, text)
-    fused, decomposed = partial(fused_attention, g, (q, k, v), cache, text), partial(prefix_attention, g, (q, k, v), cache, text)
+    fused = partial(fused_attention, qkv=(q, k, v), cache=cache, text=text)
+    decomposed = partial(prefix_attention, qkv=(q, k, v), cache=cache, text=text)
     if g.phase is None and g.target.decomposed_prefill:
         out, *present = g.branch(g.prefill(q), decomposed, fused)
     else:
-        out, *present = decomposed() if g.phase == "prefill" else fused()
+        out, *present = decomposed(g) if g.phase == "prefill" else fused(g)
     for part, value in zip(("key", "value"), present, strict=True):
         g.output(value, f"present.{layer}.{part}", cache.shape, g.cache_dtype)
     return out
