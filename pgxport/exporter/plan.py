@@ -7,7 +7,7 @@ memory they take is a model of an engine, with constants that were measured (the
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -214,14 +214,16 @@ def plan(options: PlanOptions) -> Plan:
     context = context_length(spec, options.context)
     masks = _masks(options)
     text = TOKENIZER_BYTES[spec.family] if tokenizer is None else tokenizer
-    sketch = _sketch(source, spec, masks, recipe, target, context)
+    sketch = _sketch(source, spec, spec, masks, recipe, target, context)
     run = sketch.memory(target, text)
     needs = {recipe.name: run.peak}
     for other in map(target.recipe, RECIPES):
         # What the target has no kernels for is not a choice, nor what this model's shapes are not for.
         if other is not recipe and _computes(other, target):
             with suppress(UsageError):
-                needs[other.name] = _sketch(source, spec, masks, other, target, context).memory(target, text).peak
+                needs[other.name] = (
+                    _sketch(source, spec, _one_layer(spec), masks, other, target, context).memory(target, text).peak
+                )
     files, manifest = sketch.files()
     estimated = {"tokenizer.json": text} if tokenizer is None else {}
     estimated |= {"README.md": 2500, "manifest.json": manifest}
@@ -293,9 +295,15 @@ class SpecSource:
 
 @dataclass(frozen=True)
 class _Sketch:
-    """The graphs of a bundle, written over shapes."""
+    """The graphs of a bundle, written over shapes.
+
+    Attributes:
+        spec: The model that the bundle is of.
+        drawn: The model that the graphs are written for: the same, or with one layer in each tower, which stands for all.
+    """
 
     spec: ModelSpec
+    drawn: ModelSpec
     context: int
     graphs: dict[str, GraphBuilder]
     table: DataLayout
@@ -308,11 +316,12 @@ class _Sketch:
     def memory(self, target: Target, tokenizer: int) -> RunMemory:
         decoder, v, t = self.graphs["decoder_step"], self.spec.vision, self.spec.text
         axes = {"batch": 1} | dict.fromkeys(("capacity", "tokens", "total", "past", "keys"), self.context)
-        inputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.inputs}
+        inputs = {v.name or "": self._layers(v.name or "") * _nbytes(v, axes) for v in decoder.graph.inputs}
         outputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.outputs}
-        held = [_held(p, g.dtype) for g in self.graphs.values() for p in g.lazy_tensors.values()]
+        weights = [(p, g.dtype) for g in self.graphs.values() for p in g.lazy_tensors.values()]
         if SHORTLIST_TABLE not in decoder.matrices:  # of a screened table the engine reads rows
-            held += [_held(p, decoder.dtype) for p in self.table.lazy_tensors]
+            weights += [(p, decoder.dtype) for p in self.table.lazy_tensors]
+        held = [(self._layers(p.name), *_held(p, dtype)) for p, dtype in weights]
         per_image = (
             v.image_tokens * self.graphs["vision_encoder"].dtype.itemsize * (MLP_BUFFERS * v.mlp + STREAM_BUFFERS * v.width)
         )
@@ -323,20 +332,40 @@ class _Sketch:
         fed = sum(size for name, size in inputs.items() if not name.startswith("past_key_values."))
         return RunMemory(
             base=RUN_BASE.get(target.name, RUN_BASE_GPU) + _tokenizer_memory(tokenizer),
-            weights=sum(size for size, _ in held),
-            loading=max(extra for _, extra in held),
+            weights=sum(layers * size for layers, size, _ in held),
+            loading=max(extra for *_, extra in held),
             kv=sum(size for name, size in inputs.items() if name.startswith("past_key_values.")),
             logits=outputs["logits"],
             vision=per_image,
             prefill=self.context * per_token + scores + 2 * fed,
         )  # fmt: skip
 
+    def _layers(self, name: str) -> int:
+        """The layers of the model that one weight or input of the drawn graphs stands for."""
+        if name.startswith(("language_model.model.layers.", "past_key_values.", "cache.")):
+            return self.spec.text.depth // self.drawn.text.depth
+        if name.startswith("vision_tower.vision_model.encoder.layers."):
+            return self.spec.vision.depth // self.drawn.vision.depth
+        return 1
+
 
 def _sketch(
-    source: TensorSource, spec: ModelSpec, masks: MaskWeights | None, recipe: Recipe, target: Target, context: int
+    source: TensorSource,
+    spec: ModelSpec,
+    drawn: ModelSpec,
+    masks: MaskWeights | None,
+    recipe: Recipe,
+    target: Target,
+    context: int,
 ) -> _Sketch:
-    graphs, table = write_graphs(source, spec, masks, recipe, target, context, NoStatistics())
-    return _Sketch(spec, context, graphs, table)
+    graphs, table = write_graphs(source, drawn, masks, recipe, target, context, NoStatistics())
+    return _Sketch(spec, drawn, context, graphs, table)
+
+
+def _one_layer(spec: ModelSpec) -> ModelSpec:
+    """The model with one layer in each tower, which has a local window if any layer has; a named recipe treats all layers alike."""
+    local = (0,) if spec.text.local_layers else ()
+    return replace(spec, vision=replace(spec.vision, depth=1), text=replace(spec.text, depth=1, local_layers=local))
 
 
 def _held(tensor: LazyTensor, computed: np.dtype[Any]) -> tuple[int, int]:
