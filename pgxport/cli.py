@@ -310,9 +310,9 @@ def run(
     if cluster is not None and not each:
         raise click.UsageError("--cluster spreads many pictures; give them with --images")
     if each:
-        from pgxport.runners.many import Question
+        from pgxport.runners.many import PictureQuestion
 
-        run_each(bundle, each, Question(prompt, max_new_tokens, engine, threads, low_memory), cluster, as_json)
+        run_each(bundle, each, PictureQuestion(prompt, max_new_tokens, engine, threads, low_memory), cluster, as_json)
         return
     from pgxport.runners.draw import picture_format, save_image
     from pgxport.runners.image import load_image

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from pgxport.errors import DiskError, InputError, UsageError
 from pgxport.reporting import chart, markdown, page
 from pgxport.reporting.disagreements import named
+from pgxport.reporting.measured import FOLDER
 from pgxport.reporting.schema import Report, Row
-from pgxport.reporting.store import FOLDER
 
 PICTURES = "pictures"
 MAX_REPORT = 256 << 20

@@ -14,8 +14,9 @@ from pgxport.metrics.bootstrap import Curve, Drawn
 from pgxport.metrics.metrics import METRICS, groups, metrics_for, tally
 from pgxport.metrics.sample import Sample
 from pgxport.reporting import schema
-from pgxport.reporting.shared_pass import Run
-from pgxport.reporting.store import Asked, answer_of
+from pgxport.reporting.asking import TokenAgreement
+from pgxport.reporting.measured import Asked, answer_of
+from pgxport.reporting.shared_pass import SubjectRun
 from pgxport.runners.outputs import Answer
 
 WORST = 10  # of the matrices that rounding hurt most
@@ -61,7 +62,7 @@ def judge(samples: Sequence[Sample], answers: Sequence[Answer], parts: Sequence[
     return Judged(curves, quality)
 
 
-def rows(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[Run], reference: int) -> tuple[schema.Row, ...]:
+def rows(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[SubjectRun], reference: int) -> tuple[schema.Row, ...]:
     """A row for each run, in their order."""
     parts, drawn = subsets(samples), groups(samples)
     whole = [run.reason is None and all(key in run.asked for key in keys) for run in runs]
@@ -85,7 +86,7 @@ def rows(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[Run], re
     return tuple(found)
 
 
-def pairs(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[Run]) -> tuple[schema.Pair, ...]:
+def pairs(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[SubjectRun]) -> tuple[schema.Pair, ...]:
     """Every two runs that came to their end: how far their qualities and their times can be told apart."""
     whole = [run for run in runs if run.reason is None and all(key in run.asked for key in keys)]
     parts, drawn = [part for part in subsets(samples) if part.decides], groups(samples)
@@ -151,20 +152,20 @@ def _kept(mine: Judged, reference: Judged, drawn: Sequence[Hashable]) -> schema.
     return _interval(bootstrap.estimate(share, drawn))
 
 
-def retimed(rows: Sequence[schema.Row], runs: Sequence[Run], keys: Sequence[str]) -> tuple[schema.Row, ...]:
+def retimed(rows: Sequence[schema.Row], runs: Sequence[SubjectRun], keys: Sequence[str]) -> tuple[schema.Row, ...]:
     """The rows of the same answers, with the times of these runs."""
     return tuple(
         row if row.status == "failed" else row.model_copy(update=_cost(run, keys)) for row, run in zip(rows, runs, strict=True)
     )
 
 
-def retimed_pairs(pairs: Sequence[schema.Pair], runs: Sequence[Run], keys: Sequence[str]) -> tuple[schema.Pair, ...]:
+def retimed_pairs(pairs: Sequence[schema.Pair], runs: Sequence[SubjectRun], keys: Sequence[str]) -> tuple[schema.Pair, ...]:
     """The same for pairs."""
     named = {run.label: run for run in runs}
     return tuple(p.model_copy(update={"latency": _ratio(named[p.first], named[p.second], keys)}) for p in pairs)
 
 
-def _row(run: Run, keys: Sequence[str], samples: Sequence[Sample], answers: Sequence[Answer]) -> schema.Row:
+def _row(run: SubjectRun, keys: Sequence[str], samples: Sequence[Sample], answers: Sequence[Answer]) -> schema.Row:
     asked = [run.asked[key] for key in dict.fromkeys(keys)]
     broken = fidelity.faults(samples, answers)
     facts = run.facts
@@ -175,7 +176,7 @@ def _row(run: Run, keys: Sequence[str], samples: Sequence[Sample], answers: Sequ
     ).model_copy(update=_cost(run, keys))  # fmt: skip
 
 
-def _cost(run: Run, keys: Sequence[str]) -> dict[str, object]:
+def _cost(run: SubjectRun, keys: Sequence[str]) -> dict[str, object]:
     """The fields of a row that depend on the machine: times, memory, energy, clocks."""
     asked = [run.asked[key] for key in dict.fromkeys(keys)]
     stages = {stage for a in asked for stage in a.seconds}
@@ -188,7 +189,7 @@ def _cost(run: Run, keys: Sequence[str]) -> dict[str, object]:
         "seconds": {stage: spread([a.seconds[stage] for a in asked if stage in a.seconds]) for stage in stages},
         "tokens_per_second": spread(rates) if rates else None,
         "load_seconds": opened.seconds if opened else {},
-        "loaded": schema.Memory(**opened.loaded.model_dump()) if opened and opened.loaded else None,
+        "loaded": opened.loaded if opened else None,
         "peak": schema.Memory(**{k: max(getattr(p, k) for p in peaks) for k in ("private", "mapped", "resident")})
         if peaks
         else None,
@@ -198,7 +199,7 @@ def _cost(run: Run, keys: Sequence[str]) -> dict[str, object]:
     }
 
 
-def _failed(run: Run, keys: Sequence[str]) -> schema.Row:
+def _failed(run: SubjectRun, keys: Sequence[str]) -> schema.Row:
     facts = {"name": "?", "recipe": "?", "target": "?", "digest": "", "bytes": 0, **run.facts}
     there = sum(key in run.asked for key in set(keys))
     reason = run.reason or f"measured on {there} of {len(set(keys))} samples only"
@@ -208,23 +209,24 @@ def _failed(run: Run, keys: Sequence[str]) -> schema.Row:
     )  # fmt: skip
 
 
-def _fidelity(run: Run, answers: Sequence[Answer], theirs: Sequence[Answer], keys: Sequence[str]) -> schema.Fidelity:
+def _fidelity(run: SubjectRun, answers: Sequence[Answer], theirs: Sequence[Answer], keys: Sequence[str]) -> schema.Fidelity:
     # Samples that share a picture and a prompt share an answer, which counts once.
     once = {key: (a.token_ids, b.token_ids) for key, a, b in zip(keys, answers, theirs, strict=True)}
     found = list(once.values())
     diverged = [at for a, b in found if (at := fidelity.first_divergence(a, b)) is not None]
-    along = [run.followed[key].along for key in once if key in run.followed and run.followed[key].along]
-    refused = [f.refused for f in run.followed.values() if f.refused]
-    positions, located = (int(sum(a[of] for a in along)) for of in ("positions", "located"))
+    lines = [run.teacher_forced[key].agreement for key in once if key in run.teacher_forced]
+    compared = [agreement for agreement in lines if agreement]
+    total = TokenAgreement.total(compared)
+    refused = [line.refused for line in run.teacher_forced.values() if line.refused]
     return schema.Fidelity(
         identical=statistics.fmean(float(a == b) for a, b in found),
         token_agreement=statistics.fmean(fidelity.token_agreement(a, b) for a, b in found),
         first_divergence=statistics.median(diverged) if diverged else None, diverged=len(diverged), answers=len(found),
-        followed=len(along), positions=positions,
-        top1=sum(a["agreed"] for a in along) / positions if positions else None,
-        kl=sum(a["kl"] for a in along) / positions if positions else None,
-        kl_worst=max(a["kl_worst"] for a in along) if positions else None,
-        kl_located=sum(a["kl_located"] for a in along) / located if located else None,
+        followed=len(compared), positions=total.positions,
+        top1=total.agreed / total.positions if total.positions else None,
+        kl=total.kl / total.positions if total.positions else None,
+        kl_worst=total.kl_worst if total.positions else None,
+        kl_located=total.kl_located / total.located if total.located else None,
         not_compared=refused[0] if refused else None,
     )  # fmt: skip
 
@@ -263,7 +265,7 @@ def notes(asked: Sequence[Asked]) -> list[str]:
     return found
 
 
-def _ratio(first: Run, second: Run, keys: Sequence[str]) -> schema.Interval | None:
+def _ratio(first: SubjectRun, second: SubjectRun, keys: Sequence[str]) -> schema.Interval | None:
     """How many times as long the second took, sample by sample: of the geometric mean."""
     both = [(first.asked[k].seconds.get("answer"), second.asked[k].seconds.get("answer")) for k in dict.fromkeys(keys)]
     logs = np.array([np.log(b / a) for a, b in both if a and b])
@@ -283,7 +285,7 @@ def _rounding(parity: Mapping[str, object] | None) -> schema.Rounding | None:
     return schema.Rounding(positions=parity["positions"], kl=parity["kl"], agreement=parity["agreement"], worst=worst)  # type: ignore[arg-type]
 
 
-def _answers(run: Run, keys: Sequence[str]) -> list[Answer]:
+def _answers(run: SubjectRun, keys: Sequence[str]) -> list[Answer]:
     known: dict[str, Answer] = {}
     return [known[key] if key in known else known.setdefault(key, answer_of(run.asked[key])) for key in keys]
 

@@ -16,8 +16,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked of every picture, and how. Names are those of `pgx run`'s flags."""
+class PictureQuestion:
+    """The question about every picture, and how it is answered. Names are those of `pgx run`'s flags."""
 
     prompt: str
     max_new_tokens: int | None = None
@@ -27,8 +27,8 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One picture: its answer, or the reason and the exit code that the reason alone would end with."""
+class PictureAnswer:
+    """One picture: its answer, or the reason why there is none and the exit code of that error."""
 
     image: str
     answer: Answer | None
@@ -37,7 +37,7 @@ class Row:
     node: str | None = None  # of a cluster
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, for json.dumps."""
+        """Return plain data, for json.dumps."""
         where = {"node": self.node} if self.node else {}
         if self.answer is None:
             return {"image": self.image, "error": self.error, "exit_code": self.exit_code} | where
@@ -67,8 +67,8 @@ def find_pictures(patterns: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def ask_each(bundle: str, pictures: Sequence[Path], question: Question) -> Iterator[Row]:
-    """Answer one after the other; a picture that cannot be answered is a row like the others.
+def ask_each(bundle: str, pictures: Sequence[Path], question: PictureQuestion) -> Iterator[PictureAnswer]:
+    """Answer about one picture after the other; a picture that cannot be answered is a row like the others.
 
     Raises:
         IntegrityError: the bundle is not sound.
@@ -77,21 +77,22 @@ def ask_each(bundle: str, pictures: Sequence[Path], question: Question) -> Itera
     q = question
     with Runner.from_pretrained(bundle, engine=q.engine, threads=q.threads, low_memory=q.low_memory) as runner:
         for path in pictures:
-            content = read(path)
-            yield content if isinstance(content, Row) else answer(runner, str(path), content, q)
+            yield answer(runner, str(path), read(path), q)
 
 
-def read(path: Path) -> bytes | Row:
-    """A picture's file, or the row that says why there is none."""
+def read(path: Path) -> bytes | PictureAnswer:
+    """Return a picture's bytes, or the row that says why there are none."""
     try:
         return read_picture(path)
     except (InputError, DiskError) as error:
-        return Row(str(path), None, str(error), error.exit_code)
+        return PictureAnswer(str(path), None, str(error), error.exit_code)
 
 
-def answer(runner: Runner, name: str, content: bytes, question: Question) -> Row:
-    """The row of one picture."""
+def answer(runner: Runner, name: str, content: bytes | PictureAnswer, question: PictureQuestion) -> PictureAnswer:
+    """Return the row of one picture; `content` is what `read` gave."""
+    if isinstance(content, PictureAnswer):
+        return content
     try:
-        return Row(name, runner.answer(content, question.prompt, max_new_tokens=question.max_new_tokens))
+        return PictureAnswer(name, runner.answer(content, question.prompt, max_new_tokens=question.max_new_tokens))
     except (InputError, NumericError) as error:  # the next picture may do better
-        return Row(name, None, str(error), error.exit_code)
+        return PictureAnswer(name, None, str(error), error.exit_code)
