@@ -126,12 +126,12 @@ def write(folder: Path, spec: ModelSpec, precision: str, trt: str) -> tuple[dict
     masks = MaskWeights(TINY / "vae-oid.npz")
     graphs, table = write_graphs(source, spec, masks, target.recipe(precision), target, context, source)
     sizes = {}
-    for file, layout in [(TABLE_FILE, table), *((f"{n}.data", DataLayout(g.promises.values())) for n, g in graphs.items())]:
+    for file, layout in [(TABLE_FILE, table), *((f"{n}.data", DataLayout(g.lazy_tensors.values())) for n, g in graphs.items())]:
         with open(folder / file, "wb") as out:
             out.writelines(layout.bytes())
         sizes[file.removesuffix(".data")] = layout.nbytes
     for name, g in graphs.items():
-        (folder / f"{name}.onnx").write_bytes(serialized(g, DataLayout(g.promises.values()), table))
+        (folder / f"{name}.onnx").write_bytes(serialized(g, DataLayout(g.lazy_tensors.values()), table))
     sizes["decoder_step"] += sizes.pop(TABLE_FILE)
     return sizes, context
 

@@ -20,8 +20,7 @@ from pgxport.errors import EngineError, PgxError
 from pgxport.machine import board, clocks
 from pgxport.machine.driver import Driver, Load, ask_driver
 from pgxport.runners.open_session import open_session
-from pgxport.runners.tensorrt import MODULES, load_engine, logger
-from pgxport.runners.tensorrt import machine as tensorrt_machine
+from pgxport.runners.tensorrt_library import MODULES, engine_key, load_engine, logger
 
 # y = x + x, float32 [1]: the smallest graph that shows that an engine runs.
 PROBE = b'\x08\x08:5\n\x0e\n\x01x\n\x01x\x12\x01y"\x03Add\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r'
@@ -209,7 +208,7 @@ def _try_tensorrt(engine: str) -> dict[str, Any]:
     """Its module, the device and a runtime there. Not a graph: that would be built first, which takes memory that a board may lack."""
     try:
         trt = load_engine(engine)
-        tensorrt_machine(engine, trt)
+        engine_key(engine, trt)
         log = logger(trt)
         try:
             trt.Runtime(log)

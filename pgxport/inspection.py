@@ -95,7 +95,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     from pgxport.models.checkpoint import Checkpoint
-    from pgxport.models.spec import read_config
+    from pgxport.models.config import read_config
 
     checkpoint = Checkpoint.open(path)
     spec = read_config(checkpoint.config)

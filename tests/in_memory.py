@@ -63,7 +63,7 @@ class Observed:
 
 def run(g: GraphBuilder, feeds: Arrays) -> tuple[Arrays, Arrays]:
     """A graph's outputs in ONNX Runtime on the CPU, and the arrays that its promises became, in the order of promising."""
-    parts = {name: np.concatenate(list(p.blocks())).reshape(p.shape).astype(p.dtype) for name, p in g.promises.items()}
+    parts = {name: np.concatenate(list(p.blocks())).reshape(p.shape).astype(p.dtype) for name, p in g.lazy_tensors.items()}
     for name, array in parts.items():
         g.graph.initializers[name].const_value = ir.tensor(array, name=name)
     model = ir.to_proto(ir.Model(g.graph, ir_version=11)).SerializeToString()
@@ -77,19 +77,19 @@ def dequantized(scheme: Scheme, layout: str, shape: tuple[int, int], path: str, 
     MatMulNBits: number k of row n is in block k // group; of 4 bits the even ones are in the lower halves of bytes; zero
     points are packed along a row's blocks in the same way, and are 2**(bits - 1) where there are none.
     """
-    codes, scales, zeros = (parts.get(f"{path}.{part}") for part in ("codes", "scales", "zeros"))
-    assert codes is not None
+    quantized, scales, zero_points = (parts.get(f"{path}.{part}") for part in ("codes", "scales", "zeros"))
+    assert quantized is not None
     assert scales is not None
     n, k = np.indices(shape)
     if layout != "blocks":
-        assert codes.dtype == np.int8
-        assert zeros is None
-        return codes[(k, n) if layout == "columns" else (n, k)] * scales.astype(np.float32)[n]
-    assert codes.dtype == np.uint8
-    block, within = k // scheme.group, k % scheme.group
+        assert quantized.dtype == np.int8
+        assert zero_points is None
+        return quantized[(k, n) if layout == "columns" else (n, k)] * scales.astype(np.float32)[n]
+    assert quantized.dtype == np.uint8
+    block, within = k // scheme.group_size, k % scheme.group_size
     if scheme.bits == 8:
-        code, zero = codes[n, block, within], 128 if zeros is None else zeros[n, block].astype(int)
+        code, zero = quantized[n, block, within], 128 if zero_points is None else zero_points[n, block].astype(int)
     else:
-        code = codes[n, block, within // 2] >> (within % 2 * 4) & 15
-        zero = 8 if zeros is None else (zeros[n, block // 2] >> (block % 2 * 4) & 15).astype(int)
+        code = quantized[n, block, within // 2] >> (within % 2 * 4) & 15
+        zero = 8 if zero_points is None else (zero_points[n, block // 2] >> (block % 2 * 4) & 15).astype(int)
     return (code.astype(int) - zero).astype(np.float32) * scales.astype(np.float32)[n, block]

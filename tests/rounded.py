@@ -25,10 +25,10 @@ from pgxport.exporter.calibration_file import Calibration
 from pgxport.exporter.parity import scene
 from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.eager import Forced
+from pgxport.models.config import read_config
+from pgxport.models.eager import TokenizedSample
 from pgxport.models.gemma import TOKEN_TABLE
-from pgxport.models.names import canonical
-from pgxport.models.spec import read_config
+from pgxport.models.weights import canonical
 from pgxport.runners.runner import Runner
 from pgxport.runners.tokenizer import read_token_ids
 
@@ -43,18 +43,18 @@ def recipe_of(name: str, decoder: Scheme, table: Scheme, vision: Scheme, cache: 
     return Recipe(name, tuple(Rule(*rule) for rule in rules.items()), cache)
 
 
-_INT4 = Scheme(bits=4, group=32)
+_INT4 = Scheme(bits=4, group_size=32)
 # What needs calibration, and what named recipes leave out.
 MIXED = {
     "int8": RECIPES["int8"], "int4": RECIPES["int4"], "w8a8": RECIPES["w8a8"],
-    "zeros": recipe_of("zeros", replace(_INT4, symmetric=False), Scheme(bits=4, group=16), Scheme(bits=8, group=16, symmetric=False)),
+    "zeros": recipe_of("zeros", replace(_INT4, symmetric=False), Scheme(bits=4, group_size=16), Scheme(bits=8, group_size=16, symmetric=False)),
     "static": recipe_of("static", _STATIC, _STATIC, _STATIC),
-    "cached": recipe_of("cached", _INT4, Scheme(bits=8, group=64), Scheme(bits=8, group=64), "int8"),
-    "half cache": recipe_of("half", _INT4, Scheme(bits=8, group=64), Scheme(bits=8, group=64), "float16"),
+    "cached": recipe_of("cached", _INT4, Scheme(bits=8, group_size=64), Scheme(bits=8, group_size=64), "int8"),
+    "half cache": recipe_of("half", _INT4, Scheme(bits=8, group_size=64), Scheme(bits=8, group_size=64), "float16"),
     "everything": Recipe("everything", (
-        Rule(NORMS, Scheme()), Rule(TABLE, Scheme(bits=8, group=32)), Rule("*.fc2.weight", replace(_STATIC, compensate=True)),
+        Rule(NORMS, Scheme()), Rule(TABLE, Scheme(bits=8, group_size=32)), Rule("*.fc2.weight", replace(_STATIC, compensate=True)),
         Rule(PROJECTOR, replace(_STATIC, compensate=True)),
-        Rule(DECODER, Scheme(bits=4, group=32, method="gptq", scaling="awq")),
+        Rule(DECODER, Scheme(bits=4, group_size=32, method="gptq", scaling="awq")),
         Rule(VISION, replace(_STATIC, scaling="smoothquant", method="gptq", compensate=True)), Rule(REST, Scheme("float16")),
     ), "int8"),
 }  # fmt: skip
@@ -77,13 +77,13 @@ def make_calibration(folder: Path, *, samples: int = 3, moments: bool = True) ->
     return calibrate(CalibrateOptions(output=name, source=folder, samples=samples, moments=moments))
 
 
-def sample(folder: Path, index: int = 0) -> Forced:
+def sample(folder: Path, index: int = 0) -> TokenizedSample:
     checkpoint = Checkpoint.open(folder)
     tokenizer = folder / "tokenizer.json"
     return scene(index, read_config(checkpoint.config), tokenizer, read_token_ids(tokenizer, checkpoint.config))
 
 
-def engine_logits(bundle: Path, given: Forced) -> np.ndarray:
+def engine_logits(bundle: Path, given: TokenizedSample) -> np.ndarray:
     """[answer tokens + 1, V] of ONNX Runtime on the CPU, whatever the bundle's target: the prefix at once, then token by token."""
     opened = Bundle.open(bundle)
     with Runner(Bundle(bundle, opened.manifest.model_copy(update={"target": "cpu"})), threads=1) as runner:
@@ -95,7 +95,7 @@ def engine_logits(bundle: Path, given: Forced) -> np.ndarray:
 
 
 @torch.no_grad()
-def transformers_logits(model: Any, given: Forced) -> np.ndarray:
+def transformers_logits(model: Any, given: TokenizedSample) -> np.ndarray:
     """[answer tokens + 1, V], all tokens in one pass."""
     image = model.config.image_token_id
     prefix = [image] * model.config.text_config.num_image_tokens + given.prompt
@@ -155,7 +155,7 @@ def _rounding(scheme: Scheme, path: str, calibration: Calibration | None) -> Any
         return torch.fake_quantize_per_tensor_affine(given[0], step, round(-low / step), 0, 255)
 
     def dynamic(module: Any, given: tuple[torch.Tensor]) -> torch.Tensor:
-        parts = given[0].split(scheme.group or given[0].shape[-1], -1)
+        parts = given[0].split(scheme.group_size or given[0].shape[-1], -1)
         steps = [part.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127 for part in parts]
         return torch.cat([torch.round(part / step) * step for part, step in zip(parts, steps, strict=True)], -1)
 

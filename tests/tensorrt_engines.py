@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from pgxport.bundle.manifest import Manifest
 from pgxport.bundle.reader import Bundle
-from pgxport.models.eager import Forced
+from pgxport.models.eager import TokenizedSample
 
 Arrays = dict[str, np.ndarray]
 Engine = Callable[[Path], Callable[[Arrays], Arrays]]
@@ -92,7 +92,7 @@ class Decoder:
         return np.broadcast_to(row, (1, 1, tokens, len(row))).copy()
 
 
-def forced_logits(path: Path, engine: Engine, given: Forced) -> np.ndarray:
+def teacher_forced_logits(path: Path, engine: Engine, given: TokenizedSample) -> np.ndarray:
     """[answer tokens + 1, V]: the prefix at once, then token by token; what comes beside the logits is checked on the way."""
     bundle = Bundle.open(path)
     m, table = bundle.manifest, bundle.token_table()

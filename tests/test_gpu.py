@@ -13,23 +13,25 @@ import pytest
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx_ir")
 
-from tensorrt_engines import forced_logits, onnxruntime
+from tensorrt_engines import onnxruntime, teacher_forced_logits
 
 from pgxport.bundle.reader import Bundle
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
-from pgxport.compile.tensorrt import CompileOptions, compile_bundle
+from pgxport.compile.compile import compile_bundle
+from pgxport.compile.options import CompileOptions
 from pgxport.errors import InputError
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.exporter.parity import scene
 from pgxport.hub.locate import TINY
 from pgxport.machine.driver import ask_driver
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.eager import Forced
-from pgxport.models.spec import read_config
+from pgxport.models.config import read_config
+from pgxport.models.eager import TokenizedSample
 from pgxport.models.tiny.scenes import draw
 from pgxport.runners.runner import Runner
 from pgxport.runners.session import ENGINES
-from pgxport.runners.tensorrt import RECORDING_VARIABLE, load_cuda
+from pgxport.runners.tensorrt_library import load_cuda
+from pgxport.runners.tensorrt_profile import RECORDING_VARIABLE
 
 pytestmark = pytest.mark.gpu
 # Of the largest logit, from float32: twice what other engines have on random models (tests/exporter/test_tensorrt.py).
@@ -79,12 +81,12 @@ def bundle_for(folder: Path, engine: str, precision: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def given(tiny_112: Path) -> Forced:
+def given(tiny_112: Path) -> TokenizedSample:
     spec = read_config(Checkpoint.open(TINY / "tiny-112").config)
     return scene(2, spec, tiny_112 / "tokenizer.json", Bundle.open(tiny_112).manifest.token_ids)
 
 
-def logits(runner: Runner, given: Forced) -> np.ndarray:
+def logits(runner: Runner, given: TokenizedSample) -> np.ndarray:
     """[answer tokens + 1, V]"""
     pipeline, m = runner.pipeline, runner.manifest
     embeds = pipeline.prefix(pipeline.encode_pixels(given.pixels), [m.token_ids.image] * m.image_tokens + given.prompt)
@@ -97,7 +99,7 @@ def apart(got: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("engine", "precision"), CASES)
-def test_logits_are_those_of_the_cpu(folder: Path, tiny_112: Path, given: Forced, engine: str, precision: str):
+def test_logits_are_those_of_the_cpu(folder: Path, tiny_112: Path, given: TokenizedSample, engine: str, precision: str):
     path = bundle_for(folder, engine, precision)
     with Runner.from_pretrained(path, engine=engine) as runner:
         got = logits(runner, given)
@@ -111,7 +113,7 @@ def test_logits_are_those_of_the_cpu(folder: Path, tiny_112: Path, given: Forced
         with Runner.from_pretrained(other) as cpu:
             error, allowed = float(np.median(apart(got, logits(cpu, given)))), 5e-2
     else:  # the same graph, node by node; a number between two codes may go to either, so that the median is judged
-        error, allowed = float(np.median(apart(got, forced_logits(path, onnxruntime, given)))), 2e-2
+        error, allowed = float(np.median(apart(got, teacher_forced_logits(path, onnxruntime, given)))), 2e-2
     print(engine, precision, error)
     assert error < allowed
 
@@ -130,7 +132,7 @@ def test_answers_boxes_and_masks_are_those_of_the_cpu(folder: Path, tiny_112: Pa
 @pytest.mark.parametrize("trt", ["10.3", "10.16", "11"])
 @pytest.mark.parametrize("engine", MODULES)
 def test_a_replayed_step_gives_the_logits_of_one_that_is_run(
-    folder: Path, given: Forced, engine: str, trt: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, given: TokenizedSample, engine: str, trt: str, monkeypatch: pytest.MonkeyPatch
 ):
     """With the cache of each version; a graph that was recorded for another place or length would give others."""
     bundle_for(folder, engine, "fp16")

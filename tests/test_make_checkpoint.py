@@ -14,7 +14,8 @@ pytest.importorskip("ml_dtypes")
 pytest.importorskip("tools.make_checkpoint", reason="tools/ is not part of the wheel")
 
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.spec import RESOLUTIONS, TEXT, ModelSpec, published, read_config
+from pgxport.models.config import read_config
+from pgxport.models.spec import RESOLUTIONS, TEXT, ModelSpec, published
 from pgxport.models.weights import weight_shapes
 from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
 from tools import make_checkpoint as made

@@ -17,17 +17,18 @@ from tokenizers import Tokenizer  # noqa: E402
 
 from pgxport.bundle.reader import Bundle  # noqa: E402
 from pgxport.errors import CheckpointError, EngineError  # noqa: E402
-from pgxport.exporter.activation_ranges import FLOAT16_MAX, audit, residual_divisor  # noqa: E402
+from pgxport.exporter.activation_ranges import FLOAT16_MAX, measure_ranges, residual_divisor  # noqa: E402
 from pgxport.exporter.export import ExportOptions, export  # noqa: E402
 from pgxport.exporter.graph import GraphBuilder  # noqa: E402
 from pgxport.exporter.recipe import RECIPES  # noqa: E402
 from pgxport.exporter.targets import TARGETS  # noqa: E402
 from pgxport.models.checkpoint import Checkpoint  # noqa: E402
+from pgxport.models.config import read_config  # noqa: E402
 from pgxport.models.eager import Eager  # noqa: E402
 from pgxport.models.gemma import decoder_step  # noqa: E402
 from pgxport.models.projector import projector  # noqa: E402
 from pgxport.models.siglip import vision_encoder  # noqa: E402
-from pgxport.models.spec import read_config, shrunk  # noqa: E402
+from pgxport.models.spec import shrunk  # noqa: E402
 from pgxport.runners.runner import Runner  # noqa: E402
 from pgxport.runners.tokenizer import read_token_ids  # noqa: E402
 
@@ -132,12 +133,12 @@ def test_the_loud_checkpoint_is_beyond_float16_and_transformers_breaks_on_it(lou
     assert not np.isfinite(ours).all() or relative(ours.astype(np.float32), expected) > 0.2
 
 
-def test_the_audit_finds_the_range_and_its_divisor_makes_float16_match_float32(loud):
+def test_the_measured_range_gives_a_divisor_that_makes_float16_match_float32(loud):
     folder, model = loud
     checkpoint = Checkpoint.open(folder)
     spec = read_config(checkpoint.config)
     ids = read_token_ids(folder / "tokenizer.json", checkpoint.config)
-    ranges = audit(checkpoint, spec, folder / "tokenizer.json", ids)
+    ranges = measure_ranges(checkpoint, spec, folder / "tokenizer.json", ids)
     assert ranges.largest["residual"] > FLOAT16_MAX
     assert {"residual", "norm square", "variance", "attention score", "MLP product", "linear output"} <= set(ranges.largest)
     divisor = residual_divisor(ranges)
@@ -169,8 +170,8 @@ def session_logits(folder: Path, spec, out: Path, precision: str, target: str) -
     for model in (vision_encoder, projector, decoder_step):
         g = GraphBuilder(model.__name__, checkpoint, RECIPES[precision], TARGETS[target], context_length=64)
         model(g, spec)
-        for name, promise in g.promises.items():
-            array = np.concatenate([b.astype(promise.dtype) for b in promise.blocks()]).reshape(promise.shape)
+        for name, lazy in g.lazy_tensors.items():
+            array = np.concatenate([b.astype(lazy.dtype) for b in lazy.blocks()]).reshape(lazy.shape)
             g.graph.initializers[name].const_value = ir.tensor(array, name=name)
         out.mkdir(exist_ok=True)
         ir.save(ir.Model(g.graph, ir_version=11), out / f"{g.name}.onnx")

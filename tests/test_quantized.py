@@ -42,8 +42,8 @@ from pgxport.exporter.plan import PlanOptions, plan
 from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import read_recipe, to_toml
 from pgxport.exporter.targets import TARGETS
-from pgxport.models.names import canonical
 from pgxport.models.tiny.scenes import ask, draw
+from pgxport.models.weights import canonical
 from pgxport.runners.runner import Runner
 
 # Of the largest logit, the median over the tokens of an answer.
@@ -114,7 +114,7 @@ def test_logits_are_those_of_transformers_with_the_stored_weights(case, tmp_path
 def test_rescaled_and_compensated_weights_are_a_model_that_answers_alike(case, tmp_path):
     """AWQ, SmoothQuant, GPTQ and biases at eight bits: transformers with what was stored is near transformers as it was."""
     rules = tuple(
-        replace(rule, scheme=replace(rule.scheme, bits=8, activations="dynamic", group=None, scaling="awq"))
+        replace(rule, scheme=replace(rule.scheme, bits=8, activations="dynamic", group_size=None, scaling="awq"))
         if rule.pattern == DECODER else replace(rule, scheme=replace(rule.scheme, observer="minmax")) if rule.pattern != TABLE else rule
         for rule in MIXED["everything"].rules
     )  # fmt: skip
@@ -185,7 +185,7 @@ def test_a_loud_model_is_rounded_with_its_stream_divided(tmp_path):
 
 
 def test_scales_may_be_bfloat16_for_cuda(one, tmp_path):
-    scheme = Scheme(bits=8, group=32)
+    scheme = Scheme(bits=8, group_size=32)
     recipe = Recipe(
         "brain", (Rule("*norm*", Scheme()), Rule(TABLE, scheme), Rule(DECODER, scheme), Rule("*", Scheme("bfloat16")))
     )
@@ -285,7 +285,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 # What is refused -----------------------------------------------------------------------------------------------------
 
-INT8, INT4, NORMS, REST = Scheme(bits=8, group=32), Scheme(bits=4, group=32), Rule("*norm*", Scheme()), Rule("*", Scheme())
+INT8, INT4, NORMS, REST = (
+    Scheme(bits=8, group_size=32),
+    Scheme(bits=4, group_size=32),
+    Rule("*norm*", Scheme()),
+    Rule("*", Scheme()),
+)
 
 
 def rules(*rules: Rule, cache: str | None = None) -> Recipe:

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """pgx bench: what bundles cost in time and memory, side by side, and which differences are real."""
 
-import importlib.metadata
-import os
-import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -15,8 +12,10 @@ from typing import Any
 from pgxport.benchmarking.intervals import Ratio, paired_ratio, summary, verdict
 from pgxport.benchmarking.measure import Answers, Work, worker
 from pgxport.benchmarking.throughput import Batches, batch_worker
-from pgxport.benchmarking.worker import Measurement, Memory, Progress, Worker, interleave
-from pgxport.machine.nvml import find_vram
+from pgxport.benchmarking.worker import Measurement, Progress, Worker, interleave
+from pgxport.machine.conditions import describe_machine
+from pgxport.machine.memory import ProcessMemory
+from pgxport.machine.nvml import find_nvml
 
 STAGES = {
     "verify": "verify (sha256)",
@@ -32,7 +31,6 @@ STAGES = {
     "answer": "whole answer",
 }
 RANKED = ("first_token", "step", "answer")
-PACKAGES = ("pgxport", "numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def bench(
     progress: Progress | None = None,
 ) -> Bench:
     """Measure bundles interleaved, each in a process of its own. One that fails is a measurement with its reason."""
-    work, conditions = work or Answers(), machine()
+    work, conditions = work or Answers(), describe_machine()
     with ExitStack() as stack:
         workers = [
             stack.enter_context(_worker(label, str(bundle), work, engine, threads))
@@ -104,7 +102,7 @@ def _with_memory(
     workers: Sequence[Worker], measured: Sequence[Measurement], work: Work | Batches, engine: str
 ) -> list[Measurement]:
     """What the GPU holds for each process, and what each batch size took, as facts: they are looked at after the work."""
-    vram, found = find_vram(engine), []
+    vram, found = find_nvml(engine), []
     for process, m in zip(workers, measured, strict=True):
         more: dict[str, Any] = {}
         if m.reason is None:
@@ -146,28 +144,6 @@ def measurement_json(m: Measurement) -> dict[str, Any]:
     return found | {"memory": {"loaded": _memory_json(m.loaded), "peak": _memory_json(m.peak)}}
 
 
-def machine() -> dict[str, Any]:
-    """What the figures hold for."""
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": platform.platform(),
-        "load_average": round(os.getloadavg()[0], 2),  # before; other work makes all of it doubtful
-        "versions": {"python": platform.python_version()} | versions(PACKAGES),
-    }
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of those that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def render(b: Bench) -> str:
     """The same, for people: a row a stage, a column a bundle."""
     names = {m.label: chr(ord("A") + i) if i < 26 else f"#{i + 1}" for i, m in enumerate(b.measurements)}
@@ -184,12 +160,12 @@ def render(b: Bench) -> str:
         lines += ["", *_table(whole, names), ""]
         for stage, first, second, ratio in b.comparisons():
             lines.append(f"{_title(stage)}: {verdict(names[first.label], names[second.label], ratio)}")
-    used = b.machine["versions"]
+    here = b.machine
     threads = f"threads: {b.threads or 'as the engine chooses'}"
     lines += [
         f"{_work(b.work)}; {b.repetitions} repetitions after a warm-up: median (least–most); opened once; bundles in turn, every other time backwards",
-        f"{b.engine}, {threads}, {b.machine['cores']} cores of {b.machine['processor']}, load average {b.machine['load_average']} before",
-        ", ".join(f"{package} {version}" for package, version in used.items()),
+        f"{b.engine}, {threads}, {here['cores']} cores of {here['processor']} ({here['vectors']}), load average {here['load_average']} before",
+        ", ".join(f"{package} {version}" for package, version in here["versions"].items()),
     ]
     return "\n".join(lines)
 
@@ -275,13 +251,5 @@ def _bytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _memory_json(memory: Memory | None) -> dict[str, int] | None:
+def _memory_json(memory: ProcessMemory | None) -> dict[str, int] | None:
     return asdict(memory) if memory else None
-
-
-def _processor() -> str:
-    """The CPU's name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
-    return names[0] if names else platform.processor() or platform.machine()

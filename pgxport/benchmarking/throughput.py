@@ -7,20 +7,19 @@ python -m pgxport.benchmarking.throughput, then a line of JSON a request (worker
 import os
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pgxport.benchmarking.measure import WARM_UP_STEPS, Answers, photo, random_ids
-from pgxport.benchmarking.worker import Worker, read_memory, serve
+from pgxport.benchmarking.worker import Worker, serve
 from pgxport.bundle.manifest import MANIFEST
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import UsageError
 from pgxport.files import file_sha256
-from pgxport.machine.nvml import find_vram
+from pgxport.machine.memory import forget_peak, process_memory
+from pgxport.machine.nvml import find_nvml
 from pgxport.runners.pipeline import Pipeline
 
 
@@ -70,7 +69,7 @@ class Batching:
         verified = time.perf_counter()
         self._pipeline = Pipeline(bundle, engine=engine, threads=request["threads"])
         self.opening = {"verify": verified - start, "load": time.perf_counter() - verified}
-        self._work, self._vram = work, find_vram(engine)
+        self._work, self._nvml = work, find_nvml(engine)
         self._image = work.images[0] if work.images else photo()
         m = bundle.manifest
         self._ids, self._peaks = random_ids(m, 1, work.prompt_tokens), dict[str, dict[str, int | None]]()
@@ -80,10 +79,10 @@ class Batching:
     def repeat(self, *, warm_up: bool) -> dict[str, float]:
         seconds: dict[str, float] = {}
         for size in self._work.sizes:
-            _forget_peak()
+            forget_peak()
             seconds |= {f"{stage}/{size}": wall for stage, wall in self._answers(size, warm_up=warm_up).items()}
-            held = read_memory(os.getpid(), peak=True)
-            vram = self._vram.held_by(os.getpid()) if self._vram else None
+            held = process_memory(peak=True)
+            vram = self._nvml.held_by(os.getpid()) if self._nvml else None
             # Of the first time, when the sizes rise: engines keep what they took for a larger one.
             self._peaks.setdefault(str(size), {"resident": held.resident if held else None, "vram": vram})
         return seconds
@@ -105,12 +104,6 @@ class Batching:
             tokens = decoder.feed_rows(pipeline.embed(tokens.tolist()).swapaxes(0, 1)).argmax(-1)
         end = time.perf_counter()
         return {"first_token": first - start, "step": (end - first) / steps, "answer": end - start}
-
-
-def _forget_peak() -> None:
-    """Let the kernel begin again with the most this process has had resident, where it can."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

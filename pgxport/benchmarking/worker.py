@@ -14,11 +14,11 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 from pgxport.errors import PgxError
+from pgxport.machine.memory import ProcessMemory, process_memory
 
 SAMPLE_SECONDS = 0.02  # a look costs 30 µs of another core
 Progress = Callable[[str], None]
@@ -43,26 +43,14 @@ class Askable(Subject, Protocol):
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes resident: private ones (anonymous), and mapped files, which the kernel can drop and read again.
-
-    In a peak each is its own highest, so that the two may add up to more than `resident`.
-    """
-
-    private: int
-    mapped: int
-    resident: int
-
-
-@dataclass(frozen=True)
 class Measurement:
     """What was measured of one subject; with a `reason`, why that ended early, and the exit code of the error."""
 
     label: str
     facts: dict[str, Any]
     seconds: dict[str, list[float]]  # by stage, one a repetition, and one of each stage of opening
-    loaded: Memory | None  # at rest after opening; None where the system does not tell
-    peak: Memory | None
+    loaded: ProcessMemory | None  # at rest after opening; None where the system does not tell
+    peak: ProcessMemory | None
     reason: str | None = None
     exit_code: int = 0
 
@@ -118,8 +106,8 @@ class Worker:
     request: dict[str, Any]  # of opening
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    loaded: Memory | None = None
-    peak: Memory | None = None
+    loaded: ProcessMemory | None = None
+    peak: ProcessMemory | None = None
     failure: WorkerError | None = None
 
     def __enter__(self) -> Self:
@@ -144,7 +132,7 @@ class Worker:
         if not self.failure:
             self.facts = reply["facts"]
             self.seconds = {stage: [seconds] for stage, seconds in reply["seconds"].items()}
-            self.loaded = read_memory(self._process.pid)
+            self.loaded = process_memory(self._process.pid)
             self._ask({"do": "repeat", "warm_up": True})
 
     def repeat(self) -> None:
@@ -211,10 +199,10 @@ class Worker:
             self._look()
 
     def _look(self) -> None:
-        now = read_memory(self._process.pid, peak=True)
+        now = process_memory(self._process.pid, peak=True)
         if now and self.peak:
             before = self.peak
-            now = Memory(max(now.private, before.private), max(now.mapped, before.mapped), max(now.resident, before.resident))
+            now = ProcessMemory(*(max(getattr(m, kind) for m in (now, before)) for kind in ("private", "mapped", "resident")))
         self.peak = now or self.peak
 
 
@@ -245,17 +233,3 @@ def turns(subjects: int, repetitions: int) -> list[tuple[int, ...]]:
 def environment() -> dict[str, str]:
     """Of a process that imports what this one would, installed or not."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-
-
-def read_memory(pid: int, *, peak: bool = False) -> Memory | None:
-    """The memory of a process now, or with its highest resident; None where it is gone or the system has no /proc."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return None
-    held = {
-        key: int(value.split()[0]) << 10 for key, _, value in (line.partition(":") for line in lines) if value.endswith(" kB")
-    }
-    if "RssAnon" not in held:  # it has died, or the kernel is older than 4.5
-        return None
-    return Memory(held["RssAnon"], held["RssFile"] + held["RssShmem"], held["VmHWM" if peak else "VmRSS"])

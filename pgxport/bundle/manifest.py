@@ -17,9 +17,6 @@ CARD = "README.md"  # the model card, for people and the hub
 MAX_MANIFEST_BYTES = 16 << 20
 
 
-STAGED = ".partial"  # behind a bundle's name: its files, as long as they are being written
-
-
 def _plain(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", name):
         raise ValueError(f"{name!r} is not a plain file name")
@@ -35,13 +32,13 @@ TokenId = Annotated[int, Field(ge=0)]
 Float = Literal["float32", "float16", "bfloat16"]
 
 
-Stored = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+WeightDtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 
 
-Counted = Literal["float32", "float16", "bfloat16", "int8", "int4", "float8"]
+CountedDtype = Literal["float32", "float16", "bfloat16", "int8", "int4", "float8"]
 
 
-Kept = Literal["float32", "float16", "bfloat16", "int8"]  # in a KV cache
+CacheDtype = Literal["float32", "float16", "bfloat16", "int8"]  # in a KV cache
 
 
 TrtVersion = Literal["10.3", "10.16", "11"]
@@ -85,7 +82,7 @@ class TokenTable(_Model):
     """
 
     file: FileName
-    dtype: Stored
+    dtype: WeightDtype
     shape: tuple[PositiveInt, PositiveInt]
     scale: float = Field(gt=0, allow_inf_nan=False)
     group: Annotated[int, Field(ge=16, le=65536)] | None = None
@@ -94,10 +91,10 @@ class TokenTable(_Model):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        coded = self.dtype in ("int8", "int4")
-        if coded != (self.scales_offset is not None) or coded != (self.scales_dtype is not None):
+        quantized = self.dtype in ("int8", "int4")
+        if quantized != (self.scales_offset is not None) or quantized != (self.scales_dtype is not None):
             raise ValueError(f"a token table of {self.dtype} with scales of {self.scales_dtype} at {self.scales_offset}")
-        if (self.group is not None and not coded) or (self.group is None and self.dtype == "int4"):
+        if (self.group is not None and not quantized) or (self.group is None and self.dtype == "int4"):
             raise ValueError(f"a token table of {self.dtype} in groups of {self.group}")
         if self.group is not None and self.group & (self.group - 1):
             raise ValueError(f"groups of {self.group}, which is no power of two")
@@ -135,7 +132,7 @@ class Cache(_Model):
     layers: int = Field(gt=0, le=1024)
     kv_heads: int = Field(gt=0, le=1024)
     head_dim: int = Field(gt=0, le=1024)
-    dtype: Kept
+    dtype: CacheDtype
 
 
 class TokenIds(_Model):
@@ -200,7 +197,7 @@ class Manifest(_Model):
     target: str
     tensorrt: TrtVersion | None = None  # the version that the graphs were written for; of target tensorrt alone
     parameters: int
-    stored: dict[str, dict[Counted, PositiveInt]]  # how many weights of each dtype, by graph, and for the token table
+    stored: dict[str, dict[CountedDtype, PositiveInt]]  # how many weights of each dtype, by graph, and for the token table
     spec: dict[str, Any]  # the ModelSpec, for people and reports
     token_ids: TokenIds
     token_table: TokenTable

@@ -9,16 +9,14 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgxport.bundle.manifest import CARD, MANIFEST, MAX_MANIFEST_BYTES, STAGED, Manifest, parse_manifest
+from pgxport.bundle.manifest import CARD, MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from pgxport.bundle.onnx_wire import read_signature
 from pgxport.bundle.token_table import Embedding
-from pgxport.errors import DiskError, IntegrityError
-from pgxport.files import hashed
+from pgxport.errors import IntegrityError
+from pgxport.files import CHECK_DISK, STAGED, disk_errors, hashed
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Bundle:
 
     def digest(self) -> str:
         """The sha256 of what this bundle computes: of the manifest without the model card, which may be written again."""
-        with _reading(self.path):
+        with disk_errors("cannot read", CHECK_DISK, path=self.path):
             found = json.loads((self.path / MANIFEST).read_bytes())
         found["files"].pop(CARD, None)
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
@@ -59,30 +57,20 @@ class Bundle:
         return Embedding(self.path / self.manifest.token_table.file, self.manifest.token_table)
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(f"cannot read {error.filename or path}: {error.strerror}; check the permissions and the disk") from error
-
-
 def _read_manifest(path: Path) -> Manifest:
     if not path.is_dir():
         raise IntegrityError(f"{path}: no such folder; `pgx export -o {path}` writes one")
     file = path / MANIFEST
-    try:
+    with disk_errors(f"cannot read {file}", CHECK_DISK):
         if not os.path.lexists(file):
             raise IntegrityError(f"{path} is not a bundle: it has no {MANIFEST}, which is written last; export it again")
         if (size := _plain_size(file)) > MAX_MANIFEST_BYTES:
             raise IntegrityError(f"{file} has {size} bytes; no manifest is longer than {MAX_MANIFEST_BYTES}")
         return parse_manifest(file.read_bytes(), str(file))
-    except OSError as error:
-        raise DiskError(f"cannot read {file}: {error.strerror}") from error
 
 
 def _verify(path: Path, manifest: Manifest) -> None:
-    with _reading(path):
+    with disk_errors("cannot read", CHECK_DISK, path=path):
         _check_files(path, manifest)
         for (name, info), seen in zip(manifest.files.items(), hashed([path / name for name in manifest.files]), strict=True):
             if seen != info.sha256:
@@ -147,8 +135,8 @@ def _check_graphs(path: Path, manifest: Manifest) -> None:
         if file.suffix != ".onnx":  # what an engine does with a file depends on its name
             raise IntegrityError(f"{path}: the graph {name} is called {graph.file!r}, which does not end in .onnx")
         found = read_signature(file, sizes)
-        promised = tuple({t.name: t.shape for t in tensors} for tensors in (graph.inputs, graph.outputs))
-        if found != promised or tuple(map(set, found)) != expected[name]:
+        described = tuple({t.name: t.shape for t in tensors} for tensors in (graph.inputs, graph.outputs))
+        if found != described or tuple(map(set, found)) != expected[name]:
             raise IntegrityError(f"{file} has other inputs or outputs than the manifest and the runners know; export it again")
     width = manifest.token_table.shape[1]
     embeds = {t.name: t.shape for t in manifest.graphs["decoder_step"].inputs}["inputs_embeds"]

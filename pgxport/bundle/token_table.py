@@ -28,14 +28,14 @@ class Embedding:
         if t.scales_offset is None:
             return _float32(rows, t.dtype)
         if t.group is None:
-            codes = rows.view(np.int8).astype(np.float32)
+            quantized = rows.view(np.int8).astype(np.float32)
         elif t.dtype == "int8":
-            codes = rows.astype(np.float32) - np.float32(128)
+            quantized = rows.astype(np.float32) - np.float32(128)
         else:
-            codes = np.stack([rows & 15, rows >> 4], -1).reshape(len(rows), -1).astype(np.float32) - np.float32(8)
+            quantized = np.stack([rows & 15, rows >> 4], -1).reshape(len(rows), -1).astype(np.float32) - np.float32(8)
         assert t.scales_dtype is not None
         scales = np.repeat(_float32(self._scales[list(ids)], t.scales_dtype), t.group or t.shape[1], 1)
-        return (codes * scales)[:, : t.shape[1]]
+        return (quantized * scales)[:, : t.shape[1]]
 
 
 def _float32(rows: np.ndarray, dtype: str) -> np.ndarray:

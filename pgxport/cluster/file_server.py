@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transfer bundles to nodes: each is named by the sha256 of its manifest, fetched once and verified before use. Knows no Ray."""
 
-import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pgxport.bundle.manifest import MANIFEST
 from pgxport.bundle.reader import Bundle
-from pgxport.errors import DiskError, IntegrityError
-from pgxport.files import file_sha256
+from pgxport.errors import IntegrityError
+from pgxport.files import StagedFolder, disk_errors, file_sha256, locked
 
 CHUNK = 8 << 20  # bytes of a file in one message
 Transfer = Callable[[str, int | None], Iterable[bytes]]  # a file's name, and its size where that is known, to its chunks
@@ -78,20 +76,14 @@ def fetch(digest: str, transfer: Transfer, folder: Path) -> Path:
         IntegrityError: the received bytes are not what the digest promises, or the folder is not this user's alone.
         DiskError: the bundle cannot be written.
     """
-    path, staging = folder / digest, folder / f"{digest}.partial"
-    try:
-        with _locked(folder, digest):
-            if path.exists() and not _sound(path, digest):
-                shutil.rmtree(path)
-            if not path.exists():
-                shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
-                staging.mkdir()
-                _receive(digest, transfer, staging)
-                staging.rename(path)
-    except OSError as error:
-        raise DiskError(
-            f"cannot keep a bundle in {folder}: {error.strerror or error}; free some space, or let PGX_CACHE name another folder"
-        ) from error
+    path = folder / digest
+    with disk_errors(f"cannot keep a bundle in {folder}", "free some space, or let PGX_CACHE name another folder"):
+        _make_private(folder)
+        with locked(folder / f"{digest}.lock", None):
+            if not path.exists() or not _sound(path, digest):
+                with StagedFolder(path, None) as staged:
+                    _receive(digest, transfer, staged.staging)
+                    staged.publish()
     return path
 
 
@@ -118,16 +110,9 @@ def _sound(path: Path, digest: str) -> bool:
         return False
 
 
-@contextmanager
-def _locked(folder: Path, digest: str) -> Iterator[None]:
-    """Hold the lock of a bundle, so that one process of this machine fetches it. The lock of a dead process is free."""
+def _make_private(folder: Path) -> None:
+    """Make a folder that only this user writes, unless there is one."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     about = folder.lstat()
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o022:
         raise IntegrityError(f"{folder} is not a folder that this user alone writes; let PGX_CACHE name another")
-    lock = os.open(folder / f"{digest}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)

@@ -10,7 +10,7 @@ from pgxport.cluster.open_bundle import OpenBundle
 from pgxport.cluster.pool import Cluster
 from pgxport.cluster.tasks import Workers
 from pgxport.errors import EngineError
-from pgxport.runners.many import PictureAnswer, PictureQuestion, answer, read
+from pgxport.runners.many import EmbeddedPicture, PictureAnswer, PictureQuestion, answer, read
 from pgxport.runners.runner import Runner
 
 
@@ -23,7 +23,9 @@ class PictureTask:
     content: bytes | PictureAnswer
 
 
-def ask_each(bundle: str, pictures: Sequence[Path], question: PictureQuestion, address: str) -> Iterator[PictureAnswer]:
+def ask_each(
+    bundle: str, pictures: Sequence[Path | EmbeddedPicture], question: PictureQuestion, address: str
+) -> Iterator[PictureAnswer]:
     """Answer as `many.ask_each` does, spread over a cluster. A picture that three processes or nodes lost is a failed row.
 
     Raises:
@@ -32,7 +34,7 @@ def ask_each(bundle: str, pictures: Sequence[Path], question: PictureQuestion, a
         UsageError: a node has other versions of the packages.
     """
     q = question
-    tasks = (PictureTask(n, str(path), read(path)) for n, path in enumerate(pictures))
+    tasks = (PictureTask(n, str(picture), read(picture)) for n, picture in enumerate(pictures))
     workers = Workers(q.threads, gpu=q.engine != "cpu", many=True)
     with Cluster(address) as cluster:
         setup = OpenBundle(cluster.offer(bundle), partial(_answer, q), q.engine, q.threads, low_memory=q.low_memory)

@@ -22,6 +22,7 @@ from pgxport.cluster.file_server import CHUNK, FileServer, cache, digest_of, fet
 from pgxport.cluster.tasks import TRIES, Result, Task, TaskResult, Workers
 from pgxport.cluster.versions import check_versions, survey
 from pgxport.errors import EngineError, PgxError, UsageError
+from pgxport.machine.conditions import PACKAGES, versions
 
 ADDRESS = re.compile(r"auto|local|[\w.-]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 CHUNKS_AHEAD = 3  # chunks in transfer to a node at once
@@ -172,7 +173,7 @@ class Cluster:
             theirs = self.ray.get(ask.remote())
         except self.ray.exceptions.RayError:
             return False  # it died meanwhile
-        check_versions(node.name, theirs, survey()())
+        check_versions(node.name, theirs, versions(PACKAGES))
         self._checked.add(node.id)
         return True
 

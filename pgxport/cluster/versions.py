@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package versions that must be the same on every node, because they may change an answer."""
+"""Check that every node has the package versions of this machine, for they may change an answer."""
 
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from pgxport.errors import UsageError
-
-PACKAGES = ("pgxport", "numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "tokenizers")
+from pgxport.machine.conditions import PACKAGES
 
 
 def survey(packages: tuple[str, ...] = PACKAGES) -> Callable[[], dict[str, str]]:
@@ -30,10 +29,7 @@ def check_versions(node: str, theirs: Mapping[str, str], ours: Mapping[str, str]
     Raises:
         UsageError: a package is not the same.
     """
-    different = [
-        f"{name} {theirs.get(name, 'missing')} (here {ours.get(name, 'missing')})"
-        for name in PACKAGES
-        if theirs.get(name) != ours.get(name)
-    ]
-    if different:
-        raise UsageError(f"node {node} has {', '.join(different)}; answers would not be comparable: install the same there")
+    names = [name for name in PACKAGES if theirs.get(name) != ours.get(name)]
+    if names:
+        different = ", ".join(f"{name} {theirs.get(name, 'missing')} (here {ours.get(name, 'missing')})" for name in names)
+        raise UsageError(f"node {node} has {different}; answers would not be comparable: install the same there")

@@ -32,7 +32,7 @@ HELD = ("vision residual", "MLP product", "linear output")
 ELSEWHERE = ("linear input", "cache key", "cache value")
 
 
-class Census:
+class ActivationRanges:
     """The largest |x| of each kind of number, and where it was."""
 
     def __init__(self, spec: ModelSpec):
@@ -61,13 +61,13 @@ class Census:
         return Ranges(largest={k: self.largest[k] for k in kinds}, where={k: self.where[k] for k in kinds}, scenes=scenes)
 
 
-def audit(source: TensorSource, spec: ModelSpec, tokenizer: Path, ids: TokenIds, *, scenes: int = SCENES) -> Ranges:
+def measure_ranges(source: TensorSource, spec: ModelSpec, tokenizer: Path, ids: TokenIds, *, scenes: int = SCENES) -> Ranges:
     """The largest |x| of each kind of number, over prefix and answer of calibration scenes, and where it was.
 
     Raises:
         UsageError: numbers that no divisor reaches exceed float16, so that it cannot be used.
     """
-    observe = Census(spec)
+    observe = ActivationRanges(spec)
     words = PromptTokenizer(tokenizer, ids)
     prompt = words.prompt_ids("caption en", 0)
     for index in range(scenes):  # one at a time: the weights are read again, and activations take half the memory of two

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import cast
 
 from pgxport import __version__
-from pgxport.bundle.manifest import CARD, Cache, Kept, Manifest, Parity, Provenance, Ranges, TokenIds
+from pgxport.bundle.manifest import CARD, Cache, CacheDtype, Manifest, Parity, Provenance, Ranges, TokenIds
 from pgxport.bundle.model_card import card
 from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
 from pgxport.compile.lint import check
 from pgxport.errors import CheckpointError, GateError, UsageError
-from pgxport.exporter.activation_ranges import audit, residual_divisor
+from pgxport.exporter.activation_ranges import measure_ranges, residual_divisor
 from pgxport.exporter.calibration_file import Calibration, checkpoint_sha256
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, file_sizes, serialized, stored, token_table, write_graphs
-from pgxport.exporter.legacy_cache import legacy_caches
 from pgxport.exporter.parity import FIRST_SCENE, Run, StoredWeights, parity, scene
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.recipe_toml import read_recipe, to_toml
@@ -27,9 +26,10 @@ from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
 from pgxport.exporter.targets import Target, find_target
 from pgxport.hub.locate import Located, locate
 from pgxport.models.checkpoint import Checkpoint, TensorSource
-from pgxport.models.eager import Forced
+from pgxport.models.config import read_config
+from pgxport.models.eager import TokenizedSample
 from pgxport.models.mask_decoder import MaskWeights
-from pgxport.models.spec import ModelSpec, read_config, shrunk, without_window
+from pgxport.models.spec import ModelSpec, shrunk, without_window
 from pgxport.models.weights import parameters, weight_shapes
 from pgxport.runners.tokenizer import read_token_ids
 
@@ -112,24 +112,22 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
         calibration.check(checkpoint_sha256(job.checkpoint.files()), job.found.name)
     if job.target.compute(job.recipe.rules[-1].scheme.dtype) == "float16":
         measured = calibration.ranges if calibration else None
-        # A checkpoint of its own: what the audit reads does not count as exported.
-        measured = measured or audit(_open(job.found, options), spec, job.tokenizer, job.token_ids)
+        # A checkpoint of its own: rows that the measurement reads do not count as exported.
+        measured = measured or measure_ranges(_open(job.found, options), spec, job.tokenizer, job.token_ids)
         spec, ranges = shrunk(spec, residual_divisor(measured)), measured
     source, statistics = (job.checkpoint, None) if calibration is None else rescaled_for(job, spec, calibration)
 
     graphs, table = write_graphs(source, spec, job.masks, job.recipe, job.target, job.context, statistics)
-    layouts = {name: DataLayout(g.promises.values()) for name, g in graphs.items()}
+    layouts = {name: DataLayout(g.lazy_tensors.values()) for name, g in graphs.items()}
     _lint(graphs, table, job.target, options.sm)
     count = Counter(progress, table.nbytes + sum(layout.nbytes for layout in layouts.values()))
     with BundleWriter(job.output, overwrite=options.overwrite) as writer, ThreadPoolExecutor(1) as beside:
         digest = beside.submit(checkpoint_sha256, job.checkpoint.files())
         writer.write(TABLE_FILE, count(TABLE_FILE, ahead(table.bytes())))
         for name, g in graphs.items():
-            if g.promises:
+            if g.lazy_tensors:
                 writer.write(f"{name}.data", count(f"{name}.data", ahead(layouts[name].bytes())))
             writer.write(f"{name}.onnx", [serialized(g, layouts[name], table)])
-        for name, text in legacy_caches(graphs, job.recipe, job.target, calibration).items():
-            writer.write(name, [text.encode()])
         writer.write("recipe.toml", [to_toml(job.recipe).encode()])
         writer.write("tokenizer.json", [job.tokenizer.read_bytes()])
         if left := job.checkpoint.unread():
@@ -166,7 +164,7 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
                 layers=spec.text.depth,
                 kv_heads=spec.text.kv_heads,
                 head_dim=spec.text.head_dim,
-                dtype=cast(Kept, decoder.cache_dtype.name),
+                dtype=cast(CacheDtype, decoder.cache_dtype.name),
             ),
             graphs=infos,
             files={},
@@ -242,7 +240,7 @@ def _lint(graphs: dict[str, GraphBuilder], table: DataLayout, target: Target, sm
     if target.tensorrt is None:
         return
     for name, g in graphs.items():
-        graph = serialized(g, DataLayout(g.promises.values()), table)
+        graph = serialized(g, DataLayout(g.lazy_tensors.values()), table)
         check(f"{name}.onnx", graph, target.tensorrt, sm)
 
 
@@ -281,8 +279,8 @@ def _open(found: Located, options: ExportOptions) -> Checkpoint:
 
 
 def _check_spec(spec: ModelSpec, found: Located, options: ExportOptions) -> None:
-    promised = found.spec and (found.spec if options.local_window == "hf" else without_window(found.spec))
-    if promised and promised != spec:
+    expected = found.spec and (found.spec if options.local_window == "hf" else without_window(found.spec))
+    if expected and expected != spec:
         raise CheckpointError(f"{found.name} is not the {options.size} model its name promises: its config.json says {spec}")
     if options.res is not None and spec.resolution != options.res:
         raise UsageError(
@@ -313,7 +311,7 @@ def rescaled_for(job: Job, spec: ModelSpec, calibration: Calibration) -> tuple[T
     return (source, RescaledStatistics(calibration, source)) if isinstance(source, Rescaled) else (source, calibration)
 
 
-def _scenes(job: Job, count: int) -> list[Forced]:
+def _scenes(job: Job, count: int) -> list[TokenizedSample]:
     return [scene(FIRST_SCENE + i, job.spec, job.tokenizer, job.token_ids) for i in range(count)]
 
 

@@ -18,9 +18,9 @@ from pgxport.bundle.manifest import GraphInfo, TensorInfo
 from pgxport.errors import UsageError
 from pgxport.exporter import lower_onnxruntime as lower
 from pgxport.exporter import lower_standard
-from pgxport.exporter.quantized_matrix import Coded, Layout
+from pgxport.exporter.quantized_matrix import Layout, QuantizedMatrix
 from pgxport.exporter.recipe import Recipe, Scheme
-from pgxport.exporter.stream import Promise, narrow
+from pgxport.exporter.stream import LazyTensor, narrow
 from pgxport.exporter.targets import Target
 from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
 from pgxport.models.layers import Transform, times
@@ -50,7 +50,7 @@ class Dialect(Protocol):
         self, g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, layer: int, text: TextSpec
     ) -> ir.Value: ...
 
-    def answer(self, g: GraphBuilder) -> None: ...
+    def add_greedy_outputs(self, g: GraphBuilder) -> None: ...
 
 
 DIALECTS: Mapping[str, Dialect] = {"onnxruntime": lower, "standard": lower_standard}
@@ -72,11 +72,10 @@ class GraphBuilder:
         self.name, self.source, self.recipe, self.target = name, source, recipe, target
         self.context_length = context_length  # the longest prefix and answer together that a decoder is written for
         self.statistics = statistics  # of activations, from calibration
-        self.promises: dict[str, Promise] = {}
-        self.matrices: dict[str, Coded] = {}  # those in whole numbers
+        self.lazy_tensors: dict[str, LazyTensor] = {}
+        self.matrices: dict[str, QuantizedMatrix] = {}  # those in whole numbers
         self.copies: set[str] = set()  # names of those that stand beside others for the same weight
         self.rounded: dict[tuple[Any, ...], lower.Rounded] = {}
-        self.multiplied: dict[str, str] = {}  # names of values that matrices multiply, and a matrix that does
         self.shared: dict[tuple[Any, ...], Any] = {}  # values that many nodes read, by what they are
         self._lower = DIALECTS[target.dialect]
         self.graph = ir.Graph((), (), nodes=(), name=name, opset_imports=dict(target.opsets))
@@ -88,7 +87,7 @@ class GraphBuilder:
         # One dtype for all activations of a graph, by the weights it is to multiply most of.
         self.dtype = np.dtype(target.compute(recipe.rules[-1].scheme.dtype))
         self.cache_dtype = np.dtype(recipe.cache or self.dtype)
-        self._promised: dict[str, ir.Value] = {}
+        self._initializers: dict[str, ir.Value] = {}
         self._scope: list[str] = []
         self._inputs: dict[str, ir.Value] = {}
         self._weights: dict[str, ir.Value] = {}
@@ -149,7 +148,7 @@ class GraphBuilder:
         """A large constant, worked out when it is written."""
         kind = np.dtype(dtype or self.dtype)
         with self._at_the_top():
-            return self.initializer(Promise(name, kind, shape, lambda: iter([make().astype(kind)])))
+            return self.initializer(LazyTensor(name, kind, shape, lambda: iter([make().astype(kind)])))
 
     def weight(self, name: str, transform: Transform | None = None, dtype: Any = None) -> ir.Value:
         return self.tensor(self.path(name), transform, dtype)
@@ -166,7 +165,7 @@ class GraphBuilder:
             stored = np.dtype(scheme.dtype)
             with self._at_the_top():
                 value = self.initializer(
-                    Promise(path, stored, self.source.shape(path), lambda: self._blocks(path, stored, transform))
+                    LazyTensor(path, stored, self.source.shape(path), lambda: self._blocks(path, stored, transform))
                 )
                 self._weights[path] = self.cast(value, stored, np.dtype(dtype or self.dtype))
         return self._weights[path]
@@ -183,18 +182,20 @@ class GraphBuilder:
             self._prefill = self.op("Greater", self.op("Squeeze", self.op("Shape", x, start=1, end=2)), 1)
         return self._prefill
 
-    def coded(self, path: str, layout: Layout, gain: float = 1.0) -> Coded:
+    def quantized_matrix(self, path: str, layout: Layout, gain: float = 1.0) -> QuantizedMatrix:
         """A matrix of the checkpoint in whole numbers; its parts become initializers by `initializer`."""
         if path not in self.matrices:
             scheme = self.recipe.scheme(path)
             dtype = self._scales(scheme, layout)
-            self.matrices[path] = Coded(path, self.source, scheme, layout, gain=gain, dtype=dtype, statistics=self.statistics)
+            self.matrices[path] = QuantizedMatrix(
+                path, self.source, scheme, layout, gain=gain, dtype=dtype, statistics=self.statistics
+            )
         return self.matrices[path]
 
-    def copied(self, path: str, layout: Layout, scheme: Scheme, name: str, gain: float = 1.0) -> Coded:
+    def copied(self, path: str, layout: Layout, scheme: Scheme, name: str, gain: float = 1.0) -> QuantizedMatrix:
         """The same in another scheme and under another name, beside what the recipe says of it."""
         source, dtype = Renamed(self.source, name, path), self._scales(scheme, layout)
-        self.matrices[name] = Coded(name, source, scheme, layout, gain=gain, dtype=dtype)
+        self.matrices[name] = QuantizedMatrix(name, source, scheme, layout, gain=gain, dtype=dtype)
         self.copies.add(name)
         return self.matrices[name]
 
@@ -205,7 +206,7 @@ class GraphBuilder:
         # In groups of 32, scales in float32 would be a fifth of all bytes. What float16 rounds is a hundredth of a step.
         return np.dtype(np.float16) if scheme.bits == 4 and self.target.short_scales else self.dtype
 
-    def activation_range(self, w: Coded) -> tuple[float, float]:
+    def activation_range(self, w: QuantizedMatrix) -> tuple[float, float]:
         """Lowest and highest input of a matrix, by its observer.
 
         Raises:
@@ -240,28 +241,28 @@ class GraphBuilder:
             block = to_float32(self.source.rows(path, start, stop))
             yield narrow(block if transform is None else transform(block), stored, path)
 
-    def initializer(self, promise: Promise) -> ir.Value:
+    def initializer(self, lazy: LazyTensor) -> ir.Value:
         """A promise as an initializer: its bytes are written later, into the graph's data file.
 
         It belongs to the branch that is being written, if there is one: without VNNI, ONNX Runtime (1.32) makes integer products exact
         where the weights are the graph's own, and not where a branch reads them from the graph around it.
         """
-        if promise.name in self.promises:
-            return self._promised[promise.name]
-        self.promises[promise.name] = promise
-        dtype = ir.DataType.from_numpy(promise.dtype)
-        tensor = ir.LazyTensor(_unwritten, dtype=dtype, shape=ir.Shape(promise.shape), name=promise.name)
-        value = _value(promise.name, promise.dtype, promise.shape)
+        if lazy.name in self.lazy_tensors:
+            return self._initializers[lazy.name]
+        self.lazy_tensors[lazy.name] = lazy
+        dtype = ir.DataType.from_numpy(lazy.dtype)
+        tensor = ir.LazyTensor(_unwritten, dtype=dtype, shape=ir.Shape(lazy.shape), name=lazy.name)
+        value = _value(lazy.name, lazy.dtype, lazy.shape)
         value.const_value = tensor
         self._body.register_initializer(value)
-        self._promised[promise.name] = value
+        self._initializers[lazy.name] = value
         return value
 
     # The file ----------------------------------------------------------------------------------------------------
 
     def serialize(self, places: Mapping[str, Place]) -> bytes:
         """The .onnx file, its large weights pointing at (file, offset, length) beside it."""
-        for name, value in self._promised.items():
+        for name, value in self._initializers.items():
             file, start, length = places[name]
             assert value.dtype is not None, f"Bug: {name} has no type"
             assert value.shape is not None, f"Bug: {name} has no shape"
@@ -341,11 +342,11 @@ class GraphBuilder:
     def cached_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, *, layer: int, text: TextSpec) -> ir.Value:
         return self._lower.cached_attention(self, q, k, v, layer=layer, text=text)
 
-    def answer(self) -> None:
+    def add_greedy_outputs(self) -> None:
         """Add what the target's runner takes from a decoder beside its logits."""
-        self._lower.answer(self)
+        self._lower.add_greedy_outputs(self)
 
-    def found(self, name: str) -> ir.Value:
+    def output_named(self, name: str) -> ir.Value:
         """An output of the graph, by its name."""
         return next(value for value in self.graph.outputs if value.name == name)
 

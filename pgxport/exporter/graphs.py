@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
-from pgxport.bundle.manifest import Counted, TokenTable
+from pgxport.bundle.manifest import CountedDtype, TokenTable
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.stream import DataLayout
@@ -44,9 +44,9 @@ def write_graphs(
         graphs["mask_decoder"] = GraphBuilder("mask_decoder", masks, _floats(recipe), target)
         mask_decoder(graphs["mask_decoder"])
     decoder = graphs["decoder_step"]
-    decoder.answer()
-    parts = [p for p in decoder.promises if p == TOKEN_TABLE or p.startswith(f"{TOKEN_TABLE}.")]
-    return graphs, DataLayout([decoder.promises.pop(p) for p in parts])
+    decoder.add_greedy_outputs()
+    parts = [p for p in decoder.lazy_tensors if p == TOKEN_TABLE or p.startswith(f"{TOKEN_TABLE}.")]
+    return graphs, DataLayout([decoder.lazy_tensors.pop(p) for p in parts])
 
 
 def _floats(recipe: Recipe) -> Recipe:
@@ -60,39 +60,39 @@ def _floats(recipe: Recipe) -> Recipe:
     return Recipe(recipe.name, (replace(last, scheme=replace(last.scheme, dtype=dtype)),))
 
 
-def stored(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, dict[Counted, int]]:
+def stored(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, dict[CountedDtype, int]]:
     """How many weights of each type, by graph, and for the token table."""
-    counts: dict[str, dict[Counted, int]] = {"token_table": {}}
+    counts: dict[str, dict[CountedDtype, int]] = {"token_table": {}}
     for g in graphs.values():
         for path, matrix in g.matrices.items():
             if path in g.copies:
                 continue
             kind = "float8" if matrix.scheme.format == "e4m3" else f"int{matrix.scheme.bits}"
             _count(counts, "token_table" if path == TOKEN_TABLE else g.name, kind, matrix.shape)
-        parts = {p.name for matrix in g.matrices.values() for p in matrix.promises}
-        for promise in g.promises.values():
+        parts = {p.name for matrix in g.matrices.values() for p in matrix.lazy_tensors}
+        for tensor in g.lazy_tensors.values():
             # Tables that are worked out are no weights, nor are the scales of whole numbers.
-            if promise.name not in parts and not promise.name.startswith(("rotary.", "cache.", "lm_head.")):
-                _count(counts, g.name, promise.dtype.name, promise.shape)
-    for promise in table.promises:
-        if promise.name == TOKEN_TABLE:
-            _count(counts, "token_table", promise.dtype.name, promise.shape)
+            if tensor.name not in parts and not tensor.name.startswith(("rotary.", "cache.", "lm_head.")):
+                _count(counts, g.name, tensor.dtype.name, tensor.shape)
+    for tensor in table.lazy_tensors:
+        if tensor.name == TOKEN_TABLE:
+            _count(counts, "token_table", tensor.dtype.name, tensor.shape)
     return counts
 
 
-def _count(counts: dict[str, dict[Counted, int]], part: str, kind: str, shape: tuple[int, ...]) -> None:
+def _count(counts: dict[str, dict[CountedDtype, int]], part: str, kind: str, shape: tuple[int, ...]) -> None:
     of_part = counts.setdefault(part, {})
-    of_part[cast(Counted, kind)] = of_part.get(cast(Counted, kind), 0) + prod(shape)
+    of_part[cast(CountedDtype, kind)] = of_part.get(cast(CountedDtype, kind), 0) + prod(shape)
 
 
 def token_table(graphs: dict[str, GraphBuilder], table: DataLayout, spec: ModelSpec) -> TokenTable:
     """What the manifest says of the table's file."""
     matrix = graphs["decoder_step"].matrices.get(TOKEN_TABLE)
-    described: dict[str, Any] = {"dtype": table.promises[0].dtype.name}
+    described: dict[str, Any] = {"dtype": table.lazy_tensors[0].dtype.name}
     if matrix is not None:
-        assert matrix.zeros is None, "Bug: a token table was lowered with zero points"
+        assert matrix.zero_points is None, "Bug: a token table was lowered with zero points"
         place = {"scales_offset": table.places[matrix.scales.name][0], "scales_dtype": matrix.scales.dtype.name}
-        described = {"dtype": f"int{matrix.scheme.bits}", "group": matrix.scheme.group, **place}
+        described = {"dtype": f"int{matrix.scheme.bits}", "group": matrix.scheme.group_size, **place}
     return TokenTable(file=TABLE_FILE, shape=(spec.text.vocab, spec.text.width), scale=spec.text.embed_scale, **described)
 
 
@@ -106,8 +106,8 @@ def file_sizes(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, 
     """Bytes of every file of weights, and of every graph."""
     sizes = {TABLE_FILE: table.nbytes}
     for name, g in graphs.items():
-        layout = DataLayout(g.promises.values())
-        if g.promises:
+        layout = DataLayout(g.lazy_tensors.values())
+        if g.lazy_tensors:
             sizes[f"{name}.data"] = layout.nbytes
         sizes[f"{name}.onnx"] = len(serialized(g, layout, table))
     return sizes

@@ -14,15 +14,15 @@ import numpy as np
 import onnx_ir as ir
 
 from pgxport.errors import CheckpointError, UsageError
-from pgxport.exporter.recipe import PREFILL, SCREEN
+from pgxport.exporter.recipe import PREFILL, SHORTLIST
 from pgxport.models.layers import Transform, rotary_tables, times
 from pgxport.models.spec import TextSpec
 
 if TYPE_CHECKING:
     from pgxport.exporter.graph import GraphBuilder
-    from pgxport.exporter.quantized_matrix import Coded
+    from pgxport.exporter.quantized_matrix import QuantizedMatrix
 
-SCREENED = "lm_head.screen"  # the copy of the token table that finds the candidates
+SHORTLIST_TABLE = "lm_head.screen"  # the copy of the token table that finds the candidates
 CANDIDATES = 64  # tokens
 
 
@@ -41,8 +41,8 @@ def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Val
         # lookup and output from the same bytes. (A Transpose node would be folded into a second copy in memory.)
         return g.op("FusedMatMul", x, g.tensor(path, times(gain)), domain="com.microsoft", transB=1)
     if scheme.activations == "float":
-        return grouped_product(g, x, g.coded(path, "blocks", gain))
-    return integer_product(g, x, g.coded(path, "columns", gain))
+        return grouped_product(g, x, g.quantized_matrix(path, "blocks", gain))
+    return integer_product(g, x, g.quantized_matrix(path, "columns", gain))
 
 
 def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
@@ -52,61 +52,67 @@ def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
         raise UsageError(
             f"{path} is looked up by rows too, for which its grid has to be symmetric; say symmetric = true in its rule"
         )
-    if scheme.screen:
-        return screened_head(g, x, path)
+    if scheme.shortlist:
+        return two_pass_lm_head(g, x, path)
     if scheme.bits is None or scheme.activations == "float":
         return linear(g, x, path)
-    table = g.coded(path, "rows")
+    table = g.quantized_matrix(path, "rows")
     q = rounded_activations(g, g.op("Reshape", x, [-1, table.shape[1]]), table)
     rows = table.shape[:1]
-    zeros = g.table("lm_head.zeros", rows, lambda: np.zeros(rows, np.int8), np.int8)  # QGemm wants as many as scales
-    parts = g.initializer(table.codes), g.initializer(table.scales), zeros
-    y = g.op("QGemm", q.codes, q.scale, q.zero, *parts, domain="com.microsoft", transB=1)
+    zero_points = g.table("lm_head.zeros", rows, lambda: np.zeros(rows, np.int8), np.int8)  # QGemm wants as many as scales
+    parts = g.initializer(table.quantized), g.initializer(table.scales), zero_points
+    y = g.op("QGemm", q.quantized, q.scale, q.zero, *parts, domain="com.microsoft", transB=1)
     return g.op("Reshape", y if q.tokens is None else g.op("Mul", y, q.tokens), [-1, 1, table.shape[0]])
 
 
-def screened_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
+def two_pass_lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
     """The same in two passes (as SVD-softmax, Shim et al., 2017): every token in 4 bits, and the likeliest once more, from the table.
 
     A step reads half the bytes, and the table's rows are all that the graph and the lookup share, so that it stays on the disk but for
     some pages. What the candidates are of each other is not touched by the 4 bits; those of the others are a little off.
     """
     scheme = g.recipe.scheme(path)
-    table = g.coded(path, "blocks" if scheme.activations == "float" else "rows")
-    rough = grouped_product(g, x, g.copied(path, "blocks", SCREEN, SCREENED))
+    table = g.quantized_matrix(path, "blocks" if scheme.activations == "float" else "rows")
+    rough = grouped_product(g, x, g.copied(path, "blocks", SHORTLIST, SHORTLIST_TABLE))
     count = min(CANDIDATES, table.shape[0])
     _, likely = g.op("TopK", rough, [count], axis=-1, sorted=0, outputs=2)
     exact = g.op("MatMul", rows_of(g, table, likely), g.op("Unsqueeze", x, [3]))
     return g.op("ScatterElements", rough, likely, g.op("Squeeze", exact, [3]), axis=-1)
 
 
-def rows_of(g: GraphBuilder, table: Coded, tokens: ir.Value) -> ir.Value:
+def rows_of(g: GraphBuilder, table: QuantizedMatrix, tokens: ir.Value) -> ir.Value:
     """Some rows of a table of 8 bits, in floats: tokens [B, 1, C] -> [B, 1, C, H]"""
-    codes, scales = (g.op("Gather", g.initializer(part), tokens, axis=0) for part in (table.codes, table.scales))
-    codes = g.op("Cast", codes, to=int(ir.DataType.from_numpy(g.dtype)))
+    quantized, scales = (g.op("Gather", g.initializer(part), tokens, axis=0) for part in (table.quantized, table.scales))
+    quantized = g.op("Cast", quantized, to=int(ir.DataType.from_numpy(g.dtype)))
     scales = g.op("Unsqueeze", g.cast(scales, table.scales.dtype, g.dtype), [-1])
     if table.layout == "rows":
-        return g.op("Mul", codes, scales)
-    rows = g.op("Reshape", g.op("Mul", g.op("Sub", codes, 128.0), scales), [0, 0, 0, -1])
+        return g.op("Mul", quantized, scales)
+    rows = g.op("Reshape", g.op("Mul", g.op("Sub", quantized, 128.0), scales), [0, 0, 0, -1])
     width = table.shape[1]
-    return rows if table.codes.nbytes == table.shape[0] * width else g.op("Slice", rows, [0], [width], [3])
+    return rows if table.quantized.nbytes == table.shape[0] * width else g.op("Slice", rows, [0], [width], [3])
 
 
-def grouped_product(g: GraphBuilder, x: ir.Value, w: Coded) -> ir.Value:
+def grouped_product(g: GraphBuilder, x: ir.Value, w: QuantizedMatrix) -> ir.Value:
     """Float activations by 4 or 8 bits, with a scale for each group of input channels."""
-    codes, scales, *zeros = (g.initializer(p) for p in w.promises)
+    quantized, scales, *zero_points = (g.initializer(p) for p in w.lazy_tensors)
     return g.op(
-        "MatMulNBits", x, codes, g.cast(scales, w.scales.dtype, g.dtype), *zeros, domain="com.microsoft",
-        K=w.shape[1], N=w.shape[0], bits=w.scheme.bits, block_size=w.scheme.group,
+        "MatMulNBits", x, quantized, g.cast(scales, w.scales.dtype, g.dtype), *zero_points, domain="com.microsoft",
+        K=w.shape[1], N=w.shape[0], bits=w.scheme.bits, block_size=w.scheme.group_size,
         accuracy_level=4,  # activations in int8, a scale for each group of them; without, kernels are three times slower
     )  # fmt: skip
 
 
-def integer_product(g: GraphBuilder, x: ir.Value, w: Coded) -> ir.Value:
+def integer_product(g: GraphBuilder, x: ir.Value, w: QuantizedMatrix) -> ir.Value:
     """Activations in 8 bits by weights in 8 bits, with a scale for each output channel."""
     q = rounded_activations(g, x, w)
     y = g.op(
-        "MatMulIntegerToFloat", q.codes, g.initializer(w.codes), q.scale, g.initializer(w.scales), q.zero, domain="com.microsoft"
+        "MatMulIntegerToFloat",
+        q.quantized,
+        g.initializer(w.quantized),
+        q.scale,
+        g.initializer(w.scales),
+        q.zero,
+        domain="com.microsoft",
     )
     return y if q.tokens is None else g.op("Mul", y, q.tokens)
 
@@ -115,13 +121,13 @@ def integer_product(g: GraphBuilder, x: ir.Value, w: Coded) -> ir.Value:
 class Rounded:
     """Activations in whole numbers, (codes - zero) * scale, and that times `tokens` [..., 1] where each token has a scale."""
 
-    codes: ir.Value
+    quantized: ir.Value
     scale: ir.Value
     zero: ir.Value
     tokens: ir.Value | None = None
 
 
-def rounded_activations(g: GraphBuilder, x: ir.Value, w: Coded) -> Rounded:
+def rounded_activations(g: GraphBuilder, x: ir.Value, w: QuantizedMatrix) -> Rounded:
     """x in uint8, made once for all products that read it. (Kernels of ONNX Runtime want uint8 by int8; int8 by int8 is slow.)"""
     key = (x.name, w.scheme.activations, w.scheme.observer)
     if key not in g.rounded:
@@ -158,7 +164,7 @@ def layer_norm(g: GraphBuilder, x: ir.Value, eps: float) -> ir.Value:
     return g.op("LayerNormalization", x, g.weight("weight"), g.weight("bias"), axis=-1, epsilon=eps)
 
 
-def answer(g: GraphBuilder) -> None:
+def add_greedy_outputs(g: GraphBuilder) -> None:
     """Nothing: on a CPU the runner takes the likeliest token of the logits itself."""
 
 
@@ -210,13 +216,13 @@ def cached_attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, 
         out, *present = fused()
         return [g.cast(out, inner, g.dtype), *present]
 
-    def spelled() -> list[ir.Value]:
+    def decomposed() -> list[ir.Value]:
         return prefix_attention(g, (q, k, v), past, scales, text)
 
     if g.phase:
-        out, *present = spelled() if g.phase == "prefill" else fused_and_cast()
-    elif g.target.spelled_prefill:
-        out, *present = g.branch(g.prefill(q), spelled, fused_and_cast)
+        out, *present = decomposed() if g.phase == "prefill" else fused_and_cast()
+    elif g.target.decomposed_prefill:
+        out, *present = g.branch(g.prefill(q), decomposed, fused_and_cast)
     else:
         out, *present = fused_and_cast()
     for part, value in zip(("key", "value"), present, strict=True):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pgxport.errors import UsageError
-from pgxport.exporter.float8 import LARGEST
+from pgxport.exporter.quantize import FLOAT8_LARGEST
 from pgxport.exporter.recipe import Scheme
 from pgxport.exporter.stream import FLOAT8
 from pgxport.models.layers import Transform, rotary_tables, times
@@ -32,13 +32,12 @@ END = 2**31 - 1
 def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Value:
     """x [..., in] times the checkpoint's matrix [out, in] -> [..., out]"""
     scheme = g.recipe.scheme(path)
-    g.multiplied.setdefault(x.name or "", path)
     if scheme.bits is None:
         # As the checkpoint has it: nothing is transposed while writing, and an engine with two profiles holds less of it twice.
         return g.op("MatMul", x, _transposed(g, g.tensor(path, times(gain))))
     if scheme.activations == "static":
         x = rounded_activations(g, x, path)
-    if scheme.group is None:
+    if scheme.group_size is None:
         return g.op("MatMul", x, rows_product(g, path, gain))
     return g.op("MatMul", x, groups_product(g, path, gain))
 
@@ -46,7 +45,7 @@ def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Val
 def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
     """x [B, 1, H] times the token table [V, H], whose rows are looked up too, so that they stay rows -> [B, 1, V]"""
     scheme = g.recipe.scheme(path)
-    if scheme.bits is not None and (scheme.bits, scheme.group, scheme.format) != (8, None, "int"):
+    if scheme.bits is not None and (scheme.bits, scheme.group_size, scheme.format) != (8, None, "int"):
         raise UsageError(
             f"{path} is looked up by rows too, which for target {g.target.name!r} are int8 with one scale each or floats; "
             f"write bits = 8 without a group in its rule"
@@ -56,15 +55,15 @@ def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
 
 def rows_product(g: GraphBuilder, path: str, gain: float) -> ir.Value:
     """A matrix of 8 bits [out, in] with a scale for each row, in floats again: [in, out]"""
-    w = g.coded(path, "rows", gain)
-    return _transposed(g, g.op("DequantizeLinear", g.initializer(w.codes), g.initializer(w.scales), axis=0))
+    w = g.quantized_matrix(path, "rows", gain)
+    return _transposed(g, g.op("DequantizeLinear", g.initializer(w.quantized), g.initializer(w.scales), axis=0))
 
 
 def groups_product(g: GraphBuilder, path: str, gain: float) -> ir.Value:
     """A matrix [in, out] with a scale for each group of input channels, in floats again: the form TensorRT keeps 4 bits in."""
-    group, columns = g.recipe.scheme(path).group, g.source.shape(path)[1]
-    assert group is not None, f"Bug: {path} has no group"
-    if columns % group:
+    group_size, columns = g.recipe.scheme(path).group_size, g.source.shape(path)[1]
+    assert group_size is not None, f"Bug: {path} has no group"
+    if columns % group_size:
         fits = [size for size in (256, 128, 64, 32, 16) if columns % size == 0]
         can = (
             f"write group = {fits[0]} in its rule"
@@ -73,11 +72,11 @@ def groups_product(g: GraphBuilder, path: str, gain: float) -> ir.Value:
         )
         raise UsageError(
             f"recipe {g.recipe.name!r}: {path} has {columns} input channels, of which target {g.target.name!r} writes "
-            f"whole groups, and {group} do not divide them; {can}"
+            f"whole groups, and {group_size} do not divide them; {can}"
         )
-    w = g.coded(path, "groups", gain)
+    w = g.quantized_matrix(path, "groups", gain)
     g.needs_opset(21)
-    return g.op("DequantizeLinear", g.initializer(w.codes), g.initializer(w.scales), axis=0, block_size=group)
+    return g.op("DequantizeLinear", g.initializer(w.quantized), g.initializer(w.scales), axis=0, block_size=group_size)
 
 
 def rounded_activations(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
@@ -98,7 +97,7 @@ def activation_scale(low: float, high: float, scheme: Scheme, dtype: np.dtype) -
     >>> activation_scale(-1.0, 1.27, Scheme(bits=8, activations="static"), FLOAT32).round(4)
     np.float32(0.01)
     """
-    steps = float(LARGEST) if scheme.format == "e4m3" else 127.0
+    steps = float(FLOAT8_LARGEST) if scheme.format == "e4m3" else 127.0
     scale = np.asarray(max(-low, high, 0.0) / steps, dtype)
     return scale if scale > 0 else np.asarray(1, dtype)
 
@@ -187,9 +186,9 @@ def _attend_to_update(
     return g.op("MatMul", _weights(g, scores, seen, text), present[1])
 
 
-def answer(g: GraphBuilder) -> None:
+def add_greedy_outputs(g: GraphBuilder) -> None:
     """The likeliest token, and whether all logits are finite: a runner then takes a few bytes of a decode step from the device."""
-    logits = g.found("logits")
+    logits = g.output_named("logits")
     g.output(g.op("ArgMax", logits, axis=-1, keepdims=0), "next_token", ["batch", 1], np.int64)
     g.output(g.op("ReduceSumSquare", logits, [1, 2], keepdims=0), "logits_square", ["batch"], np.float32)
 

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from pgxport.bundle.manifest import Parity, TokenIds
-from pgxport.exporter.float8 import to_float8
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.lower_onnxruntime import CANDIDATES, SCREENED, prefix_copy, uint8_grid
+from pgxport.exporter.lower_onnxruntime import CANDIDATES, SHORTLIST_TABLE, prefix_copy, uint8_grid
 from pgxport.exporter.lower_standard import activation_scale
+from pgxport.exporter.quantize import to_float8
 from pgxport.exporter.recipe import Recipe, Scheme
 from pgxport.exporter.scaling import Statistics
 from pgxport.exporter.stream import DataLayout, Progress
 from pgxport.exporter.targets import Target
 from pgxport.metrics.fidelity import kl_divergence
 from pgxport.models.checkpoint import TensorSource, to_float32
-from pgxport.models.eager import Eager, Forced, forced_logits
+from pgxport.models.eager import Eager, TokenizedSample, teacher_forced_logits
 from pgxport.models.spec import ModelSpec
 from pgxport.models.tiny.scenes import Question, ask, draw, locations
 from pgxport.runners.image import pixel_values
@@ -43,13 +43,13 @@ class StoredWeights:
         self._source = source
         self.matrices = {path: matrix for g in graphs.values() for path, matrix in g.matrices.items()}
         self.copies = {name for g in graphs.values() for name in g.copies}
-        self._dtypes = {p.name: p.dtype for _, layout in layouts.values() for p in layout.promises}
+        self._dtypes = {p.name: p.dtype for _, layout in layouts.values() for p in layout.lazy_tensors}
         # What rounding took from the mean output is in a bias's bytes alone.
         self._biases = {f"{path.removesuffix('weight')}bias": m for path, m in self.matrices.items() if m.scheme.compensate}
-        wanted = {p.name for matrix in self.matrices.values() for p in matrix.promises} | self._biases.keys()
+        wanted = {p.name for matrix in self.matrices.values() for p in matrix.lazy_tensors} | self._biases.keys()
         self._parts: dict[str, np.ndarray] = {}
         for file, layout in layouts.values():
-            for p in layout.promises:
+            for p in layout.lazy_tensors:
                 if p.name in wanted:
                     dtype, shape = p.stored
                     self._parts[p.name] = np.memmap(file, dtype, "r", layout.places[p.name][0], shape)
@@ -81,11 +81,11 @@ class Run:
     statistics: Statistics | None = None
     target: Target | None = None
 
-    def logits(self, sample: Forced) -> np.ndarray:
+    def logits(self, sample: TokenizedSample) -> np.ndarray:
         """[answer tokens + 1, V] along an answer that is given."""
         if self.recipe is None:
-            return forced_logits(self.weights, self.spec, sample)
-        return forced_logits(self.weights, self.spec, sample, rounding=self._rounding, writer=_AsStored)
+            return teacher_forced_logits(self.weights, self.spec, sample)
+        return teacher_forced_logits(self.weights, self.spec, sample, rounding=self._rounding, writer=_AsStored)
 
     def _rounding(self, kind: str, where: str, x: np.ndarray) -> np.ndarray:
         """What the engine takes for x."""
@@ -105,11 +105,11 @@ class Run:
         if scheme.activations == "dynamic":
             return _symmetric(x, np.abs(x).max(-1, keepdims=True))
         # MatMulNBits rounds activations too, with a scale for each group of them.
-        assert scheme.group is not None, f"Bug: {where} has no group"
+        assert scheme.group_size is not None, f"Bug: {where} has no group"
         return np.concatenate(
             [
                 _symmetric(g, np.abs(g).max(-1, keepdims=True))
-                for g in np.split(x, range(scheme.group, x.shape[-1], scheme.group), -1)
+                for g in np.split(x, range(scheme.group_size, x.shape[-1], scheme.group_size), -1)
             ],
             -1,
         )
@@ -141,9 +141,9 @@ class _AsStored(Eager):
     """Multiplies by the copies of a weight where the bundle's graphs do."""
 
     def lm_head(self, x: np.ndarray, name: str) -> np.ndarray:
-        if SCREENED not in self._copies:
+        if SHORTLIST_TABLE not in self._copies:
             return super().lm_head(x, name)
-        rough, exact = self._multiply(x, SCREENED, 1.0), self._product(x, name, 1.0)
+        rough, exact = self._multiply(x, SHORTLIST_TABLE, 1.0), self._product(x, name, 1.0)
         likely = np.argpartition(rough, -min(CANDIDATES, rough.shape[-1]))[..., -CANDIDATES:]
         np.put_along_axis(rough, likely, np.take_along_axis(exact, likely, -1), -1)
         return rough
@@ -160,7 +160,7 @@ class _AsStored(Eager):
         return self.source.copies
 
 
-def parity(exact: Run, rounded: Run, samples: Sequence[Forced], *, progress: Progress | None = None) -> Parity:
+def parity(exact: Run, rounded: Run, samples: Sequence[TokenizedSample], *, progress: Progress | None = None) -> Parity:
     """Force both along the same answers, and compare what each would have said at every token."""
     losses: list[float] = []
     agreed = 0
@@ -191,14 +191,14 @@ def _symmetric(x: np.ndarray, largest: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(x / scale), -128, 127) * scale
 
 
-def scene(index: int, spec: ModelSpec, tokenizer: Path, ids: TokenIds) -> Forced:
+def scene(index: int, spec: ModelSpec, tokenizer: Path, ids: TokenIds) -> TokenizedSample:
     """A scene of the calibration split with one of its questions, captions and boxes by turns."""
     drawn, words = draw("calibration", index), PromptTokenizer(tokenizer, ids)
     kinds = {q.task: q for q in ask(drawn, index)}
     question = kinds["detect"] if index % 2 and "detect" in kinds else kinds["caption"]
     prompt = words.prompt_ids(question.prompt, 0)
     answer = words.prompt_ids(_answer(question), 0)[1:-1]  # without bos and newline
-    return Forced(pixel_values(drawn.image, spec.resolution)[None], prompt, answer)
+    return TokenizedSample(pixel_values(drawn.image, spec.resolution)[None], prompt, answer)
 
 
 def _answer(question: Question) -> str:

@@ -16,21 +16,23 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from pgxport.compile.tensorrt import COPIES, WORKSPACE_BYTES, build_memory
+from pgxport.compile.memory import COPIES, WORKSPACE_BYTES, build_memory
 from pgxport.errors import UsageError, choose
 from pgxport.exporter.export import context_length, named
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, file_sizes, write_graphs
-from pgxport.exporter.lower_onnxruntime import SCREENED
+from pgxport.exporter.lower_onnxruntime import SHORTLIST_TABLE
 from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.recipe_toml import to_toml
-from pgxport.exporter.stream import DataLayout, Promise
+from pgxport.exporter.stream import DataLayout, LazyTensor
 from pgxport.exporter.targets import TARGETS, Target, find_target
 from pgxport.hub.locate import TINY, published_name
+from pgxport.machine.board import BOARDS, BoardSpec
 from pgxport.models.checkpoint import BLOCK_BYTES, Checkpoint, TensorSource
+from pgxport.models.config import read_config
 from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.mask_decoder import MaskWeights
-from pgxport.models.spec import SIZES, TINY_RESOLUTIONS, ModelSpec, published, read_config, without_window
+from pgxport.models.spec import SIZES, TINY_RESOLUTIONS, ModelSpec, published, without_window
 from pgxport.models.weights import weight_shapes
 
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector"}
@@ -40,9 +42,9 @@ TOKENIZER_BYTES = {"paligemma": 17_500_000, "paligemma2": 34_600_000}
 # Python, numpy, onnx_ir and a graph of 46 layers; then blocks of rows on their way: as stored, widened, transformed, narrowed.
 # Measured: 132 to 146 MB for exports of 0.8 GB, with a tokenizer.json of 0.3 MB.
 EXPORT_BASE, EXPORT_BLOCKS = 125_000_000, 4
-# The audit for float16 holds activations in float32, so many of an MLP's width for each token of a scene at once. Measured:
+# Measuring ranges for float16 holds activations in float32: this many of the MLP's width for each token of a scene. Measured:
 # 194 MB with the true widths of PaliGemma 2 3B at 448 px, on one layer.
-AUDIT_BUFFERS = 5.2
+RANGES_BUFFERS = 5.2
 # What the tokenizer takes once it is parsed: measured with 255,000 pieces and half a million merges, as the published ones have.
 TOKENIZER_MEMORY, TOKENIZER_FACTOR = 320_000_000, 10
 # Python, numpy, Pillow and ONNX Runtime on the CPU, measured. On a GPU its libraries and a CUDA context: assumed.
@@ -51,39 +53,6 @@ RUN_BASE_GPU = 600_000_000
 # ONNX Runtime 1.31 on the CPU, in activations of one token: outputs of the MLP's products and its GELU, and some of the
 # stream's width. Measured on 3 to 4 layers at 1,500 and 4,500 tokens: plans of whole runs were 1 to 13 % above.
 MLP_BUFFERS, STREAM_BUFFERS, QKV_BUFFERS = 3, 6, 4
-
-
-@dataclass(frozen=True)
-class Board:
-    """A device: its memory, and what of it is not free for pgx.
-
-    Jetsons share one memory between CPU and GPU. What is kept there is what the firmware reserves (a module of 8 GB reports some
-    7.4 GiB), and a system without a desktop. On a graphics card it is the driver's and a display's. Neither was measured by us.
-    """
-
-    name: str
-    memory: int
-    kept: int
-    gpu_only: bool = False
-
-    @property
-    def usable(self) -> int:
-        return self.memory - self.kept
-
-
-GIB = 1 << 30
-BOARDS = {
-    board.name: board
-    for board in (
-        Board("orin-nano-8gb", 8 * GIB, int(1.5 * GIB)),
-        Board("orin-nx-8gb", 8 * GIB, int(1.5 * GIB)),
-        Board("orin-nx-16gb", 16 * GIB, int(1.75 * GIB)),
-        Board("agx-orin-32gb", 32 * GIB, int(2.5 * GIB)),
-        Board("agx-orin-64gb", 64 * GIB, int(3.5 * GIB)),
-        Board("thor-128gb", 128 * GIB, int(6.5 * GIB)),
-        *(Board(f"gpu-{n}gb", n * GIB, int(0.5 * GIB), gpu_only=True) for n in (8, 12, 16, 24, 32, 48, 80, 96)),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -143,13 +112,13 @@ class Plan:
     def nbytes(self) -> int:
         return sum(self.files.values())
 
-    def boards(self) -> list[Board]:
+    def boards(self) -> list[BoardSpec]:
         """The boards that have what the target computes on, or the one that was asked for."""
         if self.options.board:
             return [BOARDS[self.options.board]]
         return [b for b in BOARDS.values() if self.target != "cpu" or not b.gpu_only]
 
-    def fitting(self, board: Board) -> list[str]:
+    def fitting(self, board: BoardSpec) -> list[str]:
         """The precisions that fit, the largest first."""
         there = sorted(self.needs.items(), key=lambda item: -item[1])
         # Where two need as much, as on a CPU that widens one to the other, the one named first stores more.
@@ -234,7 +203,7 @@ def plan(options: PlanOptions) -> Plan:
     return Plan(
         model=model, family=spec.family, resolution=spec.resolution, precision=recipe.name, target=target.name, context=context,
         parameters=_parameters(spec), files=files | exact | estimated, estimated=tuple(estimated),
-        export_memory=EXPORT_BASE + EXPORT_BLOCKS * BLOCK_BYTES + 2 * text + _audit_memory(spec, recipe, target, text),
+        export_memory=EXPORT_BASE + EXPORT_BLOCKS * BLOCK_BYTES + 2 * text + _ranges_memory(spec, recipe, target, text),
         run=run, needs={name: needs[name] for name in RECIPES if name in needs}, options=options,
     )  # fmt: skip
 
@@ -314,9 +283,9 @@ class _Sketch:
         axes = {"batch": 1} | dict.fromkeys(("capacity", "tokens", "total", "past", "keys"), self.context)
         inputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.inputs}
         outputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.outputs}
-        held = [_held(p, g.dtype) for g in self.graphs.values() for p in g.promises.values()]
-        if SCREENED not in decoder.matrices:  # of a screened table the engine reads rows
-            held += [_held(p, decoder.dtype) for p in self.table.promises]
+        held = [_held(p, g.dtype) for g in self.graphs.values() for p in g.lazy_tensors.values()]
+        if SHORTLIST_TABLE not in decoder.matrices:  # of a screened table the engine reads rows
+            held += [_held(p, decoder.dtype) for p in self.table.lazy_tensors]
         per_image = (
             v.image_tokens * self.graphs["vision_encoder"].dtype.itemsize * (MLP_BUFFERS * v.mlp + STREAM_BUFFERS * v.width)
         )
@@ -343,24 +312,24 @@ def _sketch(
     return _Sketch(spec, context, graphs, table)
 
 
-def _held(promise: Promise, computed: np.dtype[Any]) -> tuple[int, int]:
+def _held(tensor: LazyTensor, computed: np.dtype[Any]) -> tuple[int, int]:
     """What an engine holds of a weight once it is loaded, and what more for a moment.
 
     ONNX Runtime maps the files, and packs what it multiplies by into memory of its own: as large, and what was mapped is let go.
     A float stored in another type than it is computed in is cast whole before it is packed.
     """
-    if promise.dtype == computed:
-        return promise.nbytes, 0
-    if promise.dtype.kind == "f" or promise.dtype == ml_dtypes.bfloat16:
-        wide = prod(promise.shape) * computed.itemsize
+    if tensor.dtype == computed:
+        return tensor.nbytes, 0
+    if tensor.dtype.kind == "f" or tensor.dtype == ml_dtypes.bfloat16:
+        wide = prod(tensor.shape) * computed.itemsize
         return wide, wide
-    return promise.nbytes, promise.nbytes
+    return tensor.nbytes, tensor.nbytes
 
 
-def _audit_memory(spec: ModelSpec, recipe: Recipe, target: Target, tokenizer: int) -> int:
+def _ranges_memory(spec: ModelSpec, recipe: Recipe, target: Target, tokenizer: int) -> int:
     if target.compute(recipe.rules[-1].scheme.dtype) != "float16":
         return 0
-    activations = int(spec.image_tokens * AUDIT_BUFFERS * max(spec.vision.mlp, spec.text.mlp) * 4)
+    activations = int(spec.image_tokens * RANGES_BUFFERS * max(spec.vision.mlp, spec.text.mlp) * 4)
     return activations + _tokenizer_memory(tokenizer)
 
 

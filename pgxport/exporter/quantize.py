@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from pgxport.errors import NumericError
+from pgxport.exporter.stream import FLOAT8
 
 # Below half of its range a group loses more to the values that are cut off than it wins for the others. AWQ searches the same.
 SHRINK = 1 - np.linspace(0, 0.5, 20, endpoint=False, dtype=np.float32)
 TINY = np.finfo(np.float32).tiny
 FACTOR_BLOCK = 512
 DAMPING_TRIES = 4
+# FP8 E4M3 (Micikevicius et al., 2022, arXiv 2209.05433): eight bits with an exponent, as Ada, Hopper and Blackwell multiply them.
+FLOAT8_LARGEST = np.float32(448)
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Grid:
     """The whole numbers a weight may take: bits (8 or 4), group (input channels a scale, None = the whole row), symmetric."""
 
     bits: int
-    group: int | None = None
+    group_size: int | None = None
     symmetric: bool = True
 
     @property
@@ -54,17 +57,17 @@ class Quantized:
     """
 
     grid: Grid
-    codes: np.ndarray
+    values: np.ndarray
     scales: np.ndarray
-    zeros: np.ndarray
+    zero_points: np.ndarray
 
     def dequantized(self) -> np.ndarray:
         """float32 [N, K]"""
-        columns = self.codes.shape[1]
-        group = self.grid.group or columns
-        w = self.codes.astype(np.float32)
-        w -= np.repeat(self.zeros.astype(np.float32), group, 1)[:, :columns]
-        w *= np.repeat(self.scales, group, 1)[:, :columns]
+        columns = self.values.shape[1]
+        group_size = self.grid.group_size or columns
+        w = self.values.astype(np.float32)
+        w -= np.repeat(self.zero_points.astype(np.float32), group_size, 1)[:, :columns]
+        w *= np.repeat(self.scales, group_size, 1)[:, :columns]
         return w
 
 
@@ -82,10 +85,10 @@ def nearest(w: np.ndarray, grid: Grid, *, clip: bool = False, importance: np.nda
     if not np.isfinite(w).all():
         raise ValueError("not finite")
     columns = w.shape[1]
-    groups = _grouped(w.astype(np.float32, copy=False), grid.group)  # [N, G, group]
-    weight = None if importance is None else _grouped(importance.astype(np.float32)[None], grid.group)
+    groups = _grouped(w.astype(np.float32, copy=False), grid.group_size)  # [N, G, group]
+    weight = None if importance is None else _grouped(importance.astype(np.float32)[None], grid.group_size)
     least = np.full((*groups.shape[:2], 1), np.inf, np.float32)
-    scales, zeros = np.ones_like(least), np.full_like(least, grid.middle)
+    scales, zero_points = np.ones_like(least), np.full_like(least, grid.middle)
     for scale, zero in _candidates(groups, grid, clip=clip):
         loss = _rounded(groups, scale, zero, grid)
         loss *= scale
@@ -96,19 +99,21 @@ def nearest(w: np.ndarray, grid: Grid, *, clip: bool = False, importance: np.nda
         total = loss.sum(-1, keepdims=True)
         # The first always counts, though its error may be beyond float32.
         better = (total < least) | (least == np.inf)
-        least, scales, zeros = (np.where(better, new, old) for new, old in ((total, least), (scale, scales), (zero, zeros)))
-    codes = _rounded(groups, scales, zeros, grid)
-    codes += zeros
-    codes = codes.astype(np.uint8).reshape(len(w), -1)[:, :columns]
-    return Quantized(grid, np.ascontiguousarray(codes), scales[..., 0], zeros[..., 0].astype(np.uint8))
+        least, scales, zero_points = (
+            np.where(better, new, old) for new, old in ((total, least), (scale, scales), (zero, zero_points))
+        )
+    values = _rounded(groups, scales, zero_points, grid)
+    values += zero_points
+    values = values.astype(np.uint8).reshape(len(w), -1)[:, :columns]
+    return Quantized(grid, np.ascontiguousarray(values), scales[..., 0], zero_points[..., 0].astype(np.uint8))
 
 
-def _grouped(w: np.ndarray, group: int | None) -> np.ndarray:
+def _grouped(w: np.ndarray, group_size: int | None) -> np.ndarray:
     """[N, K] -> [N, G, group]; zeros, which every grid has, fill up the last group"""
-    group = group or w.shape[1]
-    if short := -w.shape[1] % group:
+    group_size = group_size or w.shape[1]
+    if short := -w.shape[1] % group_size:
         w = np.pad(w, ((0, 0), (0, short)))
-    return w.reshape(len(w), -1, group)
+    return w.reshape(len(w), -1, group_size)
 
 
 def _candidates(groups: np.ndarray, grid: Grid, *, clip: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -177,7 +182,7 @@ class Gptq:
         self._importance = diagonal.astype(np.float32)
         self._dead = diagonal == 0
         self._order = np.argsort(-diagonal, kind="stable") if order else np.arange(len(diagonal))
-        self._static = order or grid.group is None
+        self._static = order or grid.group_size is None
         self._feedback = self._factored(damping)
 
     def _factored(self, damping: float) -> np.ndarray:
@@ -224,32 +229,35 @@ class Gptq:
     def _solve(self, w: np.ndarray, rounding: Quantized, *, clip: bool) -> Quantized:
         grid, f, order = self._grid, self._feedback, self._order
         columns = len(order)
-        group = grid.group or columns
+        group_size = grid.group_size or columns
         # Columns as rows from here on, [K, N], in the order of rounding.
         target = w.T[order]
         lost = np.zeros_like(target)  # w - (codes - zeros) * scales
-        codes = np.empty(target.shape, np.uint8)
-        scales, zeros = rounding.scales.T.copy(), rounding.zeros.T.astype(np.float32)
+        values = np.empty(target.shape, np.uint8)
+        scales, zero_points = rounding.scales.T.copy(), rounding.zero_points.T.astype(np.float32)
         for start in range(0, columns, self._block):
             stop = min(columns, start + self._block)
             goal = target[start:stop] + f[:start, start:stop].T @ lost[:start]
             inner = np.ascontiguousarray(f[start:stop, start:stop].T)
             for j in range(start, stop):
-                i, g = j - start, order[j] // group
-                if not self._static and j % group == 0:
-                    end = min(columns, j + group)
+                i, g = j - start, order[j] // group_size
+                if not self._static and j % group_size == 0:
+                    end = min(columns, j + group_size)
                     # What the group's weights are by now, if all that is left may still move.
                     moved = np.linalg.solve(np.triu(f[j:end, j:end]).T, f[:j, j:end].T @ lost[:j])
                     entered = target[j:end] + moved
                     fresh = nearest(
                         entered.T, Grid(grid.bits, None, grid.symmetric), clip=clip, importance=self._importance[j:end]
                     )
-                    scales[g], zeros[g] = fresh.scales[:, 0], fresh.zeros[:, 0]
-                q = _rounded(goal[i] + inner[i, :i] @ lost[start:j], scales[g], zeros[g], grid)
-                codes[order[j]] = q + zeros[g]
+                    scales[g], zero_points[g] = fresh.scales[:, 0], fresh.zero_points[:, 0]
+                q = _rounded(goal[i] + inner[i, :i] @ lost[start:j], scales[g], zero_points[g], grid)
+                values[order[j]] = q + zero_points[g]
                 lost[j] = target[j] - q * scales[g]
         return Quantized(
-            grid, np.ascontiguousarray(codes.T), np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros.T.astype(np.uint8))
+            grid,
+            np.ascontiguousarray(values.T),
+            np.ascontiguousarray(scales.T),
+            np.ascontiguousarray(zero_points.T.astype(np.uint8)),
         )
 
     def _better(self, w: np.ndarray, a: Quantized, b: Quantized) -> Quantized:
@@ -259,10 +267,11 @@ class Gptq:
         worse = np.einsum("nk,nk->n", (p - q) @ self._moment, p + q) > 0
         if not worse.any():
             return a
-        codes, scales, zeros = (
-            np.where(worse[:, None], y, x) for x, y in ((a.codes, b.codes), (a.scales, b.scales), (a.zeros, b.zeros))
+        values, scales, zero_points = (
+            np.where(worse[:, None], y, x)
+            for x, y in ((a.values, b.values), (a.scales, b.scales), (a.zero_points, b.zero_points))
         )
-        return Quantized(a.grid, codes, scales, zeros)
+        return Quantized(a.grid, values, scales, zero_points)
 
 
 def _factor(h: np.ndarray) -> None:
@@ -285,37 +294,52 @@ def hessian_error(delta: np.ndarray, moment: np.ndarray) -> np.ndarray:
     return np.maximum(np.einsum("nk,nk->n", delta @ moment, delta, dtype=np.float64), 0)
 
 
-def pack(codes: np.ndarray, bits: int, group: int) -> np.ndarray:
+def row_scales(w: np.ndarray) -> np.ndarray:
+    """[N, K] -> float32 [N, 1], by which the largest number of each row becomes the largest of E4M3; 1 for a row of zeros."""
+    scales = np.abs(w).max(-1, keepdims=True).astype(np.float32) / FLOAT8_LARGEST
+    return np.where(scales < np.finfo(np.float32).tiny, np.float32(1), scales)
+
+
+def to_float8(x: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
+    """x / scale in E4M3, to the nearest, ties to even; what lies beyond its range is cut off.
+
+    >>> to_float8(np.array([1.0, 1.06, 1e9], np.float32), np.float32(1)).astype(np.float32)
+    array([  1.,   1., 448.], dtype=float32)
+    """
+    return np.clip(x / scale, -FLOAT8_LARGEST, FLOAT8_LARGEST).astype(FLOAT8)
+
+
+def pack(values: np.ndarray, bits: int, group_size: int) -> np.ndarray:
     """[N, K] -> uint8 [N, G, group * bits / 8], as MatMulNBits has it: the low nibble first, the last group filled with middles.
 
     >>> pack(np.array([[1, 2, 3]], np.uint8), 4, 4)
     array([[[ 33, 131]]], dtype=uint8)
     """
-    filled = np.pad(codes, ((0, 0), (0, -codes.shape[1] % group)), constant_values=1 << (bits - 1))
-    return _nibbles(filled.reshape(len(codes), -1, group), bits)
+    filled = np.pad(values, ((0, 0), (0, -values.shape[1] % group_size)), constant_values=1 << (bits - 1))
+    return _nibbles(filled.reshape(len(values), -1, group_size), bits)
 
 
 def unpack(packed: np.ndarray, bits: int, k: int) -> np.ndarray:
     """[N, G, group * bits / 8] -> uint8 [N, K], what `pack` was given."""
-    return _codes(packed, bits).reshape(len(packed), -1)[:, :k]
+    return _unpacked(packed, bits).reshape(len(packed), -1)[:, :k]
 
 
-def pack_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
+def pack_zero_points(zero_points: np.ndarray, bits: int) -> np.ndarray:
     """[N, G] -> uint8 [N, ceil(G * bits / 8)], the low nibble first; of an odd number, the last high nibble is 0."""
-    return _nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2 if bits == 4 else 0))), bits)
+    return _nibbles(np.pad(zero_points, ((0, 0), (0, zero_points.shape[1] % 2 if bits == 4 else 0))), bits)
 
 
-def unpack_zeros(packed: np.ndarray, bits: int, groups: int) -> np.ndarray:
+def unpack_zero_points(packed: np.ndarray, bits: int, groups: int) -> np.ndarray:
     """[N, ceil(G * bits / 8)] -> uint8 [N, G], what `pack_zeros` was given."""
-    return _codes(packed, bits)[:, :groups]
+    return _unpacked(packed, bits)[:, :groups]
 
 
-def _nibbles(codes: np.ndarray, bits: int) -> np.ndarray:
-    codes = codes.astype(np.uint8, copy=False)
-    return codes if bits == 8 else codes[..., ::2] | codes[..., 1::2] << 4
+def _nibbles(values: np.ndarray, bits: int) -> np.ndarray:
+    values = values.astype(np.uint8, copy=False)
+    return values if bits == 8 else values[..., ::2] | values[..., 1::2] << 4
 
 
-def _codes(packed: np.ndarray, bits: int) -> np.ndarray:
+def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
     if bits == 8:
         return packed
     return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)

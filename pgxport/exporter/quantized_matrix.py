@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from pgxport.errors import CheckpointError, UsageError
-from pgxport.exporter.float8 import row_scales, to_float8
-from pgxport.exporter.quantize import Gptq, Grid, Quantized, nearest, pack, pack_zeros, sqnr, unpack, unpack_zeros
+from pgxport.exporter.quantize import (
+    Gptq,
+    Grid,
+    Quantized,
+    nearest,
+    pack,
+    pack_zero_points,
+    row_scales,
+    sqnr,
+    to_float8,
+    unpack,
+    unpack_zero_points,
+)
 from pgxport.exporter.recipe import Scheme
-from pgxport.exporter.stream import FLOAT8, INT4, Promise, narrow
+from pgxport.exporter.stream import FLOAT8, INT4, LazyTensor, narrow
 from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
 
 if TYPE_CHECKING:
@@ -24,7 +35,7 @@ T = TypeVar("T")
 GPTQ_ROWS = 16  # blocks of rows at once: the loop over columns is paid once for all of them
 
 
-class Coded:
+class QuantizedMatrix:
     """The parts of one matrix [N, K], to be written in this order: `codes`, `scales`, and `zeros` where the grid has them.
 
     Args:
@@ -51,32 +62,34 @@ class Coded:
         self.path, self.shape, self.scheme, self.layout, self.gain = path, source.shape(path), scheme, layout, gain
         self.compensation: np.ndarray | None = None  # [N], what rounding takes from the mean output
         self._source, self._statistics = source, statistics
-        self._grid = Grid(scheme.bits, scheme.group, scheme.symmetric)
+        self._grid = Grid(scheme.bits, scheme.group_size, scheme.symmetric)
         self._signal = self._noise = 0.0
         self._scales: list[np.ndarray] = []
-        self._zeros: list[np.ndarray] = []
+        self._zero_points: list[np.ndarray] = []
         n, k = self.shape
         dtype = np.dtype(dtype)
-        self.zeros: Promise | None = None
+        self.zero_points: LazyTensor | None = None
         if layout == "blocks":
-            assert scheme.group is not None, f"Bug: {path} has no group"
-            groups = -(-k // scheme.group)
-            packed = (n, groups, scheme.group * scheme.bits // 8)
-            self.codes = Promise(f"{path}.codes", np.dtype(np.uint8), packed, self._blocks)
-            self.scales = Promise(f"{path}.scales", dtype, (n, groups), lambda: self._made(self._scales, dtype))
+            assert scheme.group_size is not None, f"Bug: {path} has no group"
+            groups = -(-k // scheme.group_size)
+            packed = (n, groups, scheme.group_size * scheme.bits // 8)
+            self.quantized = LazyTensor(f"{path}.codes", np.dtype(np.uint8), packed, self._blocks)
+            self.scales = LazyTensor(f"{path}.scales", dtype, (n, groups), lambda: self._made(self._scales, dtype))
             if not scheme.symmetric:
-                zeros = (n, -(-groups * scheme.bits // 8))
-                self.zeros = Promise(f"{path}.zeros", np.dtype(np.uint8), zeros, lambda: self._made(self._zeros, np.uint8))
+                zero_points = (n, -(-groups * scheme.bits // 8))
+                self.zero_points = LazyTensor(
+                    f"{path}.zeros", np.dtype(np.uint8), zero_points, lambda: self._made(self._zero_points, np.uint8)
+                )
         else:
-            codes = (n, k) if layout == "rows" else (k, n)
+            shape = (n, k) if layout == "rows" else (k, n)
             kind = FLOAT8 if scheme.format == "e4m3" else np.dtype(np.int8) if scheme.bits == 8 else INT4
-            self.codes = Promise(f"{path}.codes", kind, codes, self._blocks)
-            scales = (k // scheme.group, n) if layout == "groups" and scheme.group else (n,)
-            self.scales = Promise(f"{path}.scales", dtype, scales, lambda: self._made(self._scales, dtype))
+            self.quantized = LazyTensor(f"{path}.codes", kind, shape, self._blocks)
+            scales = (k // scheme.group_size, n) if layout == "groups" and scheme.group_size else (n,)
+            self.scales = LazyTensor(f"{path}.scales", dtype, scales, lambda: self._made(self._scales, dtype))
 
     @property
-    def promises(self) -> list[Promise]:
-        return [p for p in (self.codes, self.scales, self.zeros) if p]
+    def lazy_tensors(self) -> list[LazyTensor]:
+        return [p for p in (self.quantized, self.scales, self.zero_points) if p]
 
     @property
     def sqnr(self) -> float:
@@ -89,21 +102,21 @@ class Coded:
         Args:
             parts: The promises' arrays by name, as they were written.
         """
-        codes, scales = parts[self.codes.name], parts[self.scales.name]
+        quantized, scales = parts[self.quantized.name], parts[self.scales.name]
         if self.layout == "groups":
             if self.scheme.bits == 4:
-                codes = (_unpaired(codes).reshape(self.codes.shape) ^ 8).view(np.int8) - np.int8(8)
+                quantized = (_unpaired(quantized).reshape(self.quantized.shape) ^ 8).view(np.int8) - np.int8(8)
             wide = np.repeat(scales[:, start:stop].astype(np.float32), self.shape[1] // len(scales), 0)
-            return (codes[:, start:stop].astype(np.float32) * wide).T / np.float32(self.gain)
+            return (quantized[:, start:stop].astype(np.float32) * wide).T / np.float32(self.gain)
         scales = scales[start:stop].astype(np.float32) / np.float32(self.gain)
         if self.layout != "blocks":
-            codes = codes[:, start:stop].T if self.layout == "columns" else codes[start:stop]
-            return codes.astype(np.float32) * scales[:, None]
+            quantized = quantized[:, start:stop].T if self.layout == "columns" else quantized[start:stop]
+            return quantized.astype(np.float32) * scales[:, None]
         bits, groups = self._grid.bits, scales.shape[1]
-        zeros = np.full(scales.shape, self._grid.middle, np.uint8)
-        if self.zeros:
-            zeros = unpack_zeros(parts[self.zeros.name][start:stop], bits, groups)
-        return Quantized(self._grid, unpack(codes[start:stop], bits, self.shape[1]), scales, zeros).dequantized()
+        zero_points = np.full(scales.shape, self._grid.middle, np.uint8)
+        if self.zero_points:
+            zero_points = unpack_zero_points(parts[self.zero_points.name][start:stop], bits, groups)
+        return Quantized(self._grid, unpack(quantized[start:stop], bits, self.shape[1]), scales, zero_points).dequantized()
 
     def _blocks(self) -> Iterator[np.ndarray]:
         """The codes as they are stored."""
@@ -114,16 +127,16 @@ class Coded:
         row = 0
         for q in self._quantized():
             if self.layout == "blocks":
-                assert self.scheme.group is not None
+                assert self.scheme.group_size is not None
                 self._scales.append(q.scales * np.float32(self.gain))
-                if self.zeros:
-                    self._zeros.append(pack_zeros(q.zeros, self._grid.bits))
-                yield pack(q.codes, self._grid.bits, self.scheme.group)
+                if self.zero_points:
+                    self._zero_points.append(pack_zero_points(q.zero_points, self._grid.bits))
+                yield pack(q.values, self._grid.bits, self.scheme.group_size)
                 continue
             scales = q.scales * np.float32(self.gain)
             self._scales.append(scales if self.layout == "groups" else scales[:, 0])
             # Around the middle of the grid, 128 or 8 -> around 0
-            signed = (q.codes ^ 0x80).view(np.int8) if self.scheme.bits == 8 else q.codes.view(np.int8) - np.int8(8)
+            signed = (q.values ^ 0x80).view(np.int8) if self.scheme.bits == 8 else q.values.view(np.int8) - np.int8(8)
             if whole is None:
                 yield signed
             else:
@@ -153,17 +166,17 @@ class Coded:
     def _float8(self) -> Iterator[np.ndarray]:
         def rounded(block: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
             scales = row_scales(block)
-            codes = to_float8(block, scales)
-            return (codes, scales[:, 0]), codes.astype(np.float32) * scales
+            quantized = to_float8(block, scales)
+            return (quantized, scales[:, 0]), quantized.astype(np.float32) * scales
 
-        for codes, scales in self._rounded(rounded):
+        for quantized, scales in self._rounded(rounded):
             self._scales.append(scales * np.float32(self.gain))
-            yield codes
+            yield quantized
 
     def _rounded(self, rounded: Callable[[np.ndarray], tuple[T, np.ndarray]]) -> Iterator[T]:
         """Each block of rows as it is rounded, counting what that loses; `rounded` gives the floats that it stands for as well."""
         (n, k), statistics, weight = self.shape, self._statistics, self._weight()
-        self._scales, self._zeros, self._signal, self._noise = [], [], 0.0, 0.0
+        self._scales, self._zero_points, self._signal, self._noise = [], [], 0.0, 0.0
         mean = statistics.mean(self.path) if statistics is not None and self.scheme.compensate else None
         lost = []
         for start, stop in row_blocks(n, 4 * k // (GPTQ_ROWS if self.scheme.method == "gptq" else 1)):
@@ -206,9 +219,9 @@ class Coded:
         parts.clear()
 
 
-def _paired(codes: np.ndarray) -> np.ndarray:
+def _paired(quantized: np.ndarray) -> np.ndarray:
     """int8 from -8 to 7, an even number of them -> uint8, the first of a pair in the lower half, as ONNX packs INT4."""
-    nibbles = codes.reshape(-1).view(np.uint8) & 15
+    nibbles = quantized.reshape(-1).view(np.uint8) & 15
     return nibbles[::2] | nibbles[1::2] << 4
 
 

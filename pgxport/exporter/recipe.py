@@ -26,7 +26,7 @@ class Scheme:
         dtype: numpy's name of the type of a float (bfloat16: that of ml_dtypes). Not used where `bits` is given.
         bits: 8 or 4: whole numbers, and a scale for each group of them. None: floats.
         format: What the 8 bits are: whole numbers, or "e4m3", FP8 with four bits of exponent, which TensorRT multiplies from Ada on.
-        group: Input channels that share a scale, a power of two from 16 on; the last group of a row may be shorter. None: a row.
+        group_size: Input channels that share a scale, a power of two from 16 on; the last group of a row may be shorter. None: a row.
         symmetric: The grid is symmetric around zero; else each group has a zero point.
         method: How weights are rounded: "nearest"; "clip", nearest on the clipped range that loses least; "gptq", which
             needs second moments of the inputs.
@@ -35,7 +35,7 @@ class Scheme:
             run time ("dynamic") or in calibration ("static").
         observer: How calibration's numbers become the range of static activations.
         compensate: Add what rounding takes from the mean output to the bias of the layer, where it has one.
-        screen: Of the token table: find the likeliest tokens with a copy of it in `SCREEN`, and then these tokens' logits with the
+        shortlist: Of the token table: find the likeliest tokens with a copy of it in `SHORTLIST`, and then these tokens' logits with the
             table itself, whose other rows are not read.
         prefill8: Of the decoder's linears: multiply a prefix by a copy in `PREFILL`, which takes less time where processors have
             integer products; a new token, for which reading the weights is what takes time, by what the rest of the scheme says.
@@ -44,14 +44,14 @@ class Scheme:
     dtype: str = "float32"
     bits: int | None = None
     format: Format = "int"
-    group: int | None = None
+    group_size: int | None = None
     symmetric: bool = True
     method: Method = "nearest"
     scaling: Scaling = "none"
     activations: Activations = "float"
     observer: Observer = "minmax"
     compensate: bool = False
-    screen: bool = False
+    shortlist: bool = False
     prefill8: bool = False
 
     @property
@@ -101,7 +101,7 @@ class Recipe:
             matched = {name for name in left if fnmatchcase(name, rule.pattern)}
             if not matched and rule is not self.rules[-1]:
                 raise UsageError(f"recipe {self.name!r}: the rule for {rule.pattern!r} comes after others that match all it does")
-            if rule.scheme.screen and (others := [name for name in matched if not fnmatchcase(name, TABLE)]):
+            if rule.scheme.shortlist and (others := [name for name in matched if not fnmatchcase(name, TABLE)]):
                 raise UsageError(
                     f"recipe {self.name!r}: screen is of the token table alone, and the rule for {rule.pattern!r} decides for "
                     f"{min(others)}; give {TABLE!r} a rule of its own"
@@ -138,8 +138,8 @@ REST = Rule("*", Scheme("float16"))
 # Patterns of the matrices, in the order of their use; norms come first, for the third would match them.
 TABLE, DECODER = "*.embed_tokens.weight", "language_model.*_proj.weight"
 VISION, PROJECTOR = "vision_tower.*.layers.*.weight", "multi_modal_projector.linear.weight"
-# What a screened table's copy is stored in. With groups of 128 a step takes least; the candidates are computed anew.
-SCREEN = Scheme(bits=4, group=128)
+# The copy of the token table that finds the likeliest tokens. With groups of 128 a step takes least; the candidates are computed anew.
+SHORTLIST = Scheme(bits=4, group_size=128)
 # And the copies that prefixes are multiplied by.
 PREFILL = Scheme(bits=8, activations="dynamic")
 VISION_FC2 = "vision_tower.*.fc2.weight"
@@ -150,7 +150,7 @@ BF16 = Recipe("bf16", (NORMS, Rule("*", Scheme("bfloat16"))))
 TOKEN = Scheme(bits=8, activations="dynamic")
 STATIC = Scheme(bits=8, activations="static")
 SMOOTH = Scheme(bits=8, activations="static", scaling="smoothquant")
-INT8 = Recipe("int8", (NORMS, *(Rule(p, Scheme(bits=8, group=128)) for p in (TABLE, DECODER, VISION, PROJECTOR)), REST))
+INT8 = Recipe("int8", (NORMS, *(Rule(p, Scheme(bits=8, group_size=128)) for p in (TABLE, DECODER, VISION, PROJECTOR)), REST))
 W8A8 = Recipe("w8a8", (NORMS, *(Rule(p, TOKEN) for p in (TABLE, DECODER, VISION, PROJECTOR)), REST))
 W8A8_STATIC = Recipe(
     "w8a8-static",
@@ -165,8 +165,8 @@ W8A8_STATIC = Recipe(
         REST,
     ),
 )
-TABLE_8 = Rule(TABLE, Scheme(bits=8, group=128))  # the output matrix too, where 4 bits change every logit
-INT4 = Recipe("int4", (NORMS, TABLE_8, Rule(DECODER, Scheme(bits=4, group=32, symmetric=False)), REST))
+TABLE_8 = Rule(TABLE, Scheme(bits=8, group_size=128))  # the output matrix too, where 4 bits change every logit
+INT4 = Recipe("int4", (NORMS, TABLE_8, Rule(DECODER, Scheme(bits=4, group_size=32, symmetric=False)), REST))
 # Where integer products are fast, the vision encoder has them.
 FAST_VISION = (Rule(VISION, TOKEN), Rule(PROJECTOR, TOKEN), REST)
 INT4_CPU = Recipe("int4", (*INT4.rules[:-1], *FAST_VISION))
@@ -174,29 +174,29 @@ INT4_GPTQ = Recipe(
     "int4-gptq",
     (
         NORMS,
-        Rule(TABLE, Scheme(bits=8, group=128, method="gptq")),
-        Rule(DECODER, Scheme(bits=4, group=32, symmetric=False, method="gptq")),
+        Rule(TABLE, Scheme(bits=8, group_size=128, method="gptq")),
+        Rule(DECODER, Scheme(bits=4, group_size=32, symmetric=False, method="gptq")),
         *FAST_VISION,
     ),
 )
 # Groups of 128 decode fastest.
-TABLE_8_SCREENED = Rule(TABLE, replace(TABLE_8.scheme, screen=True))
+TABLE_8_SHORTLIST = Rule(TABLE, replace(TABLE_8.scheme, shortlist=True))
 INT4_FAST = Recipe(
-    "int4-fast", (NORMS, TABLE_8_SCREENED, Rule(DECODER, Scheme(bits=4, group=128, symmetric=False)), *FAST_VISION)
+    "int4-fast", (NORMS, TABLE_8_SHORTLIST, Rule(DECODER, Scheme(bits=4, group_size=128, symmetric=False)), *FAST_VISION)
 )
 # The fastest: a long answer's steps read the cache as often as the weights, here a quarter of it.
 INT4_FAST_KV8 = replace(INT4_FAST, name="int4-fast-kv8", cache="int8")
 # The first token as soon as w8a8 has it, the others as fast as int4-fast, for twice the memory.
 MIXED = Recipe(
     "mixed",
-    (NORMS, TABLE_8_SCREENED, Rule(DECODER, Scheme(bits=4, group=128, symmetric=False, prefill8=True)), *FAST_VISION),
+    (NORMS, TABLE_8_SHORTLIST, Rule(DECODER, Scheme(bits=4, group_size=128, symmetric=False, prefill8=True)), *FAST_VISION),
 )
 # The smallest: the table and the vision encoder in 4 bits too. The table alone costs a KL of 0.0047 rounded to nearest, 0.0033
 # clipped, and 0.0050 by GPTQ (tiny-112), which minimises a norm of all logits, not of those that are likely.
-_SMALL_TABLE = Rule(TABLE, Scheme(bits=4, group=32, method="clip"))
-_SMALL = Scheme(bits=4, group=64, symmetric=False)
-_SMALL_VISION = Scheme(bits=4, group=32, symmetric=False)
-_SMALL_REST = (Rule(PROJECTOR, Scheme(bits=8, group=128)), REST)
+_SMALL_TABLE = Rule(TABLE, Scheme(bits=4, group_size=32, method="clip"))
+_SMALL = Scheme(bits=4, group_size=64, symmetric=False)
+_SMALL_VISION = Scheme(bits=4, group_size=32, symmetric=False)
+_SMALL_REST = (Rule(PROJECTOR, Scheme(bits=8, group_size=128)), REST)
 INT4_SMALL = Recipe("int4-small", (NORMS, _SMALL_TABLE, Rule(DECODER, _SMALL), Rule(VISION, _SMALL_VISION), *_SMALL_REST))
 INT4_SMALL_GPTQ = Recipe(
     "int4-small-gptq",
@@ -214,7 +214,7 @@ ROWS, ROWS_8 = Scheme(bits=8), Rule(TABLE, Scheme(bits=8))
 FLOAT8 = Scheme(bits=8, format="e4m3", activations="static")
 FP8 = Recipe("fp8", (NORMS, ROWS_8, *(Rule(p, FLOAT8) for p in (DECODER, VISION, PROJECTOR)), REST))
 _STATIC_RULES = tuple(ROWS_8 if rule.pattern == TABLE else rule for rule in W8A8_STATIC.rules)
-_GROUPS = Scheme(bits=4, group=128)
+_GROUPS = Scheme(bits=4, group_size=128)
 TENSORRT_RECIPES = (
     Recipe("int8", (NORMS, *(Rule(p, ROWS) for p in (TABLE, DECODER, VISION, PROJECTOR)), REST)),
     Recipe("w8a8", _STATIC_RULES),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes as TOML files: read strictly, each mistake named with its line; written so that reading gives an equal recipe.
+"""Recipes as TOML files: read strictly, each mistake named with its rule; written so that reading gives an equal recipe.
 
 Knows no weights and no engine: whether a rule matches anything is `Recipe.check`'s, what can be run is `targets.py`'s.
 """
@@ -7,7 +7,7 @@ Knows no weights and no engine: whether a rule matches anything is `Recipe.check
 import json
 import re
 import tomllib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -46,62 +46,55 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return tuple(value for part in parts for value in _alternatives(part)) or (hint,)
 
 
-VALUES = {key: _alternatives(hint) for key, hint in get_type_hints(Scheme).items()} | {
+# The keys of a rule that are not called as the field of Scheme.
+KEYS = {"group_size": "group", "shortlist": "screen"}
+FIELDS = {key: field for field, key in KEYS.items()}
+VALUES = {KEYS.get(name, name): _alternatives(hint) for name, hint in get_type_hints(Scheme).items()} | {
     "dtype": ("float32", "float16", "bfloat16"),
     "bits": (4, 8),
     "group": (16, 32, 64, 128, 256),
 }
 TOP_KEYS = ("name", "cache", "rule")
 RULE_KEYS = ("weights", *VALUES)
-# What does not go together: the key to mend, when, and what is said. Each stands for a scheme of whole numbers.
-CLASHES: tuple[tuple[str, Callable[[Scheme], bool], str], ...] = (
+# What does not go together: when, and the message. Each stands for a scheme of whole numbers.
+CLASHES: tuple[tuple[Callable[[Scheme], bool], str], ...] = (
     (
-        "activations",
         lambda s: s.bits == 4 and s.activations != "float",
         'activations = "{s.activations}" multiplies int8 by int8, and bits is 4; write bits = 8, or activations = "float"',
     ),
     (
-        "format",
-        lambda s: s.format == "e4m3" and (s.bits != 8 or s.group is not None or not s.symmetric),
+        lambda s: s.format == "e4m3" and (s.bits != 8 or s.group_size is not None or not s.symmetric),
         'format = "e4m3" is of 8 bits with a scale for each row; write bits = 8, and take group and symmetric out',
     ),
     (
-        "format",
         lambda s: s.format == "e4m3" and (s.method != "nearest" or s.scaling != "none"),
         'format = "e4m3" is rounded to the nearest, as its input is; take method and scaling out',
     ),
     (
-        "format",
         lambda s: s.format == "e4m3" and s.activations != "static",
         'format = "e4m3" multiplies inputs in FP8, with the scale of their calibration; write activations = "static" beside it',
     ),
     (
-        "group",
-        lambda s: s.group is not None and s.activations != "float",
-        'group = {s.group} beside activations = "{s.activations}", which has one scale for each row; take group out',
+        lambda s: s.group_size is not None and s.activations != "float",
+        'group = {s.group_size} beside activations = "{s.activations}", which has one scale for each row; take group out',
     ),
     (
-        "bits",
-        lambda s: s.bits == 4 and s.group is None,
+        lambda s: s.bits == 4 and s.group_size is None,
         "bits = 4 has too few steps for a whole row; write group = 32 beside it, or another power of two from 16 to 256",
     ),
     (
-        "screen",
-        lambda s: s.screen and s.bits != 8,
+        lambda s: s.shortlist and s.bits != 8,
         "screen = true looks for the likeliest tokens in 4 bits first, and bits is {s.bits}; write bits = 8, or take screen out",
     ),
     (
-        "prefill8",
         lambda s: s.prefill8 and s.activations != "float",
         'prefill8 = true multiplies a prefix by integer products, and activations = "{s.activations}" does already; take prefill8 out',
     ),
     (
-        "scaling",
         lambda s: s.scaling == "smoothquant" and s.activations == "float",
         'scaling = "smoothquant" is for activations that are rounded; write activations = "dynamic" or "static", or scaling = "awq"',
     ),
     (
-        "observer",
         lambda s: s.observer != Scheme.observer and s.activations != "static",
         'observer = "{s.observer}" chooses the range of static activations, and these are "{s.activations}"; '
         'write activations = "static", or take observer out',
@@ -111,47 +104,42 @@ CLASHES: tuple[tuple[str, Callable[[Scheme], bool], str], ...] = (
 
 @dataclass(frozen=True)
 class _Table:
-    """A table of the file: what it says, and the line of each key; that of the table itself is under ""."""
+    """A table of the file: what it holds, and how a message calls it."""
 
     path: Path
+    where: str
     values: dict[str, Any]
-    lines: Mapping[str, int]
 
-    def line(self, key: str) -> int:
-        return self.lines.get(key, self.lines[""])
-
-    def error(self, key: str, message: str) -> UsageError:
-        return UsageError(f"{self.path}, line {self.line(key)}: {message}")
+    def error(self, message: str) -> UsageError:
+        return UsageError(f"{self.path}, {self.where}: {message}")
 
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file (docs/reference/recipes.md).
 
     Raises:
-        UsageError: the file is not a recipe; the message says in which line, what was read, and what to write.
+        UsageError: the file is not a recipe; the message names the rule, the value that was read, and what to write.
         DiskError: it cannot be read.
     """
     top, tables = _parse(path, _read(path))
     for key in top.values:
         if key not in TOP_KEYS:
-            raise top.error(key, _unknown(key, TOP_KEYS, RULE_KEYS, "belongs to a rule; write [[rule]] above it"))
+            raise top.error(_unknown(key, TOP_KEYS, RULE_KEYS, "belongs to a rule; write it under [[rule]]"))
     rules: list[Rule] = []
-    seen: dict[str, int] = {}
+    decided: dict[str, str] = {}  # pattern -> its rule
     for table in tables:
         for rule in _rules(table):
-            if rule.pattern in seen:
+            if rule.pattern in decided:
                 raise table.error(
-                    "weights",
-                    f"{_shown(rule.pattern)} has a rule already, in line {seen[rule.pattern]}, which decides; take one of the two out",
+                    f"{_shown(rule.pattern)} has a rule already, {decided[rule.pattern]}, which decides; take one of the two out"
                 )
-            seen[rule.pattern] = table.line("weights")
+            decided[rule.pattern] = table.where
             rules.append(rule)
     if not rules:
-        raise top.error("rule", 'the recipe has no rules; add [[rule]], and under it weights = "*" and dtype = "float16"')
+        raise top.error('the recipe has no rules; add [[rule]], and under it weights = "*" and dtype = "float16"')
     if rules[-1].pattern != "*":
         raise tables[-1].error(
-            "weights",
-            f'the last rule is for {_shown(rules[-1].pattern)}; end with one for everything else: [[rule]], under it weights = "*"',
+            f'the last rule is for {_shown(rules[-1].pattern)}; end with one for everything else: [[rule]], under it weights = "*"'
         )
     return _named(top, tuple(rules))
 
@@ -171,25 +159,21 @@ def invalid(scheme: Scheme) -> str | None:
     >>> invalid(Scheme(bits=4))
     'bits = 4 has too few steps for a whole row; write group = 32 beside it, or another power of two from 16 to 256'
     """
-    mistake = _mistake(scheme, _given(scheme))
-    return mistake[1] if mistake else None
+    return _mistake(scheme, _given(scheme))
 
 
-def _mistake(scheme: Scheme, given: Collection[str]) -> tuple[str, str] | None:
-    """The first key that is wrong, and why. `given` are the keys that someone wrote, be it with their default."""
+def _mistake(scheme: Scheme, given: Collection[str]) -> str | None:
+    """The first mistake in a scheme. `given` are the keys that someone wrote, be it with their default."""
     for key in given:
-        if wrong := _wrong(key, getattr(scheme, key), VALUES[key]):
-            return key, wrong
+        if wrong := _wrong(key, getattr(scheme, FIELDS.get(key, key)), VALUES[key]):
+            return wrong
     if scheme.bits is None:
         # An option of whole numbers on floats would be dropped in silence.
         wrong = "{0} is for whole numbers, and the rule has no bits; write bits = 8 or 4 beside it, or take {0} out"
-        return next(((key, wrong.format(key)) for key in given if key != "dtype"), None)
+        return next((wrong.format(key) for key in given if key != "dtype"), None)
     if "dtype" in given:
-        return (
-            "dtype",
-            f'dtype = "{scheme.dtype}" beside bits = {scheme.bits}: a weight has one or the other; take one of the two out',
-        )
-    return next(((key, message.format(s=scheme)) for key, clash, message in CLASHES if clash(scheme)), None)
+        return f'dtype = "{scheme.dtype}" beside bits = {scheme.bits}: a weight has one or the other; take one of the two out'
+    return next((message.format(s=scheme) for clash, message in CLASHES if clash(scheme)), None)
 
 
 def _wrong(key: str, value: object, allowed: tuple[Any, ...]) -> str | None:
@@ -227,34 +211,32 @@ def _rules(table: _Table) -> list[Rule]:
     """The rules of one [[rule]]: as many as it has patterns."""
     for key in table.values:
         if key not in RULE_KEYS:
-            raise table.error(key, _unknown(key, RULE_KEYS, TOP_KEYS, "is the whole recipe's; move it above the first [[rule]]"))
+            raise table.error(_unknown(key, RULE_KEYS, TOP_KEYS, "is the whole recipe's; move it above the first [[rule]]"))
     weights = table.values.get("weights", [])
     patterns = weights if isinstance(weights, list) else [weights]
     if not patterns:
-        raise table.error("weights", 'the rule does not say for which weights it is; write weights = "a pattern", or "*" for all')
+        raise table.error('the rule does not say for which weights it is; write weights = "a pattern", or "*" for all')
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern:
-            raise table.error(
-                "weights", f'{_shown(pattern)} among weights is not a pattern; write one in quotes, like "*_proj.weight"'
-            )
+            raise table.error(f'{_shown(pattern)} among weights is not a pattern; write one in quotes, like "*_proj.weight"')
     given = {key: value for key, value in table.values.items() if key != "weights"}
-    scheme = Scheme(**given)
+    scheme = Scheme(**{FIELDS.get(key, key): value for key, value in given.items()})
     if mistake := _mistake(scheme, given):
-        raise table.error(*mistake)
+        raise table.error(mistake)
     return [Rule(pattern, scheme) for pattern in patterns]
 
 
 def _named(top: _Table, rules: tuple[Rule, ...]) -> Recipe:
     """The recipe of these rules, with the name and the cache that stand above them."""
     if "name" not in top.values:
-        raise top.error("name", 'the recipe has no name; write name = "mine" above the rules')
+        raise top.error('the recipe has no name; write name = "mine" above the rules')
     for key, allowed in (("name", (str,)), ("cache", CACHES)):
         if key in top.values and (wrong := _wrong(key, top.values[key], allowed)):
-            raise top.error(key, wrong)
+            raise top.error(wrong)
     name = top.values["name"]
     if not NAME.fullmatch(name):
         raise top.error(
-            "name", f"name = {_shown(name)}: write 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first"
+            f"name = {_shown(name)}: write 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first"
         )
     return Recipe(name, rules, top.values.get("cache"))
 
@@ -295,73 +277,28 @@ def _parse(path: Path, text: str) -> tuple[_Table, list[_Table]]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read as TOML: {error}; no recipe has such numbers or such nesting") from error
-    lines, *headers = _lines(text)
-    top = _Table(path, values, lines)
+    top = _Table(path, "at the top", values)
     rules = values.get("rule", [])
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise top.error(
-            "rule", f"rule = {_shown(rules)} cannot be read as rules; begin each rule with [[rule]], in two pairs of brackets"
+            f"rule = {_shown(rules)} cannot be read as rules; begin each rule with [[rule]], in two pairs of brackets"
         )
-    # rule = [{...}, {...}] is TOML too, and has no headers.
-    headers = headers or [{"": top.line("rule")} for _ in rules]
-    return top, [_Table(path, rule, places) for rule, places in zip(rules, headers, strict=True)]
+    return top, [_Table(path, _rule_name(number, rule), rule) for number, rule in enumerate(rules, 1)]
 
 
-def _lines(text: str) -> list[dict[str, int]]:
-    """The lines of keys, which tomllib does not tell: at the top, then of each [[rule]]; "" is where a table begins.
-
-    >>> _lines('name = "a"\\n[[rule]]\\nweights = "*"')
-    [{'': 1, 'name': 1}, {'': 2, 'weights': 3}]
+def _rule_name(number: int, rule: Mapping[str, Any]) -> str:
     """
-    tables = [{"": 1}]
-    inside = tables[0]
-    for line, statement in _statements(text):
-        ((key, value),) = tomllib.loads(statement).items()
-        if not statement.lstrip().startswith("["):
-            inside[key] = line
-        elif (key, value) == ("rule", [{}]):
-            inside = {"": line}
-            tables.append(inside)
-        else:
-            # Any other header, [x] or a rule's [rule.x], is a mistake by itself, whatever stands under it.
-            inside = {}
-            if key == "rule" and isinstance(value, dict) and value and len(tables) > 1:
-                tables[-1][next(iter(value))] = line
-            else:
-                tables[0][key] = line
-    return tables
-
-
-# A string may hold brackets, number signs and, in three quotes, lines; one in three may end with five.
-TOKEN = re.compile(
-    r'"""(?:[^\\]|\\.)*?"{3,5}'
-    r"|'''.*?'{3,5}"
-    r'|"(?:[^"\\]|\\.)*"'
-    r"|'[^']*'"
-    r"|#[^\n]*"
-    r"|[\[\]{}\n]"
-    r"|[^\"'#\[\]{}\n]+",
-    re.DOTALL,
-)
-
-
-def _statements(text: str) -> Iterator[tuple[int, str]]:
-    """Each header and each key with its value, without comments, and the line it begins in; `text` is valid TOML."""
-    line, depth, statement, start = 1, 0, "", 1
-    for token in [*TOKEN.findall(text), "\n"]:
-        if token == "\n" and not depth:
-            if statement.strip():
-                yield start, statement
-            statement, start = "", line + 1
-        elif not token.startswith("#"):
-            depth += (token in ("[", "{")) - (token in ("]", "}"))
-            statement += token
-        line += token.count("\n")
+    >>> _rule_name(3, {"weights": "*_proj.weight"}), _rule_name(1, {"bits": 8})
+    ('rule 3 ("*_proj.weight")', 'rule 1')
+    """
+    weights = rule.get("weights")
+    first = weights[0] if isinstance(weights, list) and weights else weights
+    return f"rule {number} ({_shown(first)})" if isinstance(first, str) and first else f"rule {number}"
 
 
 def _given(scheme: Scheme) -> dict[str, Any]:
-    """The fields that differ from their default."""
-    return {f.name: getattr(scheme, f.name) for f in fields(scheme) if getattr(scheme, f.name) != f.default}
+    """The keys whose values differ from their default."""
+    return {KEYS.get(f.name, f.name): getattr(scheme, f.name) for f in fields(scheme) if getattr(scheme, f.name) != f.default}
 
 
 def _assignments(values: dict[str, Any]) -> str:

@@ -329,4 +329,4 @@ def _sample(source: TensorSource, path: str, scheme: Scheme) -> Sample:
     rows = source.shape(path)[0]
     chosen = np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).round().astype(int)
     block = np.concatenate([to_float32(source.rows(path, row, row + 1)) for row in chosen.tolist()])
-    return Sample(block, Grid(scheme.bits, scheme.group, scheme.symmetric), rows / len(chosen))
+    return Sample(block, Grid(scheme.bits, scheme.group_size, scheme.symmetric), rows / len(chosen))

@@ -19,7 +19,7 @@ PAGE = 4096  # weights begin at a page, so that an engine can map them
 
 
 @dataclass(frozen=True)
-class Promise:
+class LazyTensor:
     """A tensor that is written block by block; the blocks joined are its bytes in row-major order.
 
     Of `INT4` the blocks are pairs in uint8, the first number of a pair in the lower half.
@@ -55,23 +55,23 @@ class Promise:
 class DataLayout:
     """Where each promise of a graph lies in its data file: one after another, each at the beginning of a page."""
 
-    def __init__(self, promises: Iterable[Promise]):
-        self.promises = list(promises)
+    def __init__(self, lazy_tensors: Iterable[LazyTensor]):
+        self.lazy_tensors = list(lazy_tensors)
         self.places: dict[str, tuple[int, int]] = {}  # offset and length
         self.nbytes = 0
-        for promise in self.promises:
+        for tensor in self.lazy_tensors:
             start = -(-self.nbytes // PAGE) * PAGE
-            self.places[promise.name] = (start, promise.nbytes)
-            self.nbytes = start + promise.nbytes
+            self.places[tensor.name] = (start, tensor.nbytes)
+            self.nbytes = start + tensor.nbytes
 
     def bytes(self) -> Iterator[memoryview]:
         """The whole file, zeros between the weights."""
         position = 0
-        for promise in self.promises:
-            start, length = self.places[promise.name]
+        for tensor in self.lazy_tensors:
+            start, length = self.places[tensor.name]
             if start > position:
                 yield memoryview(bytes(start - position))
-            yield from promise.bytes()
+            yield from tensor.bytes()
             position = start + length
 
 

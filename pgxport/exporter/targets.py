@@ -44,15 +44,15 @@ class Target:
     attends: frozenset[str] = frozenset()
     biased_int8_cache: bool = True
     recipes: tuple[Recipe, ...] = ()
-    spelled_prefill: bool = False
+    decomposed_prefill: bool = False
     dialect: Literal["onnxruntime", "standard"] = "onnxruntime"
     grouped: frozenset[int] = frozenset({4, 8})
     rows: bool = False
-    zeros: bool = True
+    zero_points: bool = True
     float8: bool = False
     wide_scales: frozenset[str] = frozenset({"columns", "rows"})
     short_scales: bool = False
-    screens: bool = False
+    shortlists: bool = False
     cache_kind: CacheKind = "shared"
     tensorrt: TrtVersion | None = None
 
@@ -109,9 +109,9 @@ class Target:
         where = f"the rule for {rule.pattern!r}"
         if scheme.format == "e4m3" and not self.float8:
             return f"has no FP8 products, as {where} wants; target 'tensorrt' has, or write format = \"int\""
-        if scheme.screen and not self.screens:
+        if scheme.shortlist and not self.shortlists:
             return f"multiplies by the whole token table, and {where} says screen = true; take that out"
-        if scheme.prefill8 and not self.spelled_prefill:
+        if scheme.prefill8 and not self.decomposed_prefill:
             return f"computes prefixes and steps alike, and {where} says prefill8 = true; take that out"
         if (scheme.bits, scheme.activations) not in self.products:
             can = ", ".join(f"{bits} with {activations}" for bits, activations in sorted(self.products)) or "none"
@@ -122,13 +122,13 @@ class Target:
         if scheme.activations != "float":
             wants = f"multiplies {scheme.activations} activations by symmetric weights, and {where} says symmetric = false"
             return None if scheme.symmetric else f"{wants}; take that out"
-        if scheme.group is None:
+        if scheme.group_size is None:
             wants = f"multiplies float activations by weights in groups, and {where} has none"
             return None if self.rows else f'{wants}; write group = 128 beside its bits, or activations = "dynamic"'
         if scheme.bits not in self.grouped:
             of = f" of TensorRT {self.tensorrt}" if self.tensorrt else ""
-            return f"{of} has no groups of {scheme.bits} bits, and {where} has groups of {scheme.group}; take group out".lstrip()
-        if not scheme.symmetric and not self.zeros:
+            return f"{of} has no groups of {scheme.bits} bits, and {where} has groups of {scheme.group_size}; take group out".lstrip()
+        if not scheme.symmetric and not self.zero_points:
             return f"multiplies by symmetric weights, and {where} says symmetric = false; take that out"
         return None
 
@@ -140,7 +140,7 @@ _ORT = (("", 23), ("com.microsoft", 1))
 CPU = Target(
     "cpu", _ORT, 11, MappingProxyType(dict.fromkeys(("float32", "float16", "bfloat16"), "float32")),
     frozenset({(4, "float"), (8, "float"), (8, "dynamic"), (8, "static")}), frozenset({"float32", "float16", "int8"}),
-    recipes=(INT4_CPU,), spelled_prefill=True, short_scales=True, screens=True,
+    recipes=(INT4_CPU,), decomposed_prefill=True, short_scales=True, shortlists=True,
 )  # fmt: skip
 CUDA = Target(
     "cuda", _ORT, 11, MappingProxyType({"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}),
@@ -153,7 +153,7 @@ CUDA = Target(
 _TENSORRT = Target(
     "tensorrt", (("", 24),), 11, MappingProxyType({name: name for name in ("float32", "float16", "bfloat16")}),
     frozenset({(4, "float"), (8, "float"), (8, "static")}), frozenset({"float32", "float16"}), recipes=TENSORRT_RECIPES,
-    dialect="standard", rows=True, zeros=False, float8=True, wide_scales=frozenset(), cache_kind="update", tensorrt="11",
+    dialect="standard", rows=True, zero_points=False, float8=True, wide_scales=frozenset(), cache_kind="update", tensorrt="11",
 )  # fmt: skip
 TENSORRT: dict[TrtVersion, Target] = {
     "10.3": replace(_TENSORRT, opsets=(("", 20),), ir_version=10, grouped=frozenset({4}), cache_kind="delta", tensorrt="10.3"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pgxport.errors import CheckpointError, DiskError, HubError, IntegrityError, UsageError
+from pgxport.files import disk_errors
 
 FILES = ["*.json", "*.safetensors"]  # at the top of a repository; everything else in it is not read, and not fetched
 ELSEWHERE = ["*/*"]
@@ -93,7 +94,10 @@ def download(repository: str, revision: str, progress: Progress | None = None) -
     cache = Path(constants.HF_HUB_CACHE).expanduser()
     home = f"models--{repository.replace('/', '--')}"
     fetch = Fetch(progress, sum(blob.size for blob in blobs))
-    with _disk(cache), explained(repository, revision):
+    with (
+        disk_errors(f"cannot write to the hub's cache {cache}", "free some space, or set HF_HOME"),
+        explained(repository, revision),
+    ):
         (cache / home / "blobs").mkdir(parents=True, exist_ok=True)
         (cache / ".locks" / home).mkdir(parents=True, exist_ok=True)
         missing = sum(blob.size for blob in blobs if not (cache / home / "blobs" / blob.digest).exists())
@@ -251,16 +255,6 @@ def transport_errors() -> tuple[type[Exception], ...]:
     except ImportError:
         import httpx  # type: ignore[import-not-found, no-redef]
     return (httpx.TransportError,)
-
-
-@contextmanager
-def _disk(cache: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(
-            f"cannot write to the hub's cache {cache}: {error.strerror or error}; free some space, or set HF_HOME"
-        ) from error
 
 
 @contextmanager

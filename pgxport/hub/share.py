@@ -18,7 +18,7 @@ from pgxport.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileInfo, Mani
 from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import DiskError, HubError, InputError, IntegrityError, UsageError
-from pgxport.files import file_sha256
+from pgxport.files import delete, disk_errors, file_sha256
 from pgxport.hub.fetch import TIMEOUT, Blob, Fetch, Progress, blob_of, explained, transport_errors
 from pgxport.hub.locate import HUB_ID
 
@@ -143,7 +143,7 @@ def pull(options: PullOptions, *, progress: Progress | None = None) -> Shared:
     sizes = {MANIFEST: len(text)} | {name: file.size for name, file in manifest.files.items()}
     if options.dry_run:
         return Shared(repository, info.sha, sizes, writer.path)
-    with writer, _disk(writer.staging), _explained(repository, revision, "pull"):
+    with writer, disk_errors("cannot write", path=writer.staging), _explained(repository, revision, "pull"):
         _room(writer.staging, manifest)
         fetch = Fetch(progress, sum(file.size for file in manifest.files.values()))
         for name, file in manifest.files.items():
@@ -193,7 +193,7 @@ def _room(staging: Path, manifest: Manifest) -> None:
     names = {*manifest.files, *digests, *(f"{digest}.incomplete" for digest in digests)}
     for left in staging.iterdir():
         if left.name not in names or left.is_symlink() or not left.is_file():
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            delete(left)
     missing = sum(file.size for file in manifest.files.values()) - sum(left.stat().st_size for left in staging.iterdir())
     if missing > (free := shutil.disk_usage(staging).free):
         raise DiskError(f"{missing:,} bytes are to be fetched, and {staging.parent} has room for {free:,}; choose another -o")
@@ -270,16 +270,6 @@ def _explained(repository: str, revision: str, command: str) -> Iterator[None]:
             if isinstance(error, GatedRepoError | RepositoryNotFoundError) or code != 409:
                 raise
             raise HubError(f"{repository} was changed by somebody else meanwhile (HTTP 409); run this again") from error
-
-
-@contextmanager
-def _disk(staging: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(
-            f"cannot write {error.filename or staging}: {error.strerror or error}; free some space, or choose another -o"
-        ) from error
 
 
 @contextmanager

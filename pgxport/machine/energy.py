@@ -4,14 +4,15 @@
 All are of the whole device or board, other programs included. Readers take the root of the tree they read, for tests.
 """
 
-import ctypes
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+from pgxport.machine.nvml import Nvml, find_nvml
 
 SAMPLE_SECONDS = 0.05  # of a sensor that tells watts: twenty looks a second, some 50 µs each
 SYS = Path("/sys")
@@ -92,33 +93,24 @@ class Ina3221:
                 self.joules()
 
 
-class Nvml:
-    """The energy counters of NVIDIA's desktop and server GPUs (Volta and later), in mJ, through the driver's own library."""
+class NvmlMeter:
+    """The energy counters of NVIDIA's desktop and server GPUs (Volta and later)."""
 
-    def __init__(self, library: Any):
-        self._library, self._devices = library, list[ctypes.c_void_p]()
-        if library.nvmlInit_v2():
-            raise OSError("NVML does not start")
-        count = ctypes.c_uint()
-        library.nvmlDeviceGetCount_v2(ctypes.byref(count))
-        for i in range(count.value):
-            device = ctypes.c_void_p()
-            if not library.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(device)) and self._read(device) is not None:
-                self._devices.append(device)
-        if not self._devices:
+    def __init__(self, nvml: Nvml):
+        """
+        Raises:
+            OSError: no GPU has a counter.
+        """
+        count = len(nvml.millijoules())
+        if not count:
             raise OSError("no GPU tells its energy")
-        self.source = f"NVML, {len(self._devices)} GPU" + ("s" if len(self._devices) > 1 else "")
+        self._nvml, self.source = nvml, f"NVML, {count} GPU" + ("s" if count > 1 else "")
 
     def joules(self) -> float:
-        return sum(self._read(device) or 0 for device in self._devices) / 1e3
+        return sum(self._nvml.millijoules()) / 1e3
 
     def close(self) -> None:
-        self._library.nvmlShutdown()
-
-    def _read(self, device: ctypes.c_void_p) -> int | None:
-        joules = ctypes.c_ulonglong()
-        failed = self._library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(joules))
-        return None if failed else joules.value
+        self._nvml.close()
 
 
 def find_meters(sys: Path = SYS, *, engine: str = "cpu") -> list[Meter]:
@@ -130,9 +122,11 @@ def find_meters(sys: Path = SYS, *, engine: str = "cpu") -> list[Meter]:
     with suppress(OSError, ValueError):
         if rails := ina3221_rails(sys):
             meters.append(Ina3221(rails))
-    if engine != "cpu" and not rails:
-        with suppress(OSError, AttributeError):
-            meters.append(Nvml(ctypes.CDLL("libnvidia-ml.so.1")))
+    if not rails and (nvml := find_nvml(engine)):
+        try:
+            meters.append(NvmlMeter(nvml))
+        except OSError:
+            nvml.close()
     return meters
 
 

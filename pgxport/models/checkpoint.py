@@ -15,8 +15,8 @@ import numpy as np
 
 from pgxport.errors import CheckpointError
 from pgxport.models import lora, npz
-from pgxport.models.names import EMBEDDING, LM_HEAD, canonical
 from pgxport.models.safetensors import Stored, Tensor, listed, read_header, read_json, shown
+from pgxport.models.weights import EMBEDDING, LM_HEAD, canonical
 
 CONFIG = "config.json"
 WHOLE = "model.safetensors"
@@ -205,10 +205,10 @@ def _sharded(index: Path) -> tuple[dict[str, Stored], list[Path]]:
         if not (index.parent / shard).is_file():
             raise CheckpointError(f"{index.parent / shard}: this shard is missing, which {index.name} names; fetch it")
         header = read_header(index.parent / shard)
-        promised = {name for name, file in where.items() if file == shard}
-        if lost := sorted(promised - header.keys()):
+        named = {name for name, file in where.items() if file == shard}
+        if lost := sorted(named - header.keys()):
             raise CheckpointError(f"{index.parent / shard}: has no {listed(lost)}, which {index.name} says it holds")
-        if extra := sorted(header.keys() - promised):
+        if extra := sorted(header.keys() - named):
             raise CheckpointError(
                 f"{index.parent / shard}: holds {listed(extra)}, which {index.name} places elsewhere or nowhere"
             )

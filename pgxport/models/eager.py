@@ -206,7 +206,7 @@ def inputs_embeds(source: TensorSource, spec: ModelSpec, features: np.ndarray, i
 
 
 @dataclass(frozen=True)
-class Forced:
+class TokenizedSample:
     """One sample: pixels [1, 3, R, R], the ids of the prompt after the image's, and those of the answer."""
 
     pixels: np.ndarray
@@ -214,10 +214,10 @@ class Forced:
     answer: list[int]
 
 
-def forced_logits(
+def teacher_forced_logits(
     source: TensorSource,
     spec: ModelSpec,
-    sample: Forced,
+    sample: TokenizedSample,
     *,
     observe: Observe | None = None,
     rounding: Rounding | None = None,

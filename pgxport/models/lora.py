@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from pgxport.errors import CheckpointError
-from pgxport.models.names import EMBEDDING, LM_HEAD, canonical
 from pgxport.models.safetensors import DTYPES, Stored, Tensor, listed, read_header, read_json, refuse_non_finite, shown
+from pgxport.models.weights import EMBEDDING, LM_HEAD, canonical
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.lib import format as npy
 
 from pgxport.errors import CheckpointError
-from pgxport.models.names import EMBEDDING
 from pgxport.models.safetensors import BFLOAT16, DTYPES, Tensor, listed, opened, read_exactly, refuse_non_finite, shown
 from pgxport.models.spec import TEXT
+from pgxport.models.weights import EMBEDDING
 
 # Published name, parameter, axes. Left of the arrow what is stored, right of it what we give: a comma parts the axes, letters
 # without one merge. L is the layer and a digit one of two things that are stacked. D: width, F: mlp, N: query heads,

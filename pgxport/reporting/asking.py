@@ -21,10 +21,11 @@ from pgxport.benchmarking.worker import Askable, serve
 from pgxport.bundle.manifest import Manifest, TokenIds
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import InputError
-from pgxport.machine.nvml import find_vram
+from pgxport.files import disk_errors, writing
+from pgxport.machine.nvml import find_nvml
 from pgxport.metrics.fidelity import kl_divergence
 from pgxport.metrics.sample import Drawn, Sample
-from pgxport.reporting.store import load_array, whole_file
+from pgxport.reporting.store import load_array
 from pgxport.runners.outputs import Answer
 from pgxport.runners.pipeline import Picture, Pipeline
 from pgxport.runners.runner import Runner
@@ -123,14 +124,12 @@ def compare_and_answer(
 
 def write_logits(file: Path, logits: Iterable[np.ndarray], count: int) -> None:
     """Write `count` rows of logits [V] as a float32 array [count, V], row by row: those of a long answer fill a board's memory."""
-    with whole_file(file) as partial:
-        out: np.memmap[Any, Any] | None = None
+    with disk_errors(f"cannot write {file}"), writing(file) as out:
         for t, row in enumerate(logits):
-            if out is None:
-                out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(count, len(row)))
-            out[t] = row
-        assert out is not None, "Bug: no logits"
-        out.flush()
+            if t == 0:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (count, len(row))}
+                np.lib.format.write_array_header_1_0(out, header)
+            out.write(row.astype("<f4").tobytes())
 
 
 class BundleSubject:
@@ -142,7 +141,7 @@ class BundleSubject:
         verified = time.perf_counter()
         self._runner = Runner(bundle, engine=request["engine"], threads=request["threads"])
         self.opening = {"verify": verified - start, "load": time.perf_counter() - verified}
-        self.facts, self._vram = bundle_facts(bundle), find_vram(request["engine"])
+        self.facts, self._nvml = bundle_facts(bundle), find_nvml(request["engine"])
 
     def repeat(self, *, warm_up: bool) -> dict[str, float]:
         return dict(self._runner.answer(Image.new("RGB", (640, 480), "grey"), WARM_UP_PROMPT, max_new_tokens=4).timings)
@@ -154,7 +153,7 @@ class BundleSubject:
             if "teacher_force" in request:
                 return self._teacher_force(picture, request)
             reply = answer_json(self._runner.answer(picture, request["prompt"], max_new_tokens=request["max_new_tokens"]))
-            return reply | ({"vram": self._vram.held_by(os.getpid())} if self._vram else {})
+            return reply | ({"vram": self._nvml.held_by(os.getpid())} if self._nvml else {})
         except InputError as error:  # this sample cannot be asked; the next may
             return {"refused": str(error)}
 
@@ -180,8 +179,8 @@ def open_subject(request: dict[str, Any]) -> Askable:
 def picture_of(sample: Sample) -> dict[str, Any]:
     """Return a sample's picture as plain data, for `open_picture` in another process."""
     match sample.image:
-        case Drawn(index):
-            return {"scene": index}
+        case Drawn(index, split):
+            return {"scene": index, "split": split}
         case bytes(content):
             return {"base64": base64.b64encode(content).decode()}
         case path:
@@ -193,7 +192,7 @@ def open_picture(image: dict[str, Any]) -> Picture:
     if "scene" in image:
         from pgxport.models.tiny.scenes import draw
 
-        return draw("test", image["scene"]).image
+        return draw(image.get("split", "test"), image["scene"]).image
     return base64.b64decode(image["base64"]) if "base64" in image else str(image["path"])
 
 

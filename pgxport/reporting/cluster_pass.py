@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pgxport.benchmarking.bench import machine
 from pgxport.benchmarking.worker import Progress, WorkerError
 from pgxport.cluster.pool import Cluster, WorkerContext
 from pgxport.cluster.tasks import Workers
-from pgxport.errors import DiskError, EngineError, PgxError, UsageError
+from pgxport.errors import EngineError, PgxError, UsageError
+from pgxport.machine.conditions import describe_machine
 from pgxport.metrics.sample import Sample
 from pgxport.reporting import schema
 from pgxport.reporting.environment import board, environment
@@ -28,12 +28,12 @@ from pgxport.reporting.shared_pass import (
     SubjectRun,
     Turn,
     demand,
-    duration,
     instruments,
     lacking,
     results_of,
     take_turns,
 )
+from pgxport.text import duration
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,16 @@ class OpenSubjects:
     threads: int | None
 
     def start(self, context: WorkerContext) -> Callable[[SampleTask], SampleResult]:
-        meters, gpus = instruments(self.engine, context.stack)
+        meters, nvml = instruments(self.engine, context.stack)
         logits = Path(context.stack.enter_context(tempfile.TemporaryDirectory(prefix="pgx-report-"))) / "logits.npy"
-        here = machine()
+        here = describe_machine()
         about: dict[str, Any] = {"name": f"{board() or here['processor']}, node {context.node}"}
         about["environment"] = environment(self.engine, self.threads, here).model_dump(mode="json")
         place, askers = Place(context.node, here["processor"]), list[Asker]()
         for subject, digest in zip(self.subjects, self.digests, strict=True):
             path = context.fetch(digest) if digest else None
             subject = replace(subject, request={**subject.request, "bundle": str(path)})
-            asker = Asker(subject, Results(), meters, gpus, place)
+            asker = Asker(subject, Results(), meters, nvml, place)
             if path:
                 context.stack.enter_context(asker.process())
                 asker.open(about)
@@ -138,7 +138,7 @@ def cluster_pass(
             digests = _offer(cluster, subjects, askers, work)
             setup = OpenSubjects(tuple(subjects), digests, work.reference, engine, threads)
             _measure(cluster, setup, askers, work, progress)
-    return _by_node(askers, work, environment(engine, threads, machine()))
+    return _by_node(askers, work, environment(engine, threads, describe_machine()))
 
 
 def _offer(
@@ -187,10 +187,7 @@ def travelling(sample: Sample) -> Sample:
     """Return a sample for another machine: with its picture, and without what is true of it."""
     image = sample.image
     if isinstance(image, Path):
-        try:
-            image = image.read_bytes()
-        except OSError as error:
-            raise DiskError(f"sample {sample.id}: cannot read {sample.image!s}: {error.strerror}") from error
+        image = sample.content()
     return replace(sample, image=image, answers=(), regions=())
 
 

@@ -20,14 +20,14 @@ def board() -> str | None:
 def environment(engine: str, threads: int | None, here: dict[str, Any]) -> schema.Environment:
     """
     Args:
-        here: What `bench.machine` found before the measuring began.
+        here: What `describe_machine` gave before the measuring began.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else None
     clocks, meters = look(), find_meters(engine=engine)
     for meter in meters:
         meter.close()
     return schema.Environment(
-        processor=here["processor"], cores=here["cores"], memory_bytes=memory, system=here["system"], engine=engine,
+        processor=here["processor"], vectors=here["vectors"], cores=here["cores"], memory_bytes=memory, system=here["system"], engine=engine,
         threads=threads, load_average=here["load_average"], governor=clocks.governor, max_mhz=clocks.max_mhz,
         energy=tuple(meter.source for meter in meters), versions=here["versions"], board=settings(clocks),
     )  # fmt: skip

@@ -3,14 +3,14 @@
 
 import csv
 import io
-import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from pgxport.errors import DiskError, InputError, UsageError
+from pgxport.errors import InputError, UsageError
+from pgxport.files import disk_errors, write_whole
 from pgxport.reporting import chart, markdown, page
 from pgxport.reporting.disagreements import named
 from pgxport.reporting.measured import FOLDER
@@ -46,19 +46,13 @@ def write(report: Report, pictures: Mapping[str, bytes], output: Path) -> None:
     """
     content = rendered(report, pictures)
     last = content.pop("report.json")
-    try:
+    with disk_errors("cannot write", path=output):
         (output / PICTURES).mkdir(parents=True, exist_ok=True)
         for name, data in [*content.items(), ("report.json", last)]:
-            partial = output / (name + ".partial")
-            partial.write_bytes(data)
-            os.replace(partial, output / name)
+            write_whole(output / name, data)
         for old in (output / PICTURES).glob("*.webp"):
             if old.name not in pictures:
                 old.unlink()
-    except OSError as error:
-        raise DiskError(
-            f"cannot write {error.filename or output}: {error.strerror}; free some space or choose another -o"
-        ) from error
 
 
 def read(path: Path) -> Report:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, TypeAdapter
 
-from pgxport.errors import DiskError, UsageError
+from pgxport.errors import UsageError
 from pgxport.metrics.sample import Drawn, Sample, Segmentation
 from pgxport.reporting.asking import TokenAgreement
 from pgxport.reporting.schema import Memory
@@ -149,7 +149,8 @@ def keys(samples: Sequence[Sample]) -> list[str]:
     found = []
     for sample in samples:
         if sample.image not in digests:
-            digests[sample.image] = _picture_digest(sample)
+            drawn = isinstance(sample.image, Drawn)
+            digests[sample.image] = repr(sample.image) if drawn else hashlib.sha256(sample.content()).hexdigest()
         text = json.dumps([digests[sample.image], sample.prompt])
         found.append(hashlib.sha256(text.encode()).hexdigest()[:32])
     return found
@@ -172,17 +173,3 @@ def _box(box: Mapping[str, Any]) -> Box:
 
 def _mask(rle: Mapping[str, Any] | None) -> np.ndarray | None:
     return None if rle is None else Segmentation((rle["size"][0], rle["size"][1]), runs=tuple(rle["counts"])).mask()
-
-
-def _picture_digest(sample: Sample) -> str:
-    match sample.image:
-        case Drawn(index):
-            return f"scene-{index}"
-        case bytes(content):
-            return hashlib.sha256(content).hexdigest()
-        case path:
-            try:
-                with open(path, "rb") as file:
-                    return hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise DiskError(f"sample {sample.id}: cannot read {path}: {error.strerror}") from error

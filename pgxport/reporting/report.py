@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pgxport import __version__
-from pgxport.benchmarking.bench import bench, labels, machine, measurement_json
+from pgxport.benchmarking.bench import bench, labels, measurement_json
 from pgxport.benchmarking.throughput import Batches
 from pgxport.benchmarking.worker import Measurement, Progress
 from pgxport.bundle.reader import Bundle
 from pgxport.data.loader import DataOptions, DataSet, load
 from pgxport.errors import PgxError, UsageError
+from pgxport.machine.conditions import describe_machine
 from pgxport.reporting import advice, chart, disagreements, files, results, schema
 from pgxport.reporting.asking import bundle_facts
 from pgxport.reporting.cluster_pass import NodeResults, cluster_pass
@@ -75,7 +76,7 @@ def report(options: ReportOptions, *, progress: Progress | None = None) -> schem
     data = load(options.data)
     sample_keys = keys(data.samples)
     with measured_folder(options.output) as folder:
-        here = machine()
+        here = describe_machine()
         subjects = _subjects(options, here)
         reference = 0 if options.first_is_reference else _reference(subjects)
         unique = dict(zip(sample_keys, data.samples, strict=True))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pgxport.metrics import bootstrap, fidelity
-from pgxport.metrics.bootstrap import Curve, Drawn
+from pgxport.metrics.bootstrap import Curve, Resampled
 from pgxport.metrics.metrics import METRICS, groups, metrics_for, tally
 from pgxport.metrics.sample import Sample
 from pgxport.reporting import schema
@@ -109,12 +109,12 @@ def _restricted(samples: Sequence[Sample], answers: Sequence[Answer], part: Subs
     return lambda weights: inner(weights[:, at])
 
 
-def _drawn(judged: Judged, groups: Sequence[Hashable]) -> dict[Subset, Drawn]:
+def _drawn(judged: Judged, groups: Sequence[Hashable]) -> dict[Subset, Resampled]:
     """Each metric on all draws of its own samples, once: for its interval, and for the difference to another run's."""
     return {part: bootstrap.draw(_over(part, curve), [groups[at] for at in part.at]) for part, curve in judged.curves.items()}
 
 
-def _score(part: Subset, mine: Drawn, reference: Drawn | None) -> schema.Score | None:
+def _score(part: Subset, mine: Resampled, reference: Resampled | None) -> schema.Score | None:
     metric, change = METRICS[part.metric], None
     if reference is not None:
         d = mine.change(reference, higher_is_better=metric.higher_is_better, biased=metric.biased)

@@ -17,13 +17,15 @@ from typing import Any
 
 from pgxport.benchmarking.worker import Progress, Worker
 from pgxport.errors import PgxError
-from pgxport.machine.clocks import Gpus, find_gpus, look
+from pgxport.machine.clocks import look
 from pgxport.machine.energy import Meter, find_meters
+from pgxport.machine.nvml import Nvml, find_nvml
 from pgxport.metrics.sample import Sample
 from pgxport.reporting.asking import picture_of
 from pgxport.reporting.measured import LINES, Asked, Conditions, Opened, Place, Results, TeacherForced
 from pgxport.reporting.schema import Memory
 from pgxport.reporting.store import ResultFile
+from pgxport.text import duration
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ def shared_pass(
 ) -> list[SubjectRun]:
     """Measure what is missing in a folder of measurements. A subject that fails is a run with its reason; the others go on."""
     with ExitStack() as stack:
-        meters, gpus = instruments(engine, stack)
+        meters, nvml = instruments(engine, stack)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgx-report-")))
-        askers = [Asker(subject, results_of(subject, folder), meters, gpus) for subject in subjects]
+        askers = [Asker(subject, results_of(subject, folder), meters, nvml) for subject in subjects]
         reference, needed = askers[work.reference], demand(askers, work)
         clock = PassClock(sum(asks for asks, _ in needed) + needed[work.reference][1], progress)
         for asker, lacking in zip(askers, needed, strict=True):
@@ -104,14 +106,14 @@ def results_of(subject: ReportSubject, folder: Path) -> Results | None:
     return Results(ResultFile(folder, asdict(subject.conditions), LINES)) if subject.conditions else None
 
 
-def instruments(engine: str, stack: ExitStack) -> tuple[list[Meter], Gpus | None]:
-    """Open the meters of energy and the clocks of GPUs, until the stack is closed."""
-    meters, gpus = find_meters(engine=engine), find_gpus(engine)
+def instruments(engine: str, stack: ExitStack) -> tuple[list[Meter], Nvml | None]:
+    """Open the meters of energy and NVML, until the stack is closed."""
+    meters, nvml = find_meters(engine=engine), find_nvml(engine)
     for meter in meters:
         stack.callback(meter.close)
-    if gpus:
-        stack.callback(gpus.close)
-    return meters, gpus
+    if nvml:
+        stack.callback(nvml.close)
+    return meters, nvml
 
 
 def demand(askers: "Sequence[Asker]", work: ReportWork) -> list[tuple[int, int]]:
@@ -170,11 +172,11 @@ class Asker:
         subject: ReportSubject,
         results: Results | None,
         meters: Sequence[Meter] = (),
-        gpus: Gpus | None = None,
+        nvml: Nvml | None = None,
         place: Place | None = None,
     ):
         self.label, self.results, self.place = subject.label, results, place
-        self._subject, self._meters, self._gpus = subject, meters, gpus
+        self._subject, self._meters, self._nvml = subject, meters, nvml
         self.failed: PgxError | None = None  # elsewhere
         self._worker: Worker | None = None
 
@@ -213,12 +215,12 @@ class Asker:
         """Ask one sample, and keep the answer with what it cost."""
         assert self._worker is not None
         assert self.results is not None
-        before, clocks = [meter.joules() for meter in self._meters], look(gpus=self._gpus)
+        before, clocks = [meter.joules() for meter in self._meters], look(nvml=self._nvml)
         reply = self.request({"image": picture_of(sample), "prompt": sample.prompt, "max_new_tokens": max_new_tokens})
         if reply is None:
             return
         joules = {meter.source: meter.joules() - start for meter, start in zip(self._meters, before, strict=True)}
-        now = look(gpus=self._gpus)
+        now = look(nvml=self._nvml)
         throttled = None if now.throttled is None or clocks.throttled is None else now.throttled - clocks.throttled
         line = Asked(
             sample=key, joules=joules, mhz=now.mhz, celsius=now.celsius, throttled=throttled, gpu_mhz=now.gpu_mhz, slowed=now.hot,
@@ -265,16 +267,6 @@ class PassClock:
         yield
         self._spent += time.perf_counter() - start
         self._done += 1
-
-
-def duration(seconds: float) -> str:
-    """Format a remaining time for people.
-
-    >>> duration(59), duration(150), duration(9000)
-    ('59 s', '2 min', '2 h 30 min')
-    """
-    minutes = int(seconds // 60)
-    return f"{seconds:.0f} s" if seconds < 60 else f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _memory(memory: Any) -> Memory | None:

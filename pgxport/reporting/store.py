@@ -5,20 +5,19 @@ A file holds what was measured under the same conditions: the conditions are its
 that a kill cut off is taken away; any other damage is an error, for results must not be lost in silence.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from pgxport.errors import IntegrityError, UsageError
-from pgxport.exporter.calibration_file import disk
+from pgxport.errors import IntegrityError
+from pgxport.files import disk_errors, locked, writing
 
 
 class StoredLine(BaseModel):
@@ -79,7 +78,7 @@ class ResultFile(Generic[Line]):
         return IntegrityError(f"{self.path}, line {number}: {what}; delete the file to measure its results again")
 
     def _append(self, text: str) -> None:
-        with disk(f"cannot write {self.path}"), open(self.path, "ab", buffering=0) as file:
+        with disk_errors(f"cannot write {self.path}"), open(self.path, "ab", buffering=0) as file:
             file.write(text.encode() + b"\n")
 
 
@@ -99,32 +98,16 @@ def alone(folder: Path, flag: str) -> Iterator[None]:
         UsageError: another pgx works in it.
         DiskError: it cannot be made.
     """
-    with disk(f"cannot use {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process dies
-    except BlockingIOError:
-        os.close(lock)
-        raise UsageError(f"another pgx works in {folder}; wait for it, or choose another {flag}") from None
-    try:
+    with ExitStack() as stack:
+        with disk_errors(f"cannot use {folder}", f"choose another {flag}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder, f"another pgx works in {folder}; wait for it, or choose another {flag}"))
         yield
-    finally:
-        os.close(lock)
-
-
-@contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
-    """Give the path to write a file at; the file gets its name when it is complete."""
-    partial = file.with_name(file.name + ".partial")
-    with disk(f"cannot write {file}"):
-        yield partial
-        partial.replace(file)
 
 
 def save_array(file: Path, array: np.ndarray) -> None:
     """Write an array, whole or not at all."""
-    with whole_file(file) as partial, partial.open("wb") as out:
+    with disk_errors(f"cannot write {file}"), writing(file) as out:
         np.save(out, array, allow_pickle=False)
 
 

@@ -184,7 +184,7 @@ def environment(device: Device) -> Table:
     """What the figures hold for."""
     e, d = device.environment, device.data
     rows = {
-        "processor": f"{e.processor}, {e.cores} cores",
+        "processor": f"{e.processor}{f' ({e.vectors})' if e.vectors else ''}, {e.cores} cores",
         "memory": f"{e.memory_bytes / 1e9:.1f} GB" if e.memory_bytes else "not told",
         "system": e.system,
         "engine": f"{e.engine}, threads: {e.threads or 'as the engine chooses'}",

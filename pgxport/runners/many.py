@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask one prompt about many pictures: an answer for each, or why there is none."""
 
-import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgxport.errors import DiskError, InputError, NumericError, UsageError
+from pgxport.errors import DiskError, InputError, NumericError
 from pgxport.runners.image import read_picture
 from pgxport.runners.outputs import Answer
 from pgxport.runners.runner import Runner
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -24,6 +21,17 @@ class PictureQuestion:
     engine: str = "cpu"
     threads: int | None = None
     low_memory: bool = False
+
+
+@dataclass(frozen=True)
+class EmbeddedPicture:
+    """A picture that stands in a data set's record, and not in a file of its own."""
+
+    name: str
+    content: bytes
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -44,30 +52,7 @@ class PictureAnswer:
         return {"image": self.image} | self.answer.to_json() | where
 
 
-def find_pictures(patterns: Sequence[str]) -> list[Path]:
-    """Files, the pictures of folders by their suffix, and what a pattern with * ? [ matches; each once, a folder's by name.
-
-    Raises:
-        UsageError: one of them finds nothing.
-    """
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        elif not path.exists() and glob.has_magic(pattern):
-            files = sorted(file for file in map(Path, glob.glob(pattern, recursive=True)) if file.is_file())
-        else:
-            files = [path]  # one that does not exist is a row that says so
-        if not files:
-            raise UsageError(
-                f"--images {pattern!r} finds no picture; give a folder with {', '.join(SUFFIXES)}, a pattern or a file"
-            )
-        found |= dict.fromkeys(files)
-    return list(found)
-
-
-def ask_each(bundle: str, pictures: Sequence[Path], question: PictureQuestion) -> Iterator[PictureAnswer]:
+def ask_each(bundle: str, pictures: Sequence[Path | EmbeddedPicture], question: PictureQuestion) -> Iterator[PictureAnswer]:
     """Answer about one picture after the other; a picture that cannot be answered is a row like the others.
 
     Raises:
@@ -76,16 +61,18 @@ def ask_each(bundle: str, pictures: Sequence[Path], question: PictureQuestion) -
     """
     q = question
     with Runner.from_pretrained(bundle, engine=q.engine, threads=q.threads, low_memory=q.low_memory) as runner:
-        for path in pictures:
-            yield answer(runner, str(path), read(path), q)
+        for picture in pictures:
+            yield answer(runner, str(picture), read(picture), q)
 
 
-def read(path: Path) -> bytes | PictureAnswer:
+def read(picture: Path | EmbeddedPicture) -> bytes | PictureAnswer:
     """Return a picture's bytes, or the row that says why there are none."""
+    if isinstance(picture, EmbeddedPicture):
+        return picture.content
     try:
-        return read_picture(path)
+        return read_picture(picture)
     except (InputError, DiskError) as error:
-        return PictureAnswer(str(path), None, str(error), error.exit_code)
+        return PictureAnswer(str(picture), None, str(error), error.exit_code)
 
 
 def answer(runner: Runner, name: str, content: bytes | PictureAnswer, question: PictureQuestion) -> PictureAnswer:

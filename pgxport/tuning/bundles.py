@@ -24,10 +24,10 @@ from pydantic import Field, TypeAdapter
 
 from pgxport.bundle.reader import Bundle
 from pgxport.cluster.pool import Cluster
-from pgxport.exporter.calibration_file import disk
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.exporter.recipe import FP32, Recipe
 from pgxport.exporter.recipe_toml import HEADER, to_toml
+from pgxport.files import disk_errors
 from pgxport.metrics.sample import Sample
 from pgxport.models.spec import ModelSpec
 from pgxport.models.weights import weight_shapes
@@ -120,7 +120,7 @@ class TuneResults:
     """What a folder holds of one model: the reference, and candidates by rules and number of samples."""
 
     def __init__(self, folder: Path, conditions: dict[str, Any]):
-        with disk(f"cannot use {folder}"):
+        with disk_errors(f"cannot use {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
         self.reference: ReferenceLine | None = None
         self.candidates: dict[tuple[str, int], CandidateLine] = {}
@@ -226,7 +226,7 @@ class Bundles:
 
     def _run(self, recipe: Recipe, places: list[int]) -> CandidateLine:
         file, output = self._work / "recipe.toml", self._work / "bundle"
-        with disk(f"cannot write {file}"):
+        with disk_errors(f"cannot write {file}"):
             file.write_text(to_toml(recipe))
         try:
             bundle = export(replace(self._export, output=output, recipe=file, overwrite=True))

@@ -18,17 +18,17 @@ CANDIDATES = {
     FLOAT: REST.scheme,
     "w8-dynamic": Scheme(bits=8, activations="dynamic"),
     "w8-static": Scheme(bits=8, activations="static", scaling="smoothquant"),
-    "w8-g128": Scheme(bits=8, group=128),
-    "w8-g128-screened": Scheme(bits=8, group=128, screen=True),
-    "w8-g128-gptq": Scheme(bits=8, group=128, method="gptq"),
-    "w4-g128": Scheme(bits=4, group=128, symmetric=False),
-    "w4-g64": Scheme(bits=4, group=64, symmetric=False),
-    "w4-g32": Scheme(bits=4, group=32, symmetric=False),
-    "w4-g128-awq": Scheme(bits=4, group=128, symmetric=False, method="clip", scaling="awq"),
-    "w4-g32-awq": Scheme(bits=4, group=32, symmetric=False, method="clip", scaling="awq"),
-    "w4-g128-gptq": Scheme(bits=4, group=128, symmetric=False, method="gptq"),
-    "w4-g32-gptq": Scheme(bits=4, group=32, symmetric=False, method="gptq"),
-    "w4-g64-awq-gptq": Scheme(bits=4, group=64, symmetric=False, method="gptq", scaling="awq"),
+    "w8-g128": Scheme(bits=8, group_size=128),
+    "w8-g128-screened": Scheme(bits=8, group_size=128, shortlist=True),
+    "w8-g128-gptq": Scheme(bits=8, group_size=128, method="gptq"),
+    "w4-g128": Scheme(bits=4, group_size=128, symmetric=False),
+    "w4-g64": Scheme(bits=4, group_size=64, symmetric=False),
+    "w4-g32": Scheme(bits=4, group_size=32, symmetric=False),
+    "w4-g128-awq": Scheme(bits=4, group_size=128, symmetric=False, method="clip", scaling="awq"),
+    "w4-g32-awq": Scheme(bits=4, group_size=32, symmetric=False, method="clip", scaling="awq"),
+    "w4-g128-gptq": Scheme(bits=4, group_size=128, symmetric=False, method="gptq"),
+    "w4-g32-gptq": Scheme(bits=4, group_size=32, symmetric=False, method="gptq"),
+    "w4-g64-awq-gptq": Scheme(bits=4, group_size=64, symmetric=False, method="gptq", scaling="awq"),
 }
 MOST_ALONE = 4  # layers of a stack that are still groups of their own
 
@@ -53,7 +53,7 @@ class Group:
         if pattern in self.fixed:
             scheme = replace(scheme, scaling="none")
         # Rows of the table are looked up too, for which a grid has to be symmetric (graphs.py). Only its output can be screened.
-        return replace(scheme, symmetric=True) if pattern == TABLE else replace(scheme, screen=False)
+        return replace(scheme, symmetric=True) if pattern == TABLE else replace(scheme, shortlist=False)
 
 
 def groups(spec: ModelSpec) -> list[Group]:

@@ -16,7 +16,7 @@ from pgxport.benchmarking.worker import turns
 from pgxport.cluster.open_bundle import OpenBundle
 from pgxport.cluster.pool import Cluster
 from pgxport.cluster.tasks import Workers
-from pgxport.exporter.calibration_file import disk
+from pgxport.files import disk_errors
 from pgxport.metrics.sample import Sample
 from pgxport.reporting.asking import TokenAgreement, compare_and_answer, write_logits
 from pgxport.reporting.cluster_pass import travelling
@@ -119,7 +119,7 @@ class ReferenceAnswers:
 
     def __init__(self, samples: Sequence[Sample], folder: Path, ids: Sequence[Sequence[int]] = ()):
         self.samples, self.ids, self._folder = list(samples), [list(i) for i in ids], folder
-        with disk(f"cannot use {folder}"):
+        with disk_errors(f"cannot use {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
 
     def complete(self) -> bool:

@@ -9,22 +9,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pgxport.benchmarking.bench import machine, versions
 from pgxport.cluster.pool import Cluster
 from pgxport.data.loader import DataOptions, load
 from pgxport.errors import EngineError, NumericError, UsageError, choose
-from pgxport.exporter.calibration_file import Calibration, check_output, checkpoint_sha256
+from pgxport.exporter.calibration_file import Calibration, checkpoint_sha256
 from pgxport.exporter.export import ExportOptions, check_weights
 from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.targets import TARGETS, Target
+from pgxport.files import check_output, disk_errors, write_whole
 from pgxport.hub.locate import locate
+from pgxport.machine.conditions import describe_machine, versions
 from pgxport.machine.driver import ask_driver
 from pgxport.metrics.sample import Sample
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.spec import read_config
-from pgxport.reporting.shared_pass import duration
-from pgxport.reporting.store import alone, digest, whole_file
+from pgxport.models.config import read_config
+from pgxport.reporting.measured import keys
+from pgxport.reporting.store import alone, digest
 from pgxport.runners.session import ENGINES
+from pgxport.text import duration
 from pgxport.tuning.bundles import Bundles, Measured, Say, TunedModel
 from pgxport.tuning.candidates import FLOAT, Group, chosen, groups, options, recipe
 from pgxport.tuning.result import Limits, Mix, Probe, Tuning, toml
@@ -105,8 +107,8 @@ def tune(options: TuneOptions, *, progress: Say | None = None) -> Tuning:
         mixes = _search(meter, found, base, probes, named, limits)
         tuning = Tuning(_facts(subject, bundles, options), limits, named, base, tuple(probes), tuple(mixes), tuple(skipped))
     if tuning.winner:
-        with whole_file(output) as partial:
-            partial.write_text(toml(tuning))
+        with disk_errors(f"cannot write {output}"):
+            write_whole(output, toml(tuning))
     return tuning
 
 
@@ -262,16 +264,13 @@ def _facts(subject: TunedModel, bundles: Bundles, o: TuneOptions) -> dict[str, A
         "checkpoint": str(o.source or f"--size {o.size}" + (f" --res {o.res}" if o.res else "")), "calibration": str(o.calibration) if o.calibration else None,
         "output": str(o.output), "samples": tasks, "answer_tokens": bundles.answer_tokens, "engine": o.target,
         "reference": {"recipe": "fp32", "bytes": bundles.reference_bytes, "ms": bundles.reference_ms},
-        "key": subject.common, "machine": machine(),
+        "key": subject.common, "machine": describe_machine(),
     }  # fmt: skip
 
 
 def _digest(samples: Sequence[Sample]) -> str:
-    """Of pictures, prompts and truths."""
+    """Return the sha256 of pictures, prompts and truths."""
     whole = hashlib.sha256()
-    for sample in samples:
-        plain = replace(sample, image=b"")
-        image = sample.image
-        content = image.read_bytes() if isinstance(image, Path) else image if isinstance(image, bytes) else repr(image).encode()
-        whole.update(hashlib.sha256(content).digest() + repr(plain).encode())
+    for sample, key in zip(samples, keys(samples), strict=True):
+        whole.update(key.encode() + repr(replace(sample, image=b"")).encode())
     return whole.hexdigest()

@@ -19,9 +19,10 @@ from pgxport.benchmarking import measure
 from pgxport.benchmarking.bench import Bench, bench, render
 from pgxport.benchmarking.intervals import T, paired_ratio, verdict
 from pgxport.benchmarking.measure import Answers, Steps, lengths, open_bundle
-from pgxport.benchmarking.worker import Measurement, Worker, interleave, read_memory, turns
+from pgxport.benchmarking.worker import Measurement, Worker, interleave, turns
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import InputError, UsageError
+from pgxport.machine.memory import process_memory
 
 pytest.importorskip("onnxruntime")
 SHORT = Answers(prompt_tokens=4, new_tokens=3)
@@ -164,13 +165,13 @@ def test_private_memory_is_seen_in_the_worker_that_took_it(stubs):
 @linux
 def test_mapped_memory_is_told_from_private(tmp_path: Path):
     (tmp_path / "f").write_bytes(b"x" * (50 << 20))
-    before = read_memory(os.getpid())
+    before = process_memory(os.getpid())
     mapped = np.memmap(tmp_path / "f", np.uint8, "r")
     assert mapped[:: 1 << 12].sum()
-    after = read_memory(os.getpid())
+    after = process_memory(os.getpid())
     assert after.mapped - before.mapped > 45 << 20
     assert after.private - before.private < 5 << 20
-    assert read_memory(os.getpid(), peak=True).resident >= after.resident
+    assert process_memory(os.getpid(), peak=True).resident >= after.resident
 
 
 # A bundle

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A bundle is there whole or not at all, and a bundle that was tampered with never reaches the engine."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from pgxport.bundle import writer as writer_module
-from pgxport.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES
+from pgxport.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, TokenTable
 from pgxport.bundle.onnx_wire import read_signature
 from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
@@ -49,6 +50,13 @@ def test_a_bundle_is_what_was_written(a_bundle: Path, tmp_path: Path):
     assert bundle.nbytes == sum(p.stat().st_size for p in a_bundle.iterdir() if p.name != MANIFEST)
     assert bundle.token_table().rows([0, 1]).shape == (2, bundle.manifest.token_table.shape[1])
     assert os.listdir(tmp_path / "new") == ["b"]
+
+
+def test_a_token_table_of_an_earlier_manifest_is_read():
+    text = """{"file": "token_table.bin", "dtype": "int8", "shape": [512, 64], "scale": 8.0, "group": 32,
+        "scales_offset": 32768, "scales_dtype": "float16"}"""
+    table = TokenTable.model_validate_json(text)
+    assert (table.group, table.row_bytes, table.nbytes) == (32, 64, 32768 + 512 * 2 * 2)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError(), KeyboardInterrupt(), SystemExit(143)])
@@ -113,7 +121,7 @@ def test_replacing_works_where_names_cannot_be_exchanged_at_once(a_bundle: Path,
     write_again(a_bundle, tmp_path / "b")
     (tmp_path / "b.replaced").mkdir()  # of a process that was killed in between
     (tmp_path / "b.replaced" / "old").touch()
-    monkeypatch.setattr(writer_module.ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     write_again(a_bundle, tmp_path / "b", overwrite=True)
     assert contents(tmp_path / "b") == contents(a_bundle)
     assert os.listdir(tmp_path) == ["b"]
@@ -170,7 +178,7 @@ def test_a_folder_that_cannot_be_written_is_a_disk_error(a_bundle: Path, tmp_pat
 TRIALS = """
 import json, os, random, resource, signal, sys, time
 from pathlib import Path
-from pgxport.bundle import writer
+from pgxport import files
 from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import PgxError
@@ -223,7 +231,7 @@ def die_at(step):
             return real(*args, **kwargs)
         return call
     os.fsync, os.mkdir, os.rename, os.unlink, os.rmdir = map(counted, (os.fsync, os.mkdir, os.rename, os.unlink, os.rmdir))
-    writer._exchange = counted(writer._exchange)
+    files.exchange = counted(files.exchange)
     write()
 """
 

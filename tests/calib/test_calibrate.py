@@ -19,13 +19,13 @@ from pgxport.calib import bundle_pass, observe
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.cli import cli
 from pgxport.errors import InputError, NumericError, UsageError
-from pgxport.exporter.activation_ranges import audit
+from pgxport.exporter.activation_ranges import measure_ranges
 from pgxport.exporter.calibration_file import OBSERVERS, Calibration, checkpoint_sha256
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.names import canonical
-from pgxport.models.spec import read_config
+from pgxport.models.config import read_config
 from pgxport.models.tiny.scenes import caption, draw
+from pgxport.models.weights import canonical
 from pgxport.runners.image import pixel_values
 from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
 
@@ -164,18 +164,20 @@ def test_what_shares_an_input_is_stored_once(random, tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_census_is_that_of_the_audit_on_the_same_scenes(random, tmp_path):
+def test_the_ranges_are_those_of_an_export_on_the_same_scenes(random, tmp_path):
     folder, _ = random
     scenes = [("caption en", caption(draw("calibration", i))) for i in range(2)]
     made = calibrate(CalibrateOptions(tmp_path / "c", folder, data=data(tmp_path / "data", *scenes)))
     checkpoint = Checkpoint.open(folder)
     words = folder / "tokenizer.json"
-    expected = audit(checkpoint, read_config(checkpoint.config), words, read_token_ids(words, checkpoint.config), scenes=2)
+    expected = measure_ranges(
+        checkpoint, read_config(checkpoint.config), words, read_token_ids(words, checkpoint.config), scenes=2
+    )
     assert made.ranges is not None
     assert made.ranges.largest.keys() == expected.largest.keys()
     for kind, top in expected.largest.items():
         if made.ranges.where[kind].startswith("language_model.model.norm."):
-            assert made.ranges.largest[kind] > top  # seen at every position of the answer, where the audit sees the last
+            assert made.ranges.largest[kind] > top  # seen at every position of the answer, where an export sees the last
         else:
             assert made.ranges.largest[kind] == pytest.approx(top, rel=1e-5), kind
             assert made.ranges.where[kind] == expected.where[kind]

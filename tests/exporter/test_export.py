@@ -33,16 +33,18 @@ def test_the_graphs_of_every_model_are_written_without_its_weights(family, size,
     )
     for recipe, target in of_each:
         graphs, table = write_graphs(SpecSource(spec), spec, None, recipe, target, spec.image_tokens + 512, NoStatistics())
-        shapes = {p.name: p.shape for p in table.promises}
+        shapes = {p.name: p.shape for p in table.lazy_tensors}
         for g in graphs.values():
-            copies = {part.name for name in g.copies for part in g.matrices[name].promises}  # of weights that are there as well
-            others = {n: p.shape for n, p in g.promises.items() if n not in copies}
+            copies = {
+                part.name for name in g.copies for part in g.matrices[name].lazy_tensors
+            }  # of weights that are there as well
+            others = {n: p.shape for n, p in g.lazy_tensors.items() if n not in copies}
             weights = {n: shape for n, shape in others.items() if not n.startswith(("rotary.", "lm_head.", "cache."))}
             assert not shapes.keys() & weights.keys()
             shapes |= weights
         for g in graphs.values():
             for path in g.matrices.keys() - g.copies:
-                for part in g.matrices[path].promises:
+                for part in g.matrices[path].lazy_tensors:
                     del shapes[part.name]
                 shapes[path] = g.matrices[path].shape
         assert shapes == weight_shapes(spec)

@@ -21,8 +21,8 @@ from pgxport.bundle.token_table import Embedding
 from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import stored, token_table
-from pgxport.exporter.lower_onnxruntime import CANDIDATES, SCREENED, uint8_grid
-from pgxport.exporter.recipe import DECODER, SCREEN, Recipe, Rule, Scheme
+from pgxport.exporter.lower_onnxruntime import CANDIDATES, SHORTLIST_TABLE, uint8_grid
+from pgxport.exporter.recipe import DECODER, SHORTLIST, Recipe, Rule, Scheme
 from pgxport.exporter.stream import DataLayout
 from pgxport.exporter.targets import TARGETS
 from pgxport.machine.cpu import overflows_in_16_bits
@@ -75,7 +75,7 @@ def product(scheme: Scheme, w: np.ndarray, x: np.ndarray, target: str = "cpu", g
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_grouped_products_equal_the_dequantized_product(bits, group, symmetric, target):
-    scheme = Scheme(bits=bits, group=group, symmetric=symmetric)
+    scheme = Scheme(bits=bits, group_size=group, symmetric=symmetric)
     for columns in (256, 72, 300, 24):  # whole groups, and groups that do not divide; shorter than a group
         for tokens in (1, 7):  # decode step and prefill have kernels of their own
             w = weights(ROWS, columns)
@@ -162,8 +162,8 @@ def test_products_that_read_one_input_round_it_once():
 
 TABLES = {
     "float32": Scheme(), "float16": Scheme("float16"), "rows of int8": INTEGERS[0], "rows of int8, static": INTEGERS[1],
-    "int8 in 128": Scheme(bits=8, group=128), "int8 in 16": Scheme(bits=8, group=16), "int4 in 32": Scheme(bits=4, group=32),
-    "int4 in 16, clipped": Scheme(bits=4, group=16, method="clip"), "int4 in 256": Scheme(bits=4, group=256),
+    "int8 in 128": Scheme(bits=8, group_size=128), "int8 in 16": Scheme(bits=8, group_size=16), "int4 in 32": Scheme(bits=4, group_size=32),
+    "int4 in 16, clipped": Scheme(bits=4, group_size=16, method="clip"), "int4 in 256": Scheme(bits=4, group_size=256),
 }  # fmt: skip
 VOCAB = 37
 
@@ -180,7 +180,7 @@ def test_rows_that_are_looked_up_are_those_that_the_output_multiplies_by(scheme,
     g.output(g.lm_head(g.input("x", ["batch", 1, columns]), TOKEN_TABLE), "logits", ["batch", 1, VOCAB])
     outputs, parts = run(g, {"x": 127 * np.eye(columns, dtype=np.float32)[:, None]})
 
-    layout = DataLayout([p for name, p in g.promises.items() if name.startswith(TOKEN_TABLE)])
+    layout = DataLayout([p for name, p in g.lazy_tensors.items() if name.startswith(TOKEN_TABLE)])
     (tmp_path / "table").write_bytes(b"".join(layout.bytes()))
     described = token_table({"decoder_step": g}, layout, spec(columns))
     assert (tmp_path / "table").stat().st_size == described.nbytes
@@ -200,8 +200,8 @@ def spec(columns: int):
 
 def test_rows_come_in_any_order_and_again(tmp_path):
     table = TokenTable(file="t", dtype="int4", shape=(3, 20), scale=1, group=16, scales_offset=64, scales_dtype="float16")
-    codes, scales = np.arange(48, dtype=np.uint8), np.array([[1, 2], [0.5, 3], [4, 0.25]], np.float16)
-    (tmp_path / "t").write_bytes(codes.tobytes().ljust(64, b"\0") + scales.tobytes())
+    quantized, scales = np.arange(48, dtype=np.uint8), np.array([[1, 2], [0.5, 3], [4, 0.25]], np.float16)
+    (tmp_path / "t").write_bytes(quantized.tobytes().ljust(64, b"\0") + scales.tobytes())
     halves = [
         [(b & 15) - 8 if i % 2 == 0 else (b >> 4) - 8 for b in range(16 * n, 16 * n + 16) for i in (0, 1)] for n in range(3)
     ]
@@ -219,26 +219,26 @@ def test_rows_of_bfloat16_are_those_of_ml_dtypes(tmp_path):
 MANY = 300  # tokens, of which `CANDIDATES` are computed from the table
 
 
-def screened(scheme: Scheme, w: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def two_pass(scheme: Scheme, w: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits of a screened output matrix; and those of the dequantized table and of the dequantized copy."""
     g = builder(scheme, w, name=TOKEN_TABLE)
     g.output(g.lm_head(g.input("x", ["batch", 1, w.shape[1]]), TOKEN_TABLE), "logits", ["batch", 1, len(w)])
     outputs, parts = run(g, {"x": x[:, None]})
     kind = "blocks" if scheme.activations == "float" else "rows"
     table = dequantized(scheme, kind, w.shape, TOKEN_TABLE, parts)
-    return outputs["logits"][:, 0], *(x @ m.T for m in (table, dequantized(SCREEN, "blocks", w.shape, SCREENED, parts)))
+    return outputs["logits"][:, 0], *(x @ m.T for m in (table, dequantized(SHORTLIST, "blocks", w.shape, SHORTLIST_TABLE, parts)))
 
 
 @pytest.mark.parametrize("columns", [256, 72, 300])
 @pytest.mark.parametrize(
-    "scheme", [*(Scheme(bits=8, group=g, screen=True) for g in (16, 128)), replace(INTEGERS[0], screen=True)]
+    "scheme", [*(Scheme(bits=8, group_size=g, shortlist=True) for g in (16, 128)), replace(INTEGERS[0], shortlist=True)]
 )
-def test_the_likeliest_tokens_have_the_tables_logits_and_the_others_the_screens(scheme, columns):
+def test_the_likeliest_tokens_have_the_tables_logits_and_the_others_the_shortlists(scheme, columns):
     x = whole_numbers(3, columns, 128)
-    got, table, rough = screened(scheme, weights(MANY, columns), x)
-    for logits, exact, screen in zip(got, table, rough, strict=True):
-        likely = np.argsort(screen)[-CANDIDATES:]
-        expected = screen.copy()
+    got, table, rough = two_pass(scheme, weights(MANY, columns), x)
+    for logits, exact, shortlist in zip(got, table, rough, strict=True):
+        likely = np.argsort(shortlist)[-CANDIDATES:]
+        expected = shortlist.copy()
         expected[likely] = exact[likely]
         assert apart(logits, expected) < FLOAT32
     assert apart(rough, table) > 0.01  # four bits show
@@ -249,24 +249,26 @@ def test_a_screen_does_not_decide_between_the_likeliest_tokens():
     w = np.full((MANY, 128), -1, np.float32)
     w[:2] = weights(1, 128)
     w[1] += np.float32(0.02) * np.sign(w[1])
-    got, table, rough = screened(Scheme(bits=8, group=128, screen=True), w, np.rint(127 * w[:1] / np.abs(w[0]).max()))
+    got, table, rough = two_pass(Scheme(bits=8, group_size=128, shortlist=True), w, np.rint(127 * w[:1] / np.abs(w[0]).max()))
     assert table[0].argmax() == got[0].argmax() == 1
     assert np.ptp(rough[0, :2]) < np.ptp(table[0, :2])
 
 
 def test_a_vocabulary_smaller_than_the_candidates_is_computed_whole():
     x = whole_numbers(1, 64, 128)
-    got, table, _ = screened(Scheme(bits=8, group=32, screen=True), weights(VOCAB, 64), x)
+    got, table, _ = two_pass(Scheme(bits=8, group_size=32, shortlist=True), weights(VOCAB, 64), x)
     assert apart(got, table) < FLOAT32
 
 
 def test_a_screen_leaves_the_table_as_it_is():
     """The same bytes are looked up, and counted once."""
-    plain, other = (builder(Scheme(bits=8, group=32, screen=s), weights(MANY, 48), name=TOKEN_TABLE) for s in (False, True))
+    plain, other = (
+        builder(Scheme(bits=8, group_size=32, shortlist=s), weights(MANY, 48), name=TOKEN_TABLE) for s in (False, True)
+    )
     written = []
     for g in (plain, other):
         g.output(g.lm_head(g.input("x", ["batch", 1, 48]), TOKEN_TABLE), "logits", ["batch", 1, MANY])
-        table = [p for name, p in g.promises.items() if name.startswith(TOKEN_TABLE)]
+        table = [p for name, p in g.lazy_tensors.items() if name.startswith(TOKEN_TABLE)]
         written.append((b"".join(DataLayout(table).bytes()), stored({"decoder_step": g}, DataLayout([]))))
     assert written[0] == written[1]
     assert written[1][1]["token_table"] == {"int8": MANY * 48}
@@ -345,14 +347,14 @@ def test_attention_through_a_cache_is_that_of_numpy(cache):
     got, past = attention_by_engine(q, k, v, cache, largest)
     assert apart(got, attention_by_hand(q, k, v, keep)) < CACHES[cache]
     if cache == "int8":
-        step, codes = largest["value"][:, None] / 127, past["past_key_values.0.value"][0]
-        assert np.array_equal(codes[:, : len(v)], np.rint(keep("value", v.reshape(-1, 2, 16).swapaxes(0, 1)) / step))
-        assert (codes.min(), codes.max()) == (-128, 127)
-        assert not codes[:, len(v) :].any()
+        step, quantized = largest["value"][:, None] / 127, past["past_key_values.0.value"][0]
+        assert np.array_equal(quantized[:, : len(v)], np.rint(keep("value", v.reshape(-1, 2, 16).swapaxes(0, 1)) / step))
+        assert (quantized.min(), quantized.max()) == (-128, 127)
+        assert not quantized[:, len(v) :].any()
 
 
 def test_a_prefix_by_the_fused_node_comes_to_the_same_numbers(monkeypatch):
-    monkeypatch.setitem(TARGETS, "cpu", replace(TARGETS["cpu"], spelled_prefill=False))
+    monkeypatch.setitem(TARGETS, "cpu", replace(TARGETS["cpu"], decomposed_prefill=False))
     random = np.random.default_rng(1)
     q, k, v = (random.normal(size=(PREFIX + STEPS, n * TEXT.head_dim)).astype(np.float32) for n in (4, 2, 2))
     got, _ = attention_by_engine(q, k, v, None, {})
@@ -375,7 +377,7 @@ def test_a_cache_of_int8_without_calibration_is_refused():
         (Scheme(bits=8), "has none; write group = 128"),
         (Scheme(bits=8, activations="dynamic", symmetric=False), "symmetric = false; take that out"),
         (Scheme(bits=8, activations="static", symmetric=False), "symmetric = false; take that out"),
-        (Scheme(bits=4, group=32, activations="dynamic"), "does not multiply dynamic activations by 4-bit"),
+        (Scheme(bits=4, group_size=32, activations="dynamic"), "does not multiply dynamic activations by 4-bit"),
     ],
 )
 def test_a_product_without_a_kernel_is_refused_with_its_rule(scheme, says):
@@ -391,10 +393,10 @@ def test_a_product_without_a_kernel_is_refused_with_its_rule(scheme, says):
     [
         (
             DECODER,
-            Scheme(bits=4, group=128, prefill8=True),
+            Scheme(bits=4, group_size=128, prefill8=True),
             r"computes prefixes and steps alike, and the rule for 'language_model.*",
         ),
-        (TOKEN_TABLE, Scheme(bits=8, group=128, screen=True), r"embed_tokens\.weight' says screen = true; "),
+        (TOKEN_TABLE, Scheme(bits=8, group_size=128, shortlist=True), r"embed_tokens\.weight' says screen = true; "),
     ],
 )
 def test_copies_are_refused_where_no_graph_reads_them(target, pattern, scheme, says):
@@ -403,7 +405,7 @@ def test_copies_are_refused_where_no_graph_reads_them(target, pattern, scheme, s
 
 
 def test_weights_for_prefixes_are_of_all_linears_of_the_decoder_and_of_nothing_else():
-    twice, once = Scheme(bits=4, group=32, prefill8=True), Scheme(bits=4, group=32)
+    twice, once = Scheme(bits=4, group_size=32, prefill8=True), Scheme(bits=4, group_size=32)
     up, down = (f"language_model.model.layers.0.mlp.{part}_proj.weight" for part in ("up", "down"))
     recipe = Recipe("test", (Rule("*up_proj.weight", twice), Rule("*down_proj.weight", once), Rule("*", Scheme())))
     with pytest.raises(UsageError, match=r"prefill8 is for all .*down_proj\.weight is without"):
@@ -414,14 +416,16 @@ def test_weights_for_prefixes_are_of_all_linears_of_the_decoder_and_of_nothing_e
 
 
 def test_a_screen_for_another_matrix_is_refused():
-    recipe = Recipe("test", (Rule("*.weight", Scheme(bits=8, group=128, screen=True)), Rule("*", Scheme("float16"))))
+    recipe = Recipe("test", (Rule("*.weight", Scheme(bits=8, group_size=128, shortlist=True)), Rule("*", Scheme("float16"))))
     with pytest.raises(
         UsageError, match=r"screen is of the token table alone, and the rule for '\*\.weight' decides for a\.weight"
     ):
         recipe.check(["a.weight", TOKEN_TABLE, "a.bias"])
 
 
-@pytest.mark.parametrize("scheme", [Scheme(bits=4, group=32, symmetric=False), Scheme(bits=8, group=32, symmetric=False)])
+@pytest.mark.parametrize(
+    "scheme", [Scheme(bits=4, group_size=32, symmetric=False), Scheme(bits=8, group_size=32, symmetric=False)]
+)
 def test_a_token_table_with_zero_points_is_refused_before_it_is_written(scheme):
     g = builder(scheme, weights(VOCAB, 48), name=TOKEN_TABLE)
     with pytest.raises(UsageError, match=r"embed_tokens\.weight is looked up by rows.*symmetric = true"):
@@ -429,7 +433,7 @@ def test_a_token_table_with_zero_points_is_refused_before_it_is_written(scheme):
 
 
 def test_a_scale_beyond_float16_is_refused_and_not_stored_as_infinity():
-    g = builder(Scheme(bits=8, group=16), weights(ROWS, 48) * np.float32(1e9), "cuda")
+    g = builder(Scheme(bits=8, group_size=16), weights(ROWS, 48) * np.float32(1e9), "cuda")
     g.output(g.linear(g.input("x", ["tokens", 48]), "layer"), "y", ["tokens", ROWS])
     with pytest.raises(CheckpointError, match=r"scales of layer\.weight.*float16 ends at 65504"):
         run(g, {})

@@ -43,17 +43,17 @@ from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import DataLayout
 from pgxport.metrics.fidelity import kl_divergence
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.eager import Forced
+from pgxport.models.eager import TokenizedSample
 from pgxport.runners.runner import Runner
 
 # Of the largest logit, the median over the tokens of an answer. As floats agree, the worst seen is 8e-7; where a number lies
 # between two codes, and the engine's last bit sends it to the other one, all that follows moves: seen on a third of samples, by
 # 1e-2. Through a float16 cache, in whose type the engine attends, that is so on every sample, by 2e-2.
 FLOATS, ONE_CODE = 3e-6, 0.05
-_EIGHT = Scheme(bits=8, group=32)
-_STEP, _PREFIX = Scheme(bits=4, group=32, symmetric=False), Scheme(bits=8, activations="dynamic")
+_EIGHT = Scheme(bits=8, group_size=32)
+_STEP, _PREFIX = Scheme(bits=4, group_size=32, symmetric=False), Scheme(bits=8, activations="dynamic")
 ALL = MIXED | {
-    "screened": recipe_of("screened", _EIGHT, replace(_EIGHT, screen=True), _EIGHT),
+    "screened": recipe_of("screened", _EIGHT, replace(_EIGHT, shortlist=True), _EIGHT),
     "twice": recipe_of("twice", replace(_STEP, prefill8=True), _EIGHT, _EIGHT),
     "as its steps": recipe_of("steps", _STEP, _EIGHT, _EIGHT),
     "as its prefix": recipe_of("prefix", _PREFIX, _EIGHT, _EIGHT),
@@ -90,12 +90,12 @@ def simulated(made: ExportOptions, bundle: Bundle) -> tuple[Job, Run]:
     assert job.calibration
     source, statistics = rescaled_for(job, job.spec, job.calibration)
     graphs, table = write_graphs(source, job.spec, job.masks, job.recipe, job.target, job.context, statistics)
-    files = {name: (bundle.path / f"{name}.data", DataLayout(g.promises.values())) for name, g in graphs.items()}
+    files = {name: (bundle.path / f"{name}.data", DataLayout(g.lazy_tensors.values())) for name, g in graphs.items()}
     files["token_table"] = (bundle.path / "token_table.bin", table)
     return job, Run(StoredWeights(source, graphs, files), job.spec, job.recipe, statistics)
 
 
-def logits(run: Run, given: Forced) -> np.ndarray:
+def logits(run: Run, given: TokenizedSample) -> np.ndarray:
     return run.logits(given)
 
 
@@ -212,7 +212,7 @@ def test_the_table_names_every_rounded_matrix_with_its_noise(case, tmp_path):
 
 
 def test_biases_give_back_what_rounding_takes_from_the_mean_and_the_comparison_reads_them(case, tmp_path):
-    scheme = Scheme(bits=4, group=16, compensate=True)
+    scheme = Scheme(bits=4, group_size=16, compensate=True)
     recipe = Recipe("test", (Rule("*norm*", Scheme()), Rule(VISION, scheme), Rule("*", Scheme())))
     (tmp_path / "r.toml").write_text(to_toml(recipe))
     made = options(case, "zeros", tmp_path, recipe=tmp_path / "r.toml")

@@ -20,10 +20,10 @@ from pgxport.exporter.quantize import (
     hessian_error,
     nearest,
     pack,
-    pack_zeros,
+    pack_zero_points,
     sqnr,
     unpack,
-    unpack_zeros,
+    unpack_zero_points,
 )
 
 GRIDS = [Grid(bits, group, symmetric) for bits in (4, 8) for group in (16, 32, None) for symmetric in (True, False)]
@@ -46,7 +46,7 @@ def weights(rows: int, columns: int, *, seed: int = 1) -> np.ndarray:
 def lost(q: Quantized, w: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """Squared error [N, G]"""
     squares = (q.dequantized().astype(np.float64) - w) ** 2 * (1 if importance is None else importance)
-    group = q.grid.group or w.shape[1]
+    group = q.grid.group_size or w.shape[1]
     return np.add.reduceat(squares, range(0, w.shape[1], group), axis=1)
 
 
@@ -55,16 +55,16 @@ def lost(q: Quantized, w: np.ndarray, importance: np.ndarray | None = None) -> n
 def test_nearest_stays_on_the_grid_and_within_half_a_step(grid, columns):
     w = weights(9, columns)
     q = nearest(w, grid)
-    groups = -(-columns // (grid.group or columns))
-    assert (q.codes.shape, q.scales.shape, q.zeros.shape) == (w.shape, (9, groups), (9, groups))
-    assert (q.codes.dtype, q.scales.dtype, q.zeros.dtype) == (np.uint8, np.float32, np.uint8)
-    assert q.codes.max() < 2**grid.bits
+    groups = -(-columns // (grid.group_size or columns))
+    assert (q.values.shape, q.scales.shape, q.zero_points.shape) == (w.shape, (9, groups), (9, groups))
+    assert (q.values.dtype, q.scales.dtype, q.zero_points.dtype) == (np.uint8, np.float32, np.uint8)
+    assert q.values.max() < 2**grid.bits
     assert (q.scales > 0).all()
     if grid.symmetric:
-        assert (q.zeros == 2 ** (grid.bits - 1)).all()
-    if grid == Grid(8, grid.group):
-        assert q.codes.min() >= 1  # -127, not -128
-    steps = np.repeat(q.scales, grid.group or columns, 1)[:, :columns]
+        assert (q.zero_points == 2 ** (grid.bits - 1)).all()
+    if grid == Grid(8, grid.group_size):
+        assert q.values.min() >= 1  # -127, not -128
+    steps = np.repeat(q.scales, grid.group_size or columns, 1)[:, :columns]
     # Half a step, and a whole one where the only code beyond the largest value is left out of a symmetric grid of 4 bits, or
     # where the zero point was rounded.
     allowed = 0.5 if grid.symmetric and grid.bits == 8 else 1.0
@@ -74,14 +74,14 @@ def test_nearest_stays_on_the_grid_and_within_half_a_step(grid, columns):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_what_lies_on_the_grid_is_kept_exactly(grid):
     random = np.random.default_rng(2)
-    codes = random.integers(-7, 8, (5, 64))
-    codes[:, ::16], codes[:, 1::16] = -7, 7
+    values = random.integers(-7, 8, (5, 64))
+    values[:, ::16], values[:, 1::16] = -7, 7
     if not grid.symmetric:
-        codes = (codes + 7) * 15 // 14 - 5
+        values = (values + 7) * 15 // 14 - 5
     step = (2.0 ** -random.integers(3, 9, (5, 1))).astype(np.float32)
     if grid.bits == 8:
-        codes, step = codes * 127 // 7 if grid.symmetric else codes * 17, step / 64
-    assert np.array_equal(nearest((codes * step).astype(np.float32), grid).dequantized(), codes * step)
+        values, step = values * 127 // 7 if grid.symmetric else values * 17, step / 64
+    assert np.array_equal(nearest((values * step).astype(np.float32), grid).dequantized(), values * step)
 
 
 def test_a_bfloat16_or_float64_block_is_rounded_as_its_float32():
@@ -127,8 +127,8 @@ def test_clipping_finds_what_an_exhaustive_search_of_its_scales_finds(symmetric)
         else:
             steps = [(high - low) / 15 * float(f) for f in SHRINK]
             grids = [(step, round(-low * float(f) / step)) for step, f in zip(steps, SHRINK, strict=True)]
-        codes = list(itertools.product(range(16), repeat=2))
-        best = min((((np.array(pair) - zero) * scale - w) ** 2).sum() for scale, zero in grids for pair in codes)
+        values = list(itertools.product(range(16), repeat=2))
+        best = min((((np.array(pair) - zero) * scale - w) ** 2).sum() for scale, zero in grids for pair in values)
         got = lost(nearest(w, Grid(4, None, symmetric), clip=True), w).sum()
         assert got == pytest.approx(best, rel=1e-3, abs=1e-12)
 
@@ -168,9 +168,9 @@ def obq(w: np.ndarray, moment: np.ndarray, start: Quantized, order: np.ndarray, 
     """
     w, h = w.astype(np.float64).copy(), moment.astype(np.float64)
     inverse = np.linalg.inv(h + damping * np.mean(np.diag(h)) * np.eye(len(h)))
-    group = start.grid.group or len(h)
+    group = start.grid.group_size or len(h)
     for j in order:
-        scale, zero = start.scales[:, j // group].astype(np.float64), start.zeros[:, j // group].astype(np.float64)
+        scale, zero = start.scales[:, j // group].astype(np.float64), start.zero_points[:, j // group].astype(np.float64)
         code = np.clip(np.round(w[:, j] / scale) + zero, start.grid.lowest, start.grid.highest)
         rounded = (code - zero) * scale
         w -= np.outer((w[:, j] - rounded) / inverse[j, j], inverse[j])
@@ -207,7 +207,7 @@ def test_gptq_without_order_sets_a_groups_scale_when_its_turn_comes():
         rest = w[:, end:] - np.linalg.solve(h[end:, end:], h[end:, :end] @ delta.T).T
         part = nearest(rest[:, :16], Grid(4, None, False))
         assert np.allclose(got.scales[:, end // 16], part.scales[:, 0], rtol=1e-3)
-        assert (got.zeros[:, end // 16] == part.zeros[:, 0]).mean() > 0.9
+        assert (got.zero_points[:, end // 16] == part.zero_points[:, 0]).mean() > 0.9
 
 
 @pytest.mark.parametrize("order", [True, False])
@@ -305,20 +305,20 @@ def test_the_hessian_error_is_the_mean_square_of_the_outputs_error():
 
 @settings(deadline=None)
 @given(
-    codes=arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=70), elements=st.integers(0, 15)),
+    values=arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=70), elements=st.integers(0, 15)),
     bits=st.sampled_from([4, 8]),
     group=st.sampled_from([2, 16, 32]),
 )
-def test_unpacking_gives_back_what_was_packed(codes, bits, group):
-    codes = codes if bits == 4 else codes * np.uint8(17)
-    packed = pack(codes, bits, group)
-    assert packed.shape == (len(codes), -(-codes.shape[1] // group), group * bits // 8)
-    assert np.array_equal(unpack(packed, bits, codes.shape[1]), codes)
-    padding = unpack(packed, bits, packed.shape[1] * group)[:, codes.shape[1] :]
+def test_unpacking_gives_back_what_was_packed(values, bits, group):
+    values = values if bits == 4 else values * np.uint8(17)
+    packed = pack(values, bits, group)
+    assert packed.shape == (len(values), -(-values.shape[1] // group), group * bits // 8)
+    assert np.array_equal(unpack(packed, bits, values.shape[1]), values)
+    padding = unpack(packed, bits, packed.shape[1] * group)[:, values.shape[1] :]
     assert (padding == 2 ** (bits - 1)).all()
-    zeros = pack_zeros(codes, bits)
-    assert zeros.shape == (len(codes), -(-codes.shape[1] * bits // 8))
-    assert np.array_equal(unpack_zeros(zeros, bits, codes.shape[1]), codes)
+    zero_points = pack_zero_points(values, bits)
+    assert zero_points.shape == (len(values), -(-values.shape[1] * bits // 8))
+    assert np.array_equal(unpack_zero_points(zero_points, bits, values.shape[1]), values)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -351,14 +351,14 @@ def matmul_nbits(x: np.ndarray, q: Quantized) -> np.ndarray:
     import onnx
     import onnxruntime as ort
 
-    grid, (rows, columns) = q.grid, q.codes.shape
-    assert grid.group is not None
-    tensors = {"b": pack(q.codes, grid.bits, grid.group), "scales": q.scales}
+    grid, (rows, columns) = q.grid, q.values.shape
+    assert grid.group_size is not None
+    tensors = {"b": pack(q.values, grid.bits, grid.group_size), "scales": q.scales}
     if not grid.symmetric:
-        tensors["zeros"] = pack_zeros(q.zeros, grid.bits)
+        tensors["zeros"] = pack_zero_points(q.zero_points, grid.bits)
     node = onnx.helper.make_node(
         "MatMulNBits", ["x", *tensors], ["y"], domain="com.microsoft",
-        K=columns, N=rows, bits=grid.bits, block_size=grid.group, accuracy_level=0,
+        K=columns, N=rows, bits=grid.bits, block_size=grid.group_size, accuracy_level=0,
     )  # fmt: skip
     graph = onnx.helper.make_graph(
         [node], "product",

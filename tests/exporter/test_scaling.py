@@ -40,7 +40,7 @@ SPECS = {
     ),
 }  # fmt: skip
 FLOAT32 = 1e-5  # of the largest logit: some hundred roundings in another order
-AWQ, SMOOTH = Scheme(bits=4, group=16, scaling="awq"), Scheme(bits=8, scaling="smoothquant", activations="dynamic")
+AWQ, SMOOTH = Scheme(bits=4, group_size=16, scaling="awq"), Scheme(bits=8, scaling="smoothquant", activations="dynamic")
 
 
 class Arrays:
@@ -230,7 +230,7 @@ def test_a_rescaled_checkpoint_computes_the_same(model, scheme, moments):
 def test_where_nothing_asks_the_source_itself_comes_back_and_statistics_are_not_read():
     spec = SPECS["paligemma"]
     source = checkpoint(spec)
-    assert rescaled(source, spec, lambda name: Scheme(bits=4, group=32), Observed({})) is source
+    assert rescaled(source, spec, lambda name: Scheme(bits=4, group_size=32), Observed({})) is source
 
 
 def test_statistics_of_the_rescaled_checkpoint_are_what_its_linears_are_given(model):

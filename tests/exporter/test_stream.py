@@ -10,17 +10,17 @@ import pytest
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
 from pgxport.errors import CheckpointError  # noqa: E402
-from pgxport.exporter.stream import PAGE, Counter, DataLayout, Promise, ahead, narrow  # noqa: E402
+from pgxport.exporter.stream import PAGE, Counter, DataLayout, LazyTensor, ahead, narrow  # noqa: E402
 from pgxport.models.checkpoint import row_blocks, to_float32  # noqa: E402
 
 
-def promise(name: str, array: np.ndarray, step: int = 2) -> Promise:
-    return Promise(name, array.dtype, array.shape, lambda: (array[i : i + step] for i in range(0, len(array), step)))
+def lazy(name: str, array: np.ndarray, step: int = 2) -> LazyTensor:
+    return LazyTensor(name, array.dtype, array.shape, lambda: (array[i : i + step] for i in range(0, len(array), step)))
 
 
 def test_a_data_file_holds_every_promise_at_its_place_and_zeros_between():
     arrays = {"a": np.arange(7, dtype=np.float32), "b": np.ones((5, 3000), np.float16), "c": np.arange(3, dtype=np.int64)}
-    layout = DataLayout([promise(n, a) for n, a in arrays.items()])
+    layout = DataLayout([lazy(n, a) for n, a in arrays.items()])
     whole = b"".join(layout.bytes())
     assert len(whole) == layout.nbytes
     covered = bytearray(whole)
@@ -33,7 +33,7 @@ def test_a_data_file_holds_every_promise_at_its_place_and_zeros_between():
 
 
 def test_blocks_that_are_too_few_are_a_bug_and_not_a_short_file():
-    short = Promise("w", np.dtype(np.float32), (4, 2), lambda: iter([np.zeros((3, 2), np.float32)]))
+    short = LazyTensor("w", np.dtype(np.float32), (4, 2), lambda: iter([np.zeros((3, 2), np.float32)]))
     with pytest.raises(AssertionError, match="8 bytes short"):
         list(short.bytes())
 

@@ -22,7 +22,7 @@ import torch
 from gemma_tokenizer import build_tokenizer
 from reference import random_paligemma
 from rounded import apart, make_calibration, sample, transformers_logits
-from tensorrt_engines import forced_logits, onnxruntime, openvino, reference
+from tensorrt_engines import onnxruntime, openvino, reference, teacher_forced_logits
 from tokenizers import Tokenizer
 
 from pgxport.bundle.reader import Bundle
@@ -33,7 +33,7 @@ from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.targets import TENSORRT
 from pgxport.models.gemma import TOKEN_TABLE
-from pgxport.models.names import canonical
+from pgxport.models.weights import canonical
 
 # Of the largest logit. In float32 both add up in another order; worst seen 4e-6. float16 keeps eleven bits; worst seen 3.7e-3.
 # bfloat16 keeps eight; worst seen 4.4e-2, where transformers' own bfloat16 is 3.1e-2 away.
@@ -79,7 +79,7 @@ def test_logits_of_prefill_and_forced_steps_equal_transformers(case, tmp_path, t
     given = sample(folder)
     assert len(given.answer) > 12  # or no window would hide what was generated
     expected = transformers_logits(model, given)
-    assert apart(forced_logits(bundle.path, onnxruntime, given), expected) < FLOATS
+    assert apart(teacher_forced_logits(bundle.path, onnxruntime, given), expected) < FLOATS
 
 
 @pytest.mark.parametrize("trt", VERSIONS)
@@ -91,7 +91,7 @@ def test_a_second_engine_computes_the_same(case, tmp_path, trt):
     bundle = export(ExportOptions(output=tmp_path / "b", checkpoint=folder, target="tensorrt", trt=trt))
     given = sample(folder)
     engine = reference if trt == "11" else openvino
-    assert apart(forced_logits(bundle.path, engine, given), transformers_logits(model, given)) < FLOATS
+    assert apart(teacher_forced_logits(bundle.path, engine, given), transformers_logits(model, given)) < FLOATS
 
 
 @pytest.mark.parametrize("trt", VERSIONS)
@@ -102,7 +102,7 @@ def test_bfloat16_is_as_near_float32_as_transformers_own(tmp_path, trt):
     given = sample(folder)
     expected = transformers_logits(model, given)
     rounded = transformers_logits(model.bfloat16(), given)
-    error, theirs = apart(forced_logits(bundle.path, reference, given), expected), apart(rounded, expected)
+    error, theirs = apart(teacher_forced_logits(bundle.path, reference, given), expected), apart(rounded, expected)
     print(trt, error, theirs)
     assert error < BFLOATS
     assert error < 2 * theirs
@@ -122,7 +122,7 @@ def test_half_precision_is_near_float32_and_a_loud_model_stays_finite(tmp_path, 
     assert bundle.manifest.residual_divisor > 1
     assert bundle.manifest.cache.dtype == "float16"
     given = sample(folder)
-    assert apart(forced_logits(bundle.path, onnxruntime, given), transformers_logits(model, given)) < HALVES
+    assert apart(teacher_forced_logits(bundle.path, onnxruntime, given), transformers_logits(model, given)) < HALVES
 
 
 # Fewer bits ------------------------------------------------------------------------------------------------------------
@@ -140,11 +140,11 @@ def recipe_of(name: str, decoder: Scheme, other: Scheme, rest: str = "float32") 
 STATIC, FLOAT8 = Scheme(bits=8, activations="static"), Scheme(bits=8, format="e4m3", activations="static")
 BITS = {
     "int8": recipe_of("int8", ROWS, ROWS),
-    "int4": recipe_of("int4", Scheme(bits=4, group=32), ROWS),
-    "int4-gptq": recipe_of("int4-gptq", Scheme(bits=4, group=16, method="gptq"), ROWS),
+    "int4": recipe_of("int4", Scheme(bits=4, group_size=32), ROWS),
+    "int4-gptq": recipe_of("int4-gptq", Scheme(bits=4, group_size=16, method="gptq"), ROWS),
     "w8a8": recipe_of("w8a8", STATIC, STATIC),
     "fp8": recipe_of("fp8", FLOAT8, FLOAT8),
-    "groups of 8 bits": recipe_of("grouped", Scheme(bits=8, group=32), ROWS),
+    "groups of 8 bits": recipe_of("grouped", Scheme(bits=8, group_size=32), ROWS),
 }
 
 
@@ -169,14 +169,14 @@ def stored_weights(bundle: Path) -> dict[str, np.ndarray]:
     for name in ("vision_encoder", "projector", "decoder_step"):
         tensors = onnx.load(bundle / f"{name}.onnx").graph.initializer
         parts = {t.name: onnx.numpy_helper.to_array(t).astype(np.float32) for t in tensors}
-        for path, codes in parts.items():
+        for path, quantized in parts.items():
             scales = parts.get(path.removesuffix("codes") + "scales")
             if not path.endswith(".codes") or scales is None:
-                found[path] = codes
+                found[path] = quantized
             elif scales.ndim == 1:  # a row each
-                found[path.removesuffix(".codes")] = codes * scales[:, None]
+                found[path.removesuffix(".codes")] = quantized * scales[:, None]
             else:
-                found[path.removesuffix(".codes")] = (codes * np.repeat(scales, len(codes) // len(scales), 0)).T
+                found[path.removesuffix(".codes")] = (quantized * np.repeat(scales, len(quantized) // len(scales), 0)).T
     return found
 
 
@@ -227,8 +227,8 @@ def test_fewer_bits_are_multiplied_as_they_are_stored(even, tmp_path, name, trt)
     exact = transformers_logits(model, given)
     with as_stored(model, bundle.path, BITS[name], calibration):
         expected = transformers_logits(model, given)
-    got = forced_logits(bundle.path, onnxruntime, given)
-    second = forced_logits(bundle.path, reference, given)
+    got = teacher_forced_logits(bundle.path, onnxruntime, given)
+    second = teacher_forced_logits(bundle.path, reference, given)
     error, other, cost = (float(np.median(np.abs(x - expected).max(1)) / np.abs(expected).max()) for x in (got, second, exact))
     print(name, trt, error, other, cost)
     assert max(error, other) < 3e-6

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from pgxport.errors import CheckpointError
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.spec import read_config
+from pgxport.models.config import read_config
 from pgxport.models.weights import weight_shapes
 
 FAMILIES = ("paligemma", "paligemma2")

@@ -25,8 +25,9 @@ from reference import random_paligemma
 
 from pgxport.errors import CheckpointError
 from pgxport.models.checkpoint import Checkpoint
+from pgxport.models.config import read_config
 from pgxport.models.npz import config_of
-from pgxport.models.spec import RESOLUTIONS, TEXT, published, read_config
+from pgxport.models.spec import RESOLUTIONS, TEXT, published
 
 Arrays = dict[str, np.ndarray]
 FAMILIES = ("paligemma", "paligemma2")

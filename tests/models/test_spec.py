@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from pgxport.errors import CheckpointError, UsageError
-from pgxport.models.spec import TEXT, TextSpec, published, read_config
+from pgxport.models.config import read_config
+from pgxport.models.spec import TEXT, TextSpec, published
 from pgxport.models.weights import parameters, weight_shapes
 
 # The fields that Google's config.json files state; everything else is left to transformers' defaults.

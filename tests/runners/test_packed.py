@@ -23,7 +23,7 @@ from pgxport.exporter.export import ExportOptions, export
 from pgxport.runners import packed as lookup
 from pgxport.runners.engine_cache import FOLDER_VARIABLE, entry_folder
 from pgxport.runners.ort import OrtSession
-from pgxport.runners.packed import machine, packed
+from pgxport.runners.packed import engine_key, packed
 from pgxport.runners.runner import Runner
 
 PRECISIONS = ("fp32", "int8", "w8a8", "int4", "mixed")
@@ -49,7 +49,7 @@ def test_a_compiled_bundle_answers_the_same_from_its_packed_weights(bundles, cac
     with Runner(bundle, threads=1) as runner:
         expected = runner.answer(PICTURE, PROMPT)
     pack(bundle)
-    folder = entry_folder(cache, bundle.digest(), machine())
+    folder = entry_folder(cache, bundle.digest(), engine_key())
     loaded = []
     monkeypatch.setattr(OrtSession, "__init__", _noting(loaded, OrtSession.__init__))
     with Runner(bundle, threads=1) as runner:
@@ -114,8 +114,8 @@ def test_a_bundle_that_is_not_compiled_loads_its_own_graphs(bundles, cache):
 def test_what_was_packed_for_another_machine_is_not_looked_at(bundles, cache, monkeypatch, change):
     bundle = bundles["int4"]
     pack(bundle)
-    elsewhere = dataclasses.replace(machine(), **change)
-    monkeypatch.setattr(lookup, "machine", lambda: elsewhere)
+    elsewhere = dataclasses.replace(engine_key(), **change)
+    monkeypatch.setattr(lookup, "engine_key", lambda: elsewhere)
     assert packed(bundle)["decoder_step"] == bundle.graph("decoder_step")
 
 
@@ -137,7 +137,7 @@ def test_what_was_packed_with_the_other_setting_of_products_is_not_used_and_is_p
 def test_a_changed_byte_is_refused(bundles, cache, name):
     bundle = bundles["int4"]
     pack(bundle)
-    file = entry_folder(cache, bundle.digest(), machine()) / name
+    file = entry_folder(cache, bundle.digest(), engine_key()) / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -148,13 +148,13 @@ def test_a_changed_byte_is_refused(bundles, cache, name):
 def test_a_file_that_pgx_did_not_write_is_refused(bundles, cache):
     bundle = bundles["int4"]
     pack(bundle)
-    (entry_folder(cache, bundle.digest(), machine()) / "more.data").write_bytes(b"x")
+    (entry_folder(cache, bundle.digest(), engine_key()) / "more.data").write_bytes(b"x")
     with pytest.raises(IntegrityError, match=r"more\.data"):
         packed(bundle)
 
 
 def test_packed_weights_that_compute_something_else_are_not_kept(bundles, cache, monkeypatch):
-    real = packing._answer
+    real = packing.sample_outputs
     calls = []
 
     def second_differs(session, bundle, name):
@@ -162,7 +162,7 @@ def test_packed_weights_that_compute_something_else_are_not_kept(bundles, cache,
         found = real(session, bundle, name)
         return [np.nextafter(x, np.float32(np.inf)) for x in found] if calls.count("decoder_step") == 2 else found
 
-    monkeypatch.setattr(packing, "_answer", second_differs)
+    monkeypatch.setattr(packing, "sample_outputs", second_differs)
     with pytest.raises(EngineError, match="something else"):
         pack(bundles["int4"])
     assert not list(cache.glob("*/*"))

@@ -18,14 +18,16 @@ from fake_tensorrt import Builder, Code, Config, Context, Engine, FakeCudart, Fa
 from tensorrt_signatures import GOLDEN, signatures
 
 from pgxport.bundle.reader import Bundle
-from pgxport.compile.tensorrt import CompileOptions, compile_bundle
+from pgxport.compile.compile import compile_bundle
+from pgxport.compile.options import CompileOptions
 from pgxport.errors import EngineError, NumericError, PgxError, UsageError
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.models.tiny.scenes import draw
 from pgxport.runners.cuda import ALIGNMENT
 from pgxport.runners.pipeline import Pipeline
 from pgxport.runners.runner import Runner
-from pgxport.runners.tensorrt import DTYPES, TensorrtSession, load_cuda, logger
+from pgxport.runners.tensorrt import TensorrtSession
+from pgxport.runners.tensorrt_library import DTYPES, load_cuda, logger
 
 PROMPTS = ("caption en", "detect orange cross", "segment green star")
 SCENE = draw("test", 3).image

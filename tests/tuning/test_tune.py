@@ -21,7 +21,7 @@ pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
 from pgxport import cli
-from pgxport.data.loader import scene_samples
+from pgxport.data.scenes import scene_samples
 from pgxport.errors import EngineError, UsageError
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.exporter.recipe import NORMS, RECIPES, Scheme
@@ -30,7 +30,8 @@ from pgxport.exporter.scaling import sites
 from pgxport.exporter.targets import CPU
 from pgxport.metrics.sample import Sample
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.spec import published, read_config
+from pgxport.models.config import read_config
+from pgxport.models.spec import published
 from pgxport.models.weights import weight_shapes
 from pgxport.reporting.asking import compare_and_answer
 from pgxport.reporting.store import alone
@@ -155,7 +156,7 @@ def test_a_choices_recipe_gives_every_group_its_scheme(spec, tmp_path):
                 fixed = not any(name in site.linears for site in sites(spec))
                 scheme = replace(scheme, scaling="none") if fixed else scheme
                 table = "embed_tokens" in name
-                expected = replace(scheme, symmetric=True) if table else replace(scheme, screen=False)
+                expected = replace(scheme, symmetric=True) if table else replace(scheme, shortlist=False)
                 assert made.scheme(name) == expected, name
         assert all(made.scheme(n) == NORMS.scheme for n in shapes if "norm" in n)
         (tmp_path / "r.toml").write_text(to_toml(made))
@@ -187,7 +188,7 @@ def test_candidates_that_need_calibration_are_left_out_without_it():
 
 def test_a_candidate_that_is_the_same_as_another_for_a_group_is_not_tried_twice(spec, monkeypatch):
     table, projector, attention, *_ = groups(spec)
-    monkeypatch.setitem(CANDIDATES, "clip", Scheme(bits=4, group=32, symmetric=False, method="clip"))
+    monkeypatch.setitem(CANDIDATES, "clip", Scheme(bits=4, group_size=32, symmetric=False, method="clip"))
     both = ["clip", "w4-g32-awq"]
     # Neither the table nor the projector has anything before it that can be divided.
     assert (options(table, both), options(projector, both), options(attention, both)) == (["clip"], ["clip"], both)

@@ -25,8 +25,9 @@ class PgxExportCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         import click
 
-        from pgxport.cli import fail, needs, progress_bar, size
-        from pgxport.errors import PgxError
+        from pgxport.errors import PgxError, needs
+        from pgxport.terminal import fail, progress_bar
+        from pgxport.text import size
 
         given = {name: getattr(self.args, name) for name in ("precision", "target", "masks", "context")}
         given = {name: value for name, value in given.items() if value is not None}
