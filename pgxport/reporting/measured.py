@@ -100,7 +100,7 @@ class Results:
         self.teacher_forced: dict[tuple[str, str], TeacherForced] = {}  # by sample and reference
         self.added: list[ReportLine] = []
         self._file = file
-        for line in file.read() if file else ():
+        for line in file.lines if file else ():
             self.take(line)
 
     def add(self, line: ReportLine) -> None:

@@ -35,20 +35,36 @@ class ResultFile(Generic[Line]):
     Args:
         folder: An existing folder, which no other process writes (`alone`).
         conditions: Plain data that must be the same for the results to hold.
-        lines: The kinds of lines that the file may hold.
+        kinds: The kinds of lines that the file may hold.
+
+    Attributes:
+        lines: Every line that was kept, the oldest first.
+
+    Raises:
+        IntegrityError: a line is damaged.
     """
 
-    def __init__(self, folder: Path, conditions: Mapping[str, Any], lines: TypeAdapter[Line]):
+    def __init__(self, folder: Path, conditions: Mapping[str, Any], kinds: TypeAdapter[Line]):
         self._first = json.dumps({"kind": "conditions", **conditions}, sort_keys=True)
-        self._lines = lines
+        self._kinds = kinds
         self.path = folder / f"{digest(conditions)[:24]}.jsonl"
+        self.lines = self._read()
 
-    def read(self) -> list[Line]:
-        """Read every line that was kept, the oldest first.
+    def find(self, **fields: Any) -> Line | None:
+        """Return the newest line whose fields have these values."""
+        matching = (line for line in reversed(self.lines) if all(getattr(line, k, None) == v for k, v in fields.items()))
+        return next(matching, None)
+
+    def add(self, line: Line) -> None:
+        """Append a line; it is on disk when this returns.
 
         Raises:
-            IntegrityError: a line is damaged.
+            DiskError: it cannot be written.
         """
+        self._append(line.model_dump_json())
+        self.lines.append(line)
+
+    def _read(self) -> list[Line]:
         content = self.path.read_bytes() if self.path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
@@ -60,17 +76,9 @@ class ResultFile(Generic[Line]):
             raise self._damage(1, "these are not the conditions that the file is named after")
         return [self._parse(line, number) for number, line in enumerate(rest, start=2)]
 
-    def add(self, line: Line) -> None:
-        """Append a line; it is on disk when this returns.
-
-        Raises:
-            DiskError: it cannot be written.
-        """
-        self._append(line.model_dump_json())
-
     def _parse(self, line: bytes, number: int) -> Line:
         try:
-            return self._lines.validate_json(line)
+            return self._kinds.validate_json(line)
         except ValidationError as error:
             raise self._damage(number, error.errors()[0]["msg"]) from None
 

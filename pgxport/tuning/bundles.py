@@ -116,31 +116,6 @@ TuneLine = ReferenceLine | CandidateLine
 LINES: TypeAdapter[TuneLine] = TypeAdapter(Annotated[TuneLine, Field(discriminator="kind")])
 
 
-class TuneResults:
-    """What a folder holds of one model: the reference, and candidates by rules and number of samples."""
-
-    def __init__(self, folder: Path, conditions: dict[str, Any]):
-        with disk_errors(f"cannot use {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-        self.reference: ReferenceLine | None = None
-        self.candidates: dict[tuple[str, int], CandidateLine] = {}
-        self._file = ResultFile(folder, conditions, LINES)
-        for line in self._file.read():
-            self._take(line)
-
-    def add(self, line: TuneLine) -> None:
-        """Keep a result."""
-        self._file.add(line)
-        self._take(line)
-
-    def _take(self, line: TuneLine) -> None:
-        match line:
-            case ReferenceLine():
-                self.reference = line
-            case CandidateLine():
-                self.candidates[line.rules, line.samples] = line
-
-
 class Bundles:
     """Recipes as bundles, measured beside the float32 one, which stays open.
 
@@ -152,7 +127,10 @@ class Bundles:
         self._subject, self._work, self._say = subject, work, say
         self._cluster = cluster
         self._export, self._samples, self._threads = subject.export, subject.samples, subject.threads
-        self._results = TuneResults(work / "results", subject.common)
+        results = work / "results"
+        with disk_errors(f"cannot use {results}"):
+            results.mkdir(parents=True, exist_ok=True)
+        self._results = ResultFile(results, subject.common, LINES)
         self._folder = work / f"reference-{digest(subject.common)[:12]}"
         self._stack = ExitStack()
         self._before_decoder = [name for name in weight_shapes(subject.spec) if not name.startswith("language_model.")]
@@ -166,7 +144,8 @@ class Bundles:
             bundle = Bundle.open(path)
             self._reference = self._stack.enter_context(Pipeline(bundle, engine=self._export.target, threads=self._threads))
             self.reference_bytes = bundle.nbytes
-            kept = self._results.reference
+            kept = self._results.find(kind="reference")
+            assert isinstance(kept, ReferenceLine | None)
             self._asked = ReferenceAnswers(self._samples, self._folder, kept.ids if kept else ())
             if kept is None or not self._asked.complete():
                 self._asked.answer_all(self._reference, self._say)
@@ -194,7 +173,7 @@ class Bundles:
 
     def known(self, recipe: Recipe, *, probe: bool = False) -> bool:
         """Whether a recipe was measured before."""
-        return (rules_text(recipe), len(self._places(probe=probe))) in self._results.candidates
+        return self._kept(recipe, self._places(probe=probe)) is not None
 
     def measure(self, label: str, recipe: Recipe, *, probe: bool = False) -> Measured:
         """Export a recipe and run it, or take the kept result.
@@ -207,7 +186,7 @@ class Bundles:
             NumericError: the bundle's numbers are not finite, or a method does not find a solution.
         """
         places = self._places(probe=probe)
-        line = self._results.candidates.get((rules_text(recipe), len(places)))
+        line = self._kept(recipe, places)
         if line is None:
             line = self._run(recipe, places)
             self._results.add(line)
@@ -217,6 +196,11 @@ class Bundles:
         return Measured(
             label, recipe, line.nbytes, self._ms(stages), stages, score.kl, score.kl_worst, score.agreement, loss=lost
         )
+
+    def _kept(self, recipe: Recipe, places: list[int]) -> CandidateLine | None:
+        line = self._results.find(kind="candidate", rules=rules_text(recipe), samples=len(places))
+        assert isinstance(line, CandidateLine | None)
+        return line
 
     def _places(self, *, probe: bool) -> list[int]:
         """Return the numbers of the samples, evenly spaced, for samples are often sorted by task."""

@@ -7,7 +7,7 @@ A sample costs one prefill: the bundle is fed the reference's answer (reporting/
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +89,7 @@ def score_on_cluster(
     """
     digest = cluster.offer(bundle)
     setup = OpenBundle(digest, _score_on_node, engine, threads, keep=False)
-    prepared = (_travelling(task) for task in tasks)
+    prepared = (replace(task, sample=travelling(task.sample)) for task in tasks)
     for done in cluster.spread(setup, prepared, Workers(threads, gpu=engine != "cpu")):
         yield done.task, done.get(f"sample {done.task.sample.id}")
     cluster.withdraw(digest)
@@ -104,11 +104,6 @@ def score(pipeline: Pipeline, task: ScoreTask) -> ScoreResult:
 
 def _score_on_node(runner: Runner, task: ScoreTask) -> ScoreResult:
     return score(runner.pipeline, task)
-
-
-def _travelling(task: ScoreTask) -> ScoreTask:
-    features = None if task.features is None else np.array(task.features)
-    return ScoreTask(task.number, travelling(task.sample), task.ids, np.array(task.logits), features, task.keep)
 
 
 class ReferenceAnswers:

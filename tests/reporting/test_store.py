@@ -24,7 +24,6 @@ def opened(folder: Path, **conditions: str) -> ResultFile[Number]:
 
 def kept(folder: Path, *values: int) -> Path:
     file = opened(folder, checkpoint="a")
-    file.read()
     for value in values:
         file.add(Number(value=value))
     return file.path
@@ -32,9 +31,11 @@ def kept(folder: Path, *values: int) -> Path:
 
 def test_a_result_holds_only_for_all_that_it_depends_on(tmp_path: Path):
     kept(tmp_path, 1, 2)
-    assert [line.value for line in opened(tmp_path, checkpoint="a").read()] == [1, 2]
-    assert opened(tmp_path, checkpoint="b").read() == []
+    assert [line.value for line in opened(tmp_path, checkpoint="a").lines] == [1, 2]
+    assert opened(tmp_path, checkpoint="b").lines == []
     assert len(list(tmp_path.iterdir())) == 2
+    assert opened(tmp_path, checkpoint="a").find(kind="number", value=2) == Number(value=2)
+    assert opened(tmp_path, checkpoint="a").find(kind="number", value=3) is None
 
 
 def test_the_first_line_says_what_the_results_depend_on(tmp_path: Path):
@@ -48,14 +49,14 @@ def test_a_line_that_a_kill_cut_off_is_taken_away(tmp_path: Path):
     last = content.splitlines(keepends=True)[-1]
     for cut in range(1, len(last)):
         path.write_bytes(content[:-cut])
-        assert [line.value for line in opened(tmp_path, checkpoint="a").read()] == [1]
+        assert [line.value for line in opened(tmp_path, checkpoint="a").lines] == [1]
         assert path.read_bytes() == content.removesuffix(last)
 
 
 def test_a_first_line_that_a_kill_cut_off_is_begun_again(tmp_path: Path):
     path = kept(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:5])
-    assert opened(tmp_path, checkpoint="a").read() == []
+    assert opened(tmp_path, checkpoint="a").lines == []
     assert json.loads(path.read_text())["checkpoint"] == "a"
 
 
@@ -69,7 +70,7 @@ def test_any_other_damage_is_an_error(tmp_path: Path):
     ):
         path.write_text(damaged)
         with pytest.raises(IntegrityError, match=f"line {number}: .*; delete the file"):
-            opened(tmp_path, checkpoint="a").read()
+            opened(tmp_path, checkpoint="a")
 
 
 def test_two_commands_do_not_work_in_one_folder(tmp_path: Path):
