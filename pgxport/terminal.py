@@ -117,10 +117,9 @@ class Cost:
     @classmethod
     def since(cls, start: float) -> "Cost":
         """The cost until now of what began at `start` of time.perf_counter()."""
-        import resource
+        from pgxport.machine.memory import peak_rss
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return cls(round(time.perf_counter() - start, 2), peak if sys.platform == "darwin" else peak * 1024)
+        return cls(round(time.perf_counter() - start, 2), peak_rss())
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the keys of every command's JSON."""

@@ -99,7 +99,7 @@ LAWS = (
         but_not=("cluster/pool.py",),
         never=("ray",),
         reason="one file knows how a cluster is spoken to, and everything works without it (docs/decisions/0019)",
-        remedy="give pgxport.cluster.pool a Job",
+        remedy="give pgxport.cluster.pool a WorkerSetup",
     ),
     Law(
         ("*",),

@@ -138,7 +138,7 @@ def plan(as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("source", required=False)
+@click.argument("checkpoint", metavar="[SOURCE]", required=False)
 @model_options("size", "res", "family", "variant", "adapter", **OF_SOURCE)
 @click.option("--data", type=click.Path(), help="A data set's file or folder (docs/reference/data.md)  [default: drawn scenes]")
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="How many to take, from the beginning.")
@@ -182,7 +182,7 @@ def render_calibration(calibration: "Calibration", options: dict[str, Any], cost
     """A calibration file for people: its size, its samples, and the export that reads it."""
     path, about = calibration.path, calibration.about
     # A bundle, which onnxruntime runs, does not say where its checkpoint is.
-    checkpoint = "CHECKPOINT" if about.engine == "onnxruntime" else options["source"]
+    checkpoint = "CHECKPOINT" if about.engine == "onnxruntime" else options["checkpoint"]
     named = {"checkpoint": checkpoint, "size": options["size"], "res": options["res"]}
     model = " ".join(f"--{option} {value}" for option, value in named.items() if value)
     return (
