@@ -310,7 +310,7 @@ def prepare(args: argparse.Namespace, res: int) -> list[Made]:
     if not checkpoint.exists():
         write_checkpoint(checkpoint, shallow(published("paligemma2", args.size, res), args.depth))
     if not calibration.exists() and set(args.precision) & set(CALIBRATED):
-        calibrate(CalibrateOptions(output=calibration, source=checkpoint, samples=1, moments=False))
+        calibrate(CalibrateOptions(output=calibration, checkpoint=checkpoint, samples=1, moments=False))
     found = []
     for engine in args.engines:
         for precision in args.precision:

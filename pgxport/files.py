@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from pgxport.errors import DiskError, InputError, UsageError
+from pgxport.interrupts import check_interrupted
 
 STAGED = ".partial"  # behind the name of a file or a folder, as long as it is being written
 CHOOSE_OUTPUT = "free some space or choose another -o"
@@ -209,7 +210,12 @@ class StagedFolder:
         self.close()
 
     def publish(self) -> None:
-        """Give the folder its name; what had it is deleted by `close`."""
+        """Give the folder its name; what had it is deleted by `close`.
+
+        Raises:
+            KeyboardInterrupt: SIGINT arrived, and foreign code swallowed it; what was written since gets no name.
+        """
+        check_interrupted()
         fsync_folder(self.staging)
         if os.path.lexists(self.path):
             exchange(self.staging, self.path)

@@ -99,7 +99,7 @@ LAWS = (
         but_not=("cluster/pool.py",),
         never=("ray",),
         reason="one file knows how a cluster is spoken to, and everything works without it (docs/decisions/0019)",
-        remedy="give pgxport.cluster.pool a Job",
+        remedy="give pgxport.cluster.pool a WorkerSetup",
     ),
     Law(
         ("*",),
@@ -309,7 +309,7 @@ def test_every_path_that_a_law_or_pyproject_names_exists():
         ("bundle/reader.py", "import numpy as np\nfrom pydantic import BaseModel\nfrom pgxport.errors import IntegrityError"),
         ("runners/image.py", "from PIL import Image\nfrom pgxport.bundle.reader import Bundle\nfrom . import loop"),
         ("runners/ort.py", "import onnxruntime as ort"),
-        ("runners/tensorrt.py", "import tensorrt\nfrom cuda import cudart"),
+        ("runners/tensorrt_library.py", "import tensorrt\nfrom cuda import cudart"),
         ("models/checkpoint.py", "import ml_dtypes\nfrom safetensors import safe_open"),
         ("reporting/transformers_subject.py", "def f():\n    import torch\n    import transformers"),
         ("exporter/parity.py", "from pgxport.metrics.fidelity import kl_divergence"),

@@ -138,7 +138,7 @@ def plan(as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("source", required=False)
+@click.argument("checkpoint", metavar="[SOURCE]", required=False)
 @model_options("size", "res", "family", "variant", "adapter", **OF_SOURCE)
 @click.option("--data", type=click.Path(), help="A data set's file or folder (docs/reference/data.md)  [default: drawn scenes]")
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="How many to take, from the beginning.")
@@ -180,7 +180,7 @@ def calibration_json(calibration: "Calibration", cost: Cost) -> dict[str, Any]:
 def render_calibration(calibration: "Calibration", options: dict[str, Any], cost: Cost) -> str:
     """A calibration file for people: its size, its samples, and the export that reads it."""
     path, about = calibration.path, calibration.about
-    checkpoint = "CHECKPOINT" if about.engine == "onnxruntime" else options["source"]  # of a bundle it is not known
+    checkpoint = "CHECKPOINT" if about.engine == "onnxruntime" else options["checkpoint"]  # of a bundle it is not known
     named = {"checkpoint": checkpoint, "size": options["size"], "res": options["res"]}
     model = " ".join(f"--{option} {value}" for option, value in named.items() if value)
     return (

@@ -107,15 +107,15 @@ def notes(answer: "Answer", save: str | None) -> Iterator[str]:
 def _answer_each(bundle: str, patterns: tuple[str, ...], question: dict[str, Any], cluster: str | None, *, as_json: bool) -> None:
     """Print a line for each picture, as it is answered."""
     from pgxport.data.pictures import find_pictures
-    from pgxport.runners.many import Question, ask_each
+    from pgxport.runners.many import PictureQuestion, ask_each
 
     pictures = find_pictures(patterns)
     if cluster is not None:
         from pgxport.cluster.many_pictures import ask_each as ask_on_cluster
 
-        rows = ask_on_cluster(bundle, pictures, Question(**question), cluster)
+        rows = ask_on_cluster(bundle, pictures, PictureQuestion(**question), cluster)
     else:
-        rows = ask_each(bundle, pictures, Question(**question))
+        rows = ask_each(bundle, pictures, PictureQuestion(**question))
     failed = []
     for row in rows:
         text = "FAILED: " + (row.error or "") if row.answer is None else row.answer.text

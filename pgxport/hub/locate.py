@@ -20,6 +20,28 @@ License = Literal["apache-2.0", "gemma"]
 TASK = re.compile(r"ft-[a-z0-9]+(-[a-z0-9]+)*")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    """The model that a command works on, called as its flags.
+
+    Attributes:
+        size: A published size, or "tiny" for the embedded checkpoint; None where `checkpoint` says all.
+        res: Pixels a side.
+        variant: "pt", "mix" or "ft-TASK", as the hub names them.
+        checkpoint: A folder in hub layout, or a hub id, which @REVISION may follow.
+        adapter: A LoRA adapter in PEFT layout, merged into the checkpoint as it is read.
+        masks: `vae-oid.npz`, for the mask decoder; the embedded checkpoint brings its own.
+    """
+
+    size: str | None = None
+    res: int | None = None
+    family: str = "paligemma2"
+    variant: str = "pt"
+    checkpoint: str | Path | None = None
+    adapter: str | Path | None = None
+    masks: str | Path | None = None
+
+
 @dataclass(frozen=True)
 class Located:
     """A checkpoint's folder, a name for people, and the spec that it has to have, where one was asked for."""
@@ -33,26 +55,18 @@ class Located:
     license: License | None = None  # as the hub calls it; None: not known
 
 
-def locate(
-    size: str | None,
-    res: int | None,
-    family: str,
-    variant: str,
-    checkpoint: str | Path | None,
-    *,
-    precision: str | None = None,
-    progress: hub.Progress | None = None,
-) -> Located:
-    """Find the checkpoint that the options name; `checkpoint` is a folder, or a hub id, which @REVISION may follow.
+def locate(choice: ModelChoice, *, precision: str | None = None, progress: hub.Progress | None = None) -> Located:
+    """Find the checkpoint of a model.
 
     Args:
-        precision: What will be written, where more than one revision of a published model holds it.
+        precision: The recipe that will be written, where more than one revision of a published model serves it.
 
     Raises:
-        UsageError: they name nothing, or what does not exist.
-        HubError: it is not on disk, and the hub cannot be reached or refuses.
+        UsageError: the choice names nothing, or a model that does not exist.
+        HubError: the checkpoint is not on disk, and the hub cannot be reached or refuses.
         IntegrityError: the local copy, or what was downloaded, is not what the hub says it is.
     """
+    size, res, family, checkpoint = choice.size, choice.res, choice.family, choice.checkpoint
     if size is not None and size not in SIZES:
         raise UsageError(f"size {size!r} does not exist; choose --size {', '.join(SIZES)}, or a folder with --checkpoint")
     if size == "tiny" and checkpoint is None:
@@ -72,7 +86,7 @@ def locate(
     if res is None:
         raise UsageError(f"--size {size} was published at several resolutions; choose --res 224, 448 or 896")
     spec = published(family, size, res)
-    name = published_name(family, size, res, variant)
+    name = published_name(family, size, res, choice.variant)
     return _from_hub(f"google/{name}", revisions(family, precision), spec, progress)
 
 

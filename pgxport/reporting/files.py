@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a report, a pure function of it and its pictures; and reading them back."""
+"""Write the files of a report, a pure function of the report and its pictures, and read them back."""
 
 import csv
 import io
@@ -13,8 +13,8 @@ from pgxport.errors import InputError, UsageError
 from pgxport.files import disk_errors, write_whole
 from pgxport.reporting import chart, markdown, page
 from pgxport.reporting.disagreements import named
+from pgxport.reporting.measured import FOLDER
 from pgxport.reporting.schema import Report, Row
-from pgxport.reporting.store import FOLDER
 
 PICTURES = "pictures"
 MAX_REPORT = 256 << 20
@@ -25,7 +25,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def rendered(report: Report, pictures: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Name -> content of every file."""
+    """Return the content of every file by name."""
     drawn = chart.svg(report)
     return {
         "report.json": report.model_dump_json(indent=1).encode() + b"\n",
@@ -39,10 +39,10 @@ def rendered(report: Report, pictures: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def write(report: Report, pictures: Mapping[str, bytes], output: Path) -> None:
-    """Write every file, each whole or not at all, report.json last; pictures of an earlier report go.
+    """Write every file, each whole or not at all, report.json last, and delete the pictures of an earlier report.
 
     Raises:
-        DiskError: one cannot be written.
+        DiskError: a file cannot be written.
     """
     content = rendered(report, pictures)
     last = content.pop("report.json")
@@ -56,11 +56,11 @@ def write(report: Report, pictures: Mapping[str, bytes], output: Path) -> None:
 
 
 def read(path: Path) -> Report:
-    """A report.json, or the folder that holds one.
+    """Read a report.json, given as the file or as its folder.
 
     Raises:
         UsageError: there is none.
-        InputError: it is not one of this version.
+        InputError: it is not a report of this version.
     """
     path = path / "report.json" if path.is_dir() else path
     try:
@@ -76,8 +76,8 @@ def read(path: Path) -> Report:
 
 
 def read_pictures(report: Report, folder: Path) -> dict[str, bytes]:
-    """The pictures that a report names, from beside it. One that is missing, or is no WebP of its own, is left out."""
-    found = {}
+    """Read the pictures that a report names, from beside it; one that is missing, a link or no WebP is left out."""
+    pictures = {}
     for name in sorted(named([d for device in report.devices for d in device.disagreements])):
         file = folder / PICTURES / name
         try:
@@ -85,14 +85,14 @@ def read_pictures(report: Report, folder: Path) -> dict[str, bytes]:
             if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_PICTURE:
                 content = file.read_bytes()
                 if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-                    found[name] = content
+                    pictures[name] = content
         except OSError:
             continue
-    return found
+    return pictures
 
 
 def check_output(output: Path) -> None:
-    """A folder that is not there, is empty, or holds a report.
+    """Check that an output folder does not exist, is empty, or holds a report.
 
     Raises:
         UsageError: it is something else.
@@ -104,7 +104,7 @@ def check_output(output: Path) -> None:
 
 
 def results_csv(report: Report) -> str:
-    """A row a bundle, for spreadsheets; seconds and bytes, and nothing where nothing was measured."""
+    """Return a row for each bundle, for spreadsheets, in seconds and bytes; a cell that was not measured is empty."""
     rows = [(device.name, row) for device in report.devices for row in device.rows]
     scores = list(dict.fromkeys((s.task, s.metric) for _, row in rows for s in row.scores))
     stages = list(dict.fromkeys(stage for _, row in rows for stage in sorted(row.seconds)))

@@ -13,8 +13,8 @@ from pgxport.runners.runner import Runner
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked of every picture, and how. Names are those of `pgx run`'s flags."""
+class PictureQuestion:
+    """The question about every picture, and how it is answered. Names are those of `pgx run`'s flags."""
 
     prompt: str
     max_new_tokens: int | None = None
@@ -35,8 +35,8 @@ class EmbeddedPicture:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One picture: its answer, or the reason and the exit code that the reason alone would end with."""
+class PictureAnswer:
+    """One picture: its answer, or the reason why there is none and the exit code of that error."""
 
     image: str
     answer: Answer | None
@@ -45,15 +45,15 @@ class Row:
     node: str | None = None  # of a cluster
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, for json.dumps."""
+        """Return plain data, for json.dumps."""
         where = {"node": self.node} if self.node else {}
         if self.answer is None:
             return {"image": self.image, "error": self.error, "exit_code": self.exit_code} | where
         return {"image": self.image} | self.answer.to_json() | where
 
 
-def ask_each(bundle: str, pictures: Sequence[Path | EmbeddedPicture], question: Question) -> Iterator[Row]:
-    """Answer one after the other; a picture that cannot be answered is a row like the others.
+def ask_each(bundle: str, pictures: Sequence[Path | EmbeddedPicture], question: PictureQuestion) -> Iterator[PictureAnswer]:
+    """Answer about one picture after the other; a picture that cannot be answered is a row like the others.
 
     Raises:
         IntegrityError: the bundle is not sound.
@@ -62,23 +62,24 @@ def ask_each(bundle: str, pictures: Sequence[Path | EmbeddedPicture], question: 
     q = question
     with Runner.from_pretrained(bundle, engine=q.engine, threads=q.threads, low_memory=q.low_memory) as runner:
         for picture in pictures:
-            content = read(picture)
-            yield content if isinstance(content, Row) else answer(runner, str(picture), content, q)
+            yield answer(runner, str(picture), read(picture), q)
 
 
-def read(picture: Path | EmbeddedPicture) -> bytes | Row:
+def read(picture: Path | EmbeddedPicture) -> bytes | PictureAnswer:
     """Return a picture's bytes, or the row that says why there are none."""
     if isinstance(picture, EmbeddedPicture):
         return picture.content
     try:
         return read_picture(picture)
     except (InputError, DiskError) as error:
-        return Row(str(picture), None, str(error), error.exit_code)
+        return PictureAnswer(str(picture), None, str(error), error.exit_code)
 
 
-def answer(runner: Runner, name: str, content: bytes, question: Question) -> Row:
-    """The row of one picture."""
+def answer(runner: Runner, name: str, content: bytes | PictureAnswer, question: PictureQuestion) -> PictureAnswer:
+    """Return the row of one picture; `content` is what `read` gave."""
+    if isinstance(content, PictureAnswer):
+        return content
     try:
-        return Row(name, runner.answer(content, question.prompt, max_new_tokens=question.max_new_tokens))
+        return PictureAnswer(name, runner.answer(content, question.prompt, max_new_tokens=question.max_new_tokens))
     except (InputError, NumericError) as error:  # the next picture may do better
-        return Row(name, None, str(error), error.exit_code)
+        return PictureAnswer(name, None, str(error), error.exit_code)

@@ -17,29 +17,31 @@ from pgxport.exporter.export import ExportOptions, check_weights
 from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.targets import TARGETS, Target
 from pgxport.files import check_output, disk_errors, write_whole
-from pgxport.hub.locate import locate
+from pgxport.hub.locate import ModelChoice, locate
 from pgxport.machine.conditions import describe_machine, versions
+from pgxport.machine.driver import ask_driver
 from pgxport.metrics.sample import Sample
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.config import read_config
-from pgxport.tuning.bundles import Bundles, Measured, Say, Subject
+from pgxport.reporting.measured import keys
+from pgxport.reporting.store import alone, digest
+from pgxport.runners.session import ENGINES
+from pgxport.text import duration
+from pgxport.tuning.bundles import Bundles, Measured, Say, TunedModel
 from pgxport.tuning.candidates import FLOAT, Group, chosen, groups, options, recipe
 from pgxport.tuning.result import Limits, Mix, Probe, Tuning, toml
 from pgxport.tuning.search import Choice, Option, front, spread
-from pgxport.tuning.store import alone, digest
 
-ENGINES = ("cpu",)  # that this pgx runs
 LADDER = 32  # choices of a front, among which the smallest that keeps the limit is looked for by halving
 TRIES = 3  # fronts, each with less time than the one before, where those proposed were slower than predicted
 VERSIONS = ("pgxport", "numpy", "onnxruntime")
 
 
 @dataclass(frozen=True)
-class TuneOptions:
+class TuneOptions(ModelChoice):
     """What to tune. Names are those of `pgx tune`'s flags.
 
     Attributes:
-        source: A checkpoint in hub layout, or a hub id; None where `size` says which.
         data: Samples to judge by, a file or a folder (docs/tune.md); None: the embedded scenes.
         format: Of the samples, where their content does not tell.
         samples: How many records, evenly spaced; of the scenes: of each task.
@@ -54,13 +56,6 @@ class TuneOptions:
     """
 
     output: str | Path = "recipe.toml"
-    source: str | Path | None = None
-    size: str | None = None
-    res: int | None = None
-    family: str = "paligemma2"
-    variant: str = "pt"
-    adapter: str | Path | None = None
-    masks: str | Path | None = None
     data: str | Path | None = None
     format: str | None = None
     samples: int = 50
@@ -87,24 +82,21 @@ def tune(options: TuneOptions, *, progress: Say | None = None) -> Tuning:
     output = Path(options.output)
     check_output(output, overwrite=options.overwrite)
     target = choose("target", options.target, TARGETS)
-    if target.name not in ENGINES:
-        raise EngineError(
-            f"pgx tune measures where a recipe will run, and this pgx does not run target {target.name!r}; use --target cpu"
-        )
+    _check_engine(target)
     if not options.max_loss >= 0:  # NaN is not either
         raise UsageError(f"--max-loss {options.max_loss:g}: give points from 0 on, as in 1%")
     names = chosen(options.candidates, calibrated=options.calibration is not None)
-    subject = _subject(options)
+    subject = tuned_model(options)
     found = groups(subject.spec)
     limits = Limits(options.max_loss, options.max_latency, None if options.max_size is None else round(options.max_size * 1e6))
     work = Path(options.work) if options.work else output.with_name(output.name + ".work")
     say = progress or (lambda text: None)
     cluster = Cluster(options.cluster) if options.cluster is not None else None
-    with alone(work), cluster or nullcontext(), Bundles(subject, work, say, cluster) as bundles:
-        bench = _Bench(bundles, say)
-        named, skipped = _named(bench, target, calibrated=options.calibration is not None)
-        base, probes = _probes(bench, found, names, skipped)
-        mixes = _search(bench, found, base, probes, named, limits)
+    with alone(work, "--work"), cluster or nullcontext(), Bundles(subject, work, say, cluster) as bundles:
+        meter = RecipeMeter(bundles, say)
+        named, skipped = _named(meter, target, calibrated=options.calibration is not None)
+        base, probes = _probes(meter, found, names, skipped)
+        mixes = _search(meter, found, base, probes, named, limits)
         tuning = Tuning(_facts(subject, bundles, options), limits, named, base, tuple(probes), tuple(mixes), tuple(skipped))
     if tuning.winner:
         with disk_errors(f"cannot write {output}"):
@@ -112,9 +104,28 @@ def tune(options: TuneOptions, *, progress: Say | None = None) -> Tuning:
     return tuning
 
 
+def _check_engine(target: Target) -> None:
+    """Check that an engine runs the target's bundles here, as they are exported.
+
+    Raises:
+        EngineError: none does.
+    """
+    if target.tensorrt is not None:
+        raise EngineError(
+            f"pgx tune runs a bundle as it is exported, and one for target {target.name!r} has to be compiled first; use --target cpu"
+        )
+    if ENGINES[target.name] != "cpu":
+        try:
+            ask_driver()
+        except EngineError as error:
+            raise EngineError(
+                f"pgx tune measures where a recipe will run, and this machine does not run target {target.name!r}: {error}"
+            ) from error
+
+
 @dataclass
-class _Bench:
-    """Measures one after another, and tells how long the rest will take."""
+class RecipeMeter:
+    """Measures one recipe after another, and tells how long the rest will take."""
 
     bundles: Bundles
     say: Say
@@ -125,17 +136,18 @@ class _Bench:
         if not known:
             recent = self.seconds[-10:]
             pace = sum(recent) / len(recent) if recent else 0.0
-            self.say(f"{label}" + (f"; {left} to go, about {_duration(pace * left)}" if left and pace else ""))
+            self.say(f"{label}" + (f"; {left} to go, about {duration(pace * left)}" if left and pace else ""))
         measured = self.bundles.measure(label, recipe, probe=probe)
         if not known:
             self.seconds.append(time.perf_counter() - start)
         return measured
 
 
-def _subject(o: TuneOptions) -> Subject:
-    if (o.source is None) == (o.size is None):
+def tuned_model(o: TuneOptions) -> TunedModel:
+    """Open the checkpoint, the calibration and the samples that the options name."""
+    if (o.checkpoint is None) == (o.size is None):
         raise UsageError("name one model: a checkpoint, or --size tiny --res 224")
-    found = locate(o.size, o.res, o.family, o.variant, o.source, precision="fp32")
+    found = locate(o, precision="fp32")
     checkpoint = Checkpoint.open(found.path, Path(o.adapter) if o.adapter else None)
     spec = read_config(checkpoint.config)
     check_weights(checkpoint, spec)
@@ -156,10 +168,10 @@ def _subject(o: TuneOptions) -> Subject:
         target=o.target,
         parity=0,
     )
-    return Subject(export, spec, data.samples, common, o.threads)
+    return TunedModel(export, spec, data.samples, common, o.threads)
 
 
-def _named(bench: _Bench, target: Target, *, calibrated: bool) -> tuple[tuple[Measured, ...], list[str]]:
+def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tuple[Measured, ...], list[str]]:
     """The named recipes as the target has them, and why some are not among them."""
     measured, skipped = [], []
     for i, name in enumerate(RECIPES):
@@ -168,22 +180,22 @@ def _named(bench: _Bench, target: Target, *, calibrated: bool) -> tuple[tuple[Me
             target.check(recipe)
             if recipe.calibrated and not calibrated:
                 raise UsageError(f"recipe {name!r} needs --calibration")
-            measured.append(bench(name, recipe, left=len(RECIPES) - i))
+            measured.append(meter(name, recipe, left=len(RECIPES) - i))
         except (UsageError, NumericError) as error:
             skipped.append(f"{name}: {error}")
     return tuple(measured), skipped
 
 
-def _probes(bench: _Bench, found: Sequence[Group], names: Sequence[str], skipped: list[str]) -> tuple[Measured, list[Probe]]:
+def _probes(meter: RecipeMeter, found: Sequence[Group], names: Sequence[str], skipped: list[str]) -> tuple[Measured, list[Probe]]:
     """The model in floats, and each group by itself in each candidate."""
-    base = bench(FLOAT, recipe("tuned", found, {}))
+    base = meter(FLOAT, recipe("tuned", found, {}))
     wanted = [(group, name) for group in found for name in options(group, names) if name != FLOAT]
     recipes = [recipe("tuned", found, {group.name: name}) for group, name in wanted]
-    unknown = [not bench.bundles.known(r, probe=True) for r in recipes]
+    unknown = [not meter.bundles.known(r, probe=True) for r in recipes]
     probes = []
     for i, ((group, name), tried) in enumerate(zip(wanted, recipes, strict=True)):
         try:
-            measured = bench(f"{group.name} in {name}", tried, left=sum(unknown[i:]), probe=True)
+            measured = meter(f"{group.name} in {name}", tried, left=sum(unknown[i:]), probe=True)
         except (UsageError, NumericError) as error:
             skipped.append(f"{group.name} in {name}: {error}")
         else:
@@ -192,7 +204,7 @@ def _probes(bench: _Bench, found: Sequence[Group], names: Sequence[str], skipped
 
 
 def _search(
-    bench: _Bench, found: Sequence[Group], base: Measured, probes: Sequence[Probe], named: Sequence[Measured], limits: Limits
+    meter: RecipeMeter, found: Sequence[Group], base: Measured, probes: Sequence[Probe], named: Sequence[Measured], limits: Limits
 ) -> list[Mix]:
     """Propose and measure: at each named recipe's size, and by halving until the smallest that keeps the limits is found."""
     table = {group.name: [Option(FLOAT, 0, 0.0, 0.0)] for group in found}
@@ -206,7 +218,7 @@ def _search(
         key = digest(dict(choice.names))
         if key not in mixes:
             label = f"mix {len(mixes) + 1}"
-            mixes[key] = Mix(bench(label, made), dict(choice.names), base.kl + choice.loss, base.ms + choice.ms)
+            mixes[key] = Mix(meter(label, made), dict(choice.names), base.kl + choice.loss, base.ms + choice.ms)
         return mixes[key]
 
     everything = front(table)
@@ -236,12 +248,12 @@ def _smallest(ladder: Sequence[Choice], holds: Callable[[Choice], bool]) -> Choi
     return ladder[high]
 
 
-def _facts(subject: Subject, bundles: Bundles, o: TuneOptions) -> dict[str, Any]:
+def _facts(subject: TunedModel, bundles: Bundles, o: TuneOptions) -> dict[str, Any]:
     tasks: dict[str, int] = {}
     for sample in subject.samples:
         tasks[sample.task] = tasks.get(sample.task, 0) + 1
     return {
-        "checkpoint": str(o.source or f"--size {o.size}" + (f" --res {o.res}" if o.res else "")), "calibration": str(o.calibration) if o.calibration else None,
+        "checkpoint": str(o.checkpoint or f"--size {o.size}" + (f" --res {o.res}" if o.res else "")), "calibration": str(o.calibration) if o.calibration else None,
         "output": str(o.output), "samples": tasks, "answer_tokens": bundles.answer_tokens, "engine": o.target,
         "reference": {"recipe": "fp32", "bytes": bundles.reference_bytes, "ms": bundles.reference_ms},
         "key": subject.common, "machine": describe_machine(),
@@ -249,19 +261,8 @@ def _facts(subject: Subject, bundles: Bundles, o: TuneOptions) -> dict[str, Any]
 
 
 def _digest(samples: Sequence[Sample]) -> str:
-    """Of pictures, prompts and truths."""
+    """Return the sha256 of pictures, prompts and truths."""
     whole = hashlib.sha256()
-    for sample in samples:
-        plain = replace(sample, image=b"")
-        image = sample.image
-        content = image.read_bytes() if isinstance(image, Path) else image if isinstance(image, bytes) else repr(image).encode()
-        whole.update(hashlib.sha256(content).digest() + repr(plain).encode())
+    for sample, key in zip(samples, keys(samples), strict=True):
+        whole.update(key.encode() + repr(replace(sample, image=b"")).encode())
     return whole.hexdigest()
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(40), _duration(400), _duration(9000)
-    ('40 s', '7 min', '2.5 h')
-    """
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -12,7 +12,7 @@ pytest.importorskip("onnxruntime")
 
 from pgxport import cli
 from pgxport.data.pictures import find_pictures
-from pgxport.runners.many import Question, ask_each
+from pgxport.runners.many import PictureQuestion, ask_each
 from pgxport.runners.runner import Runner
 
 PROMPT = "caption en"
@@ -30,7 +30,7 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_is_answered_as_by_itself_and_a_broken_one_is_a_row(tiny_112: Path, album: Path):
     pictures = [*find_pictures([str(album)]), album / "gone.png"]
-    rows = {Path(row.image).name: row for row in ask_each(str(tiny_112), pictures, Question(PROMPT, threads=1))}
+    rows = {Path(row.image).name: row for row in ask_each(str(tiny_112), pictures, PictureQuestion(PROMPT, threads=1))}
     assert list(rows) == ["a.JPG", "b.png", "broken.png", "c.webp", "gone.png"]
     with Runner.from_pretrained(tiny_112, threads=1) as runner:
         for name in ("a.JPG", "b.png", "c.webp"):
