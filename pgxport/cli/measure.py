@@ -147,7 +147,7 @@ def render_report(report: "Report", output: Path) -> str:
 
 
 def _check_report(report: "Report", gate: float | None, output: Path) -> None:
-    """End with 8 where a bundle is below the gate, and with the first failure's code where nothing was measured."""
+    """End with 8 if a bundle is below the gate, and with the first failure's code if nothing was measured."""
     from pgxport.reporting.advice import gate_failures
 
     if gate is not None and (failures := [line for device in report.devices for line in gate_failures(device)]):

@@ -46,7 +46,8 @@ from pgxport.terminal import Cost, stages, volume_options
 def tune(as_json: bool, max_loss: str, candidates: str | None, **options: Any) -> None:
     """Search the recipe with the smallest bundle that loses no more than it may.
 
-    Each group of layers is measured in each scheme, mixes are proposed and measured whole; stopped, it goes on where it was.
+    Each group of layers is measured in each scheme, mixes are proposed and measured whole; stopped, it goes
+    on where it was.
 
     \b
     pgx tune --size tiny --res 112 --samples 4 --candidates w8-dynamic --max-loss 20% -o recipe.toml
