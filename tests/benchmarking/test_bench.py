@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pgxport import cli
 from pgxport.benchmarking import measure
 from pgxport.benchmarking.bench import Bench, bench, render
 from pgxport.benchmarking.intervals import T, paired_ratio, verdict
 from pgxport.benchmarking.measure import Steps, WholeAnswers, lengths, open_bundle
-from pgxport.benchmarking.worker import Measurement, Worker, interleave, turns
+from pgxport.benchmarking.worker import Measurement, Worker, environment, interleave, turns
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import InputError, UsageError
 from pgxport.machine.cpu import processor_name, vectors
@@ -31,7 +30,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the s
 
 # A worker that needs no bundle: it writes what it does to a file, and takes the seconds it was given.
 STUB = """
-import os, sys, time
+import os, sys
 from pathlib import Path
 from pgxport.errors import IntegrityError
 from pgxport.benchmarking.worker import serve
@@ -53,8 +52,8 @@ class Stub:
             raise ZeroDivisionError("by nought")
         print("an engine that prints", flush=True)
         if size := self.request.get("allocate"):
-            block = bytearray(size)
-            time.sleep(0.1)
+            self.block = None  # the one of the repetition before
+            self.block = bytearray(size)
         return {"step": self.request["seconds"][self.done - 1]}
 
 serve(Stub)
@@ -313,8 +312,7 @@ def test_the_memory_of_a_bundle_is_plausible(measured: Bench):
 
 def pgx(*args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from pgxport.cli import main; main()", "bench", *map(str, args)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=False)
 
 
 def test_the_command_measures_and_prints_json(a_bundle: Path):
