@@ -22,7 +22,7 @@ from pgxport.exporter.export import context_length, find_recipe
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, file_sizes, write_graphs
 from pgxport.exporter.lower_onnxruntime import SHORTLIST_TABLE
-from pgxport.exporter.recipe import RECIPES, Recipe
+from pgxport.exporter.recipe import RECIPE_NAMES, Recipe
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import DataLayout, LazyTensor
 from pgxport.exporter.targets import TARGETS, Target, find_target
@@ -217,7 +217,7 @@ def plan(options: PlanOptions) -> Plan:
     sketch = _sketch(source, spec, spec, masks, recipe, target, context)
     run = sketch.memory(target, text)
     needs = {recipe.name: run.peak}
-    for other in map(target.recipe, RECIPES):
+    for other in map(target.recipe, RECIPE_NAMES):
         # What the target has no kernels for is not a choice, nor what this model's shapes are not for.
         if other is not recipe and _computes(other, target):
             with suppress(UsageError):
@@ -233,7 +233,7 @@ def plan(options: PlanOptions) -> Plan:
         model=model, family=spec.family, resolution=spec.resolution, precision=recipe.name, target=target.name, context=context,
         parameters=_parameters(spec), files=files | exact | estimated, estimated=tuple(estimated),
         export_memory=EXPORT_BASE + EXPORT_BLOCKS * BLOCK_BYTES + 2 * text + _ranges_memory(spec, recipe, target, text),
-        run=run, needs={name: needs[name] for name in RECIPES if name in needs}, options=options,
+        run=run, needs={name: needs[name] for name in RECIPE_NAMES if name in needs}, options=options,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pgxport.errors import DiskError, UsageError
-from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import RECIPE_NAMES, Recipe, Rule, Scheme
 
 MAX_BYTES = 1_000_000
 HEADER = """\
@@ -246,7 +246,7 @@ def _read(path: Path) -> str:
         # Opening a FIFO would wait for ever.
         if not path.is_file():
             state = "is not a regular file" if path.exists() else "does not exist"
-            raise UsageError(f"{path}: {state}; give a TOML file, or one of the recipes {', '.join(RECIPES)}")
+            raise UsageError(f"{path}: {state}; give a TOML file, or one of the recipes {', '.join(RECIPE_NAMES)}")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:

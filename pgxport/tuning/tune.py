@@ -15,7 +15,7 @@ from pgxport.data.loader import DataOptions, load
 from pgxport.errors import EngineError, NumericError, UsageError, choose
 from pgxport.exporter.calibration_file import Calibration, check_output, checkpoint_sha256, disk
 from pgxport.exporter.export import ExportOptions, check_weights
-from pgxport.exporter.recipe import RECIPES, Recipe
+from pgxport.exporter.recipe import RECIPE_NAMES, Recipe
 from pgxport.exporter.targets import TARGETS, Target
 from pgxport.hub.locate import ModelChoice, locate
 from pgxport.metrics.sample import Sample
@@ -155,13 +155,13 @@ def _subject(o: TuneOptions) -> Subject:
 def _named(bench: _Bench, target: Target, *, calibrated: bool) -> tuple[tuple[Measured, ...], list[str]]:
     """The named recipes as the target has them, and why some are not among them."""
     measured, skipped = [], []
-    for i, name in enumerate(RECIPES):
+    for i, name in enumerate(RECIPE_NAMES):
         try:
             recipe = target.recipe(name)
             target.check(recipe)
             if recipe.calibrated and not calibrated:
                 raise UsageError(f"recipe {name!r} needs --calibration")
-            measured.append(bench(name, recipe, left=len(RECIPES) - i))
+            measured.append(bench(name, recipe, left=len(RECIPE_NAMES) - i))
         except (UsageError, NumericError) as error:
             skipped.append(f"{name}: {error}")
     return tuple(measured), skipped
