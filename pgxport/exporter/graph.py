@@ -28,7 +28,7 @@ from pgxport.models.layers import Transform, times
 from pgxport.models.spec import TextSpec
 
 if TYPE_CHECKING:
-    from pgxport.exporter.scaling import Statistics
+    from pgxport.exporter.scaling import InputStatistics
 
 Place = tuple[str, int, int]  # file, offset, length
 Phase = Literal["prefill", "step"]
@@ -80,7 +80,7 @@ class GraphBuilder:
         target: Target,
         *,
         context_length: int = 0,
-        statistics: Statistics | None = None,
+        statistics: InputStatistics | None = None,
     ):
         self.name, self.source, self.recipe, self.target = name, source, recipe, target
         self.context_length = context_length  # the longest prefix and answer together that a decoder is written for
@@ -241,7 +241,7 @@ class GraphBuilder:
 
         return self.table(name, shape, make, np.float32)
 
-    def _calibrated(self, what: str) -> Statistics:
+    def _calibrated(self, what: str) -> InputStatistics:
         if self.statistics is None:
             raise UsageError(
                 f"recipe {self.recipe.name!r} needs calibration for {what}: run `pgx calibrate`, then pass --calibration FILE"

@@ -20,7 +20,7 @@ from pgxport.models.siglip import vision_encoder
 from pgxport.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from pgxport.exporter.scaling import Statistics
+    from pgxport.exporter.scaling import InputStatistics
 
 TABLE_FILE = "token_table.bin"
 
@@ -32,7 +32,7 @@ def write_graphs(
     recipe: Recipe,
     target: Target,
     context_length: int,
-    statistics: Statistics | None = None,
+    statistics: InputStatistics | None = None,
 ) -> tuple[dict[str, GraphBuilder], DataLayout]:
     """The graphs by name, and the token table, which is a file of its own."""
     graphs = {}

@@ -18,7 +18,7 @@ from pgxport.exporter.lower_onnxruntime import CANDIDATES, SHORTLIST_TABLE, pref
 from pgxport.exporter.lower_standard import activation_scale
 from pgxport.exporter.quantize import to_float8
 from pgxport.exporter.recipe import Recipe, Scheme
-from pgxport.exporter.scaling import Statistics
+from pgxport.exporter.scaling import InputStatistics
 from pgxport.exporter.stream import DataLayout, Progress
 from pgxport.exporter.targets import Target
 from pgxport.metrics.fidelity import kl_divergence
@@ -78,7 +78,7 @@ class EagerModel:
     weights: TensorSource
     spec: ModelSpec
     recipe: Recipe | None = None
-    statistics: Statistics | None = None
+    statistics: InputStatistics | None = None
     target: Target | None = None
 
     def logits(self, sample: TokenizedSample) -> np.ndarray:

@@ -28,7 +28,7 @@ from pgxport.exporter.stream import FLOAT8, INT4, LazyTensor, narrow
 from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
 
 if TYPE_CHECKING:
-    from pgxport.exporter.scaling import Statistics
+    from pgxport.exporter.scaling import InputStatistics
 
 Layout = Literal["blocks", "columns", "rows", "groups"]
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class QuantizedMatrix:
         *,
         gain: float = 1.0,
         dtype: Any = np.float32,
-        statistics: Statistics | None = None,
+        statistics: InputStatistics | None = None,
     ):
         assert scheme.bits is not None, f"Bug: {path} is stored in floats"
         self.path, self.shape, self.scheme, self.layout, self.gain = path, source.shape(path), scheme, layout, gain
