@@ -79,7 +79,7 @@ class GraphInfo(_Frozen):
 class TokenTable(_Frozen):
     """The embedding [vocab, width], row by row in a file of its own; a looked-up row is multiplied by `scale`.
 
-    Whole numbers have scales, at `scales_offset` of the same file, one for each `group` of a row's numbers, and codes at its
+    Quantized values have scales, at `scales_offset` of the same file, one for each `group` of a row's numbers, and stand at its
     beginning: with a group bytes around 128 or pairs of 4 bits around 8, the lower half first, the last group filled up; without
     one, int8 and one scale a row.
     """
@@ -161,7 +161,7 @@ class Ranges(_Frozen):
 
 
 class Parity(_Frozen):
-    """What rounding to whole numbers cost, against the checkpoint, at every token of answers that both were given."""
+    """What quantization cost against the checkpoint, teacher-forced, at every token of the answers."""
 
     scenes: int
     positions: int
@@ -195,7 +195,7 @@ class Manifest(_Frozen):
     local_window: PositiveInt | None  # tokens that a generated token sees in local layers; None where no layer needs telling
     residual_divisor: float = Field(ge=1)  # what the residual stream is divided by, to stay inside float16
     ranges: Ranges | None  # what that was chosen by; None where activations are not float16
-    parity: Parity | None  # None where nothing is rounded to whole numbers, or the comparison was not asked for
+    parity: Parity | None  # None where nothing is quantized, or the comparison was not asked for
     recipe: str  # its rules are in recipe.toml
     target: str
     tensorrt: TrtVersion | None = None  # the version that the graphs were written for; of target tensorrt alone

@@ -82,7 +82,7 @@ class EagerModel:
     target: Target | None = None
 
     def logits(self, sample: TokenizedSample) -> np.ndarray:
-        """[answer tokens + 1, V] along an answer that is given."""
+        """Teacher-forced logits [answer tokens + 1, V]."""
         if self.recipe is None:
             return teacher_forced_logits(self.weights, self.spec, sample)
         return teacher_forced_logits(self.weights, self.spec, sample, rounding=self._rounding, writer=_AsStored)
@@ -163,7 +163,7 @@ class _AsStored(Eager):
 def parity(
     exact: EagerModel, rounded: EagerModel, samples: Sequence[TokenizedSample], *, progress: Progress | None = None
 ) -> Parity:
-    """Force both along the same answers, and compare what each would have said at every token."""
+    """Teacher-force both with the same answers, and compare their logits at every token."""
     losses: list[float] = []
     agreed = 0
     for i, sample in enumerate(samples):

@@ -319,7 +319,7 @@ class _Sketch:
         inputs = {v.name or "": self._layers(v.name or "") * _nbytes(v, axes) for v in decoder.graph.inputs}
         outputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.outputs}
         weights = [(p, g.dtype) for g in self.graphs.values() for p in g.lazy_tensors.values()]
-        if SHORTLIST_TABLE not in decoder.matrices:  # of a screened table the engine reads rows
+        if SHORTLIST_TABLE not in decoder.matrices:  # with a shortlist the engine reads rows of the table
             weights += [(p, decoder.dtype) for p in self.table.lazy_tensors]
         held = [(self._layers(p.name), *_held(p, dtype)) for p, dtype in weights]
         per_image = (

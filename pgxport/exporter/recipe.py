@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How each weight is stored and multiplied by, as data: ordered rules of pattern and scheme, the first match wins.
 
-Knows no operators and no engine; `targets.py` says what an engine can run, and `lower.py` is where the two meet.
+Knows no operators and no engine; `targets.py` says what an engine can run, and the files that lower are where the two meet.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,8 +24,8 @@ class Scheme:
 
     Attributes:
         dtype: numpy's name of the type of a float (bfloat16: that of ml_dtypes). Not used where `bits` is given.
-        bits: 8 or 4: whole numbers, and a scale for each group of them. None: floats.
-        format: What the 8 bits are: whole numbers, or "e4m3", FP8 with four bits of exponent, which TensorRT multiplies from Ada on.
+        bits: 8 or 4: integers, and a scale for each group of them. None: floats.
+        format: What the 8 bits are: integers, or "e4m3", FP8 with four bits of exponent, which TensorRT multiplies from Ada on.
         group_size: Input channels that share a scale, a power of two from 16 on; the last group of a row may be shorter. None: a row.
         symmetric: The grid is symmetric around zero; else each group has a zero point.
         method: How weights are rounded: "nearest"; "clip", nearest on the clipped range that loses least; "gptq", which
@@ -128,7 +128,7 @@ class Recipe:
 
     @property
     def lossy(self) -> bool:
-        """Whether it stores anything in whole numbers."""
+        """Whether it quantizes anything."""
         return self.cache == "int8" or any(rule.scheme.bits for rule in self.rules)
 
 

@@ -17,19 +17,19 @@ class Target:
 
     Attributes:
         computes: The dtype a weight is stored in -> the dtype of activations it is multiplied with.
-        products: The products by whole numbers that it has kernels for: bits of the weight, what activations are.
+        products: Integer and mixed products that it has kernels for: bits of the weight, and what activations are.
         caches: The types a KV cache may have.
         attends: The types its attention with a cache computes in. Empty: whatever the rest does.
         biased_int8_cache: A local window may go with an int8 cache.
-        spelled_prefill: Attention over a prefix is faster operator by operator than in the fused kernel.
+        decomposed_prefill: Attention over a prefix is faster decomposed than in the fused kernel.
         dialect: The operators its graphs are made of: ONNX Runtime's own beside standard ones, or standard ones alone.
         grouped: Bits whose scales may be of groups of input channels, with float activations.
         rows: Float activations are multiplied by 8 bits with a scale for each row, too.
-        zeros: Groups may have zero points.
+        zero_points: Groups may have zero points.
         float8: It has FP8 products.
-        wide_scales: Layouts of whole numbers whose scales are float32 whatever the activations are.
+        wide_scales: Layouts of quantized matrices whose scales are float32 whatever the activations are.
         short_scales: Scales of 4-bit groups are stored in float16 whatever the activations are, and widened while loading.
-        screens: The output matrix may be screened.
+        shortlists: The output matrix may be multiplied in two passes, a shortlist first.
         cache_kind: How the decoder's graph appends to a cache; see `bundle.Cache`.
         tensorrt: The version of TensorRT that graphs are written for.
     """
@@ -103,7 +103,7 @@ class Target:
             )
 
     def _cannot(self, scheme: Scheme, rule: Rule) -> str | None:
-        """Why there is no kernel for a scheme of whole numbers or FP8, and what to write in its rule; None if there is one."""
+        """Why there is no kernel for a quantized scheme, and what to write in its rule; None if there is one."""
         where = f"the rule for {rule.pattern!r}"
         if scheme.format == "e4m3" and not self.float8:
             return f"has no FP8 products, as {where} wants; target 'tensorrt' has, or write format = \"int\""
