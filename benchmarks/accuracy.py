@@ -27,7 +27,7 @@ from pgxport import __version__
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.data.scenes import scene_samples
 from pgxport.exporter.export import ExportOptions, export
-from pgxport.exporter.recipe import RECIPES
+from pgxport.exporter.recipe import RECIPE_NAMES
 from pgxport.exporter.recipe_toml import read_recipe
 from pgxport.exporter.targets import CPU
 from pgxport.metrics.bootstrap import draw
@@ -39,7 +39,7 @@ from pgxport.runners.outputs import Answer
 from pgxport.runners.pipeline import Pipeline
 
 ROOT = Path(__file__).parent
-RECIPES_AND_CACHES = [*(r for r in RECIPES if r not in ("fp32", "fp8")), str(ROOT / "recipes" / "int8-kv8.toml")]
+RECIPES_AND_CACHES = [*(r for r in RECIPE_NAMES if r not in ("fp32", "fp8")), str(ROOT / "recipes" / "int8-kv8.toml")]
 CHECKPOINTS = ROOT.parent / "pgxport" / "models" / "tiny"
 EVERY = 5  # questions between those whose KL is measured, which needs float32's logits too
 MORE = {"detect": ("box_iou",)}  # beside the metric that decides

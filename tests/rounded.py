@@ -46,7 +46,7 @@ def recipe_of(name: str, decoder: Scheme, table: Scheme, vision: Scheme, cache: 
 _INT4 = Scheme(bits=4, group_size=32)
 # What needs calibration, and what named recipes leave out.
 MIXED = {
-    "int8": RECIPES["int8"], "int4": RECIPES["int4"], "w8a8": RECIPES["w8a8"],
+    "int8": RECIPES["cuda"]["int8"], "int4": RECIPES["cuda"]["int4"], "w8a8": RECIPES["cuda"]["w8a8"],
     "zeros": recipe_of("zeros", replace(_INT4, symmetric=False), Scheme(bits=4, group_size=16), Scheme(bits=8, group_size=16, symmetric=False)),
     "static": recipe_of("static", _STATIC, _STATIC, _STATIC),
     "cached": recipe_of("cached", _INT4, Scheme(bits=8, group_size=64), Scheme(bits=8, group_size=64), "int8"),

@@ -168,7 +168,7 @@ def session_logits(folder: Path, spec, out: Path, precision: str, target: str) -
     ids, pixels = prompt(folder, spec)
     values["pixel_values"] = pixels
     for model in (vision_encoder, projector, decoder_step):
-        g = GraphBuilder(model.__name__, checkpoint, RECIPES[precision], TARGETS[target], context_length=64)
+        g = GraphBuilder(model.__name__, checkpoint, RECIPES[target][precision], TARGETS[target], context_length=64)
         model(g, spec)
         for name, lazy in g.lazy_tensors.items():
             array = np.concatenate([b.astype(lazy.dtype) for b in lazy.blocks()]).reshape(lazy.shape)

@@ -23,7 +23,7 @@ from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.data.loader import DataOptions
 from pgxport.errors import UsageError
 from pgxport.exporter.export import ExportOptions, export
-from pgxport.exporter.recipe import RECIPES
+from pgxport.exporter.recipe import RECIPE_NAMES
 from pgxport.exporter.targets import TARGETS
 from pgxport.hub.locate import TINY
 from pgxport.reporting.report import ReportOptions, report
@@ -42,7 +42,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 def recipes() -> list[str]:
     """Those the CPU has kernels for."""
     found = []
-    for name in RECIPES:
+    for name in RECIPE_NAMES:
         try:
             TARGETS["cpu"].check(TARGETS["cpu"].recipe(name))
         except UsageError:

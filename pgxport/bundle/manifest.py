@@ -50,16 +50,16 @@ CacheKind = Literal["shared", "delta", "update"]
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}  # numpy alone does not know bfloat16
 
 
-class _Model(BaseModel):
+class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class FileInfo(_Model):
+class FileInfo(_Frozen):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     size: int = Field(ge=0)
 
 
-class TensorInfo(_Model):
+class TensorInfo(_Frozen):
     """An input or output of a graph; a string in the shape is an axis of free length."""
 
     name: str
@@ -67,16 +67,16 @@ class TensorInfo(_Model):
     shape: tuple[int | str, ...]
 
 
-class GraphInfo(_Model):
+class GraphInfo(_Frozen):
     file: FileName
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
 
 
-class TokenTable(_Model):
+class TokenTable(_Frozen):
     """The embedding [vocab, width], row by row in a file of its own; a looked-up row is multiplied by `scale`.
 
-    Whole numbers have scales, at `scales_offset` of the same file, one for each `group` of a row's numbers, and codes at its
+    Quantized values have scales, at `scales_offset` of the same file, one for each `group` of a row's numbers, and stand at its
     beginning: with a group bytes around 128 or pairs of 4 bits around 8, the lower half first, the last group filled up; without
     one, int8 and one scale a row.
     """
@@ -120,7 +120,7 @@ class TokenTable(_Model):
         return self.scales_offset + self.shape[0] * self.groups * ITEM_BYTES[self.scales_dtype or "float32"]
 
 
-class Cache(_Model):
+class Cache(_Frozen):
     """The KV cache: for each layer a key and a value buffer.
 
     kind "shared": past and present are one buffer [batch, kv_heads, capacity, head_dim], which a node of ONNX Runtime appends to;
@@ -135,7 +135,7 @@ class Cache(_Model):
     dtype: CacheDtype
 
 
-class TokenIds(_Model):
+class TokenIds(_Frozen):
     """The ids with a meaning of their own. `newline` ends the prefix; `<loc…>` and `<seg…>` are runs of consecutive ids."""
 
     bos: TokenId
@@ -149,7 +149,7 @@ class TokenIds(_Model):
     seg_count: int = Field(ge=0)
 
 
-class Ranges(_Model):
+class Ranges(_Frozen):
     """The largest |x| of each kind of number, and where it was, in float32 on calibration scenes."""
 
     largest: dict[str, float]
@@ -157,8 +157,8 @@ class Ranges(_Model):
     scenes: int
 
 
-class Parity(_Model):
-    """What rounding to whole numbers cost, against the checkpoint, at every token of answers that both were given."""
+class Parity(_Frozen):
+    """What quantization cost against the checkpoint, teacher-forced, at every token of the answers."""
 
     scenes: int
     positions: int
@@ -168,7 +168,7 @@ class Parity(_Model):
     sqnr: dict[str, float]  # of each rounded matrix, in dB, worst first
 
 
-class Provenance(_Model):
+class Provenance(_Frozen):
     """Where a bundle comes from."""
 
     checkpoint: str  # a name for people, never a path
@@ -180,7 +180,7 @@ class Provenance(_Model):
     versions: dict[str, str]
 
 
-class Manifest(_Model):
+class Manifest(_Frozen):
     format_version: Literal[1] = 1
     name: str
     family: str
@@ -192,7 +192,7 @@ class Manifest(_Model):
     local_window: PositiveInt | None  # tokens that a generated token sees in local layers; None where no layer needs telling
     residual_divisor: float = Field(ge=1)  # what the residual stream is divided by, to stay inside float16
     ranges: Ranges | None  # what that was chosen by; None where activations are not float16
-    parity: Parity | None  # None where nothing is rounded to whole numbers, or the comparison was not asked for
+    parity: Parity | None  # None where nothing is quantized, or the comparison was not asked for
     recipe: str  # its rules are in recipe.toml
     target: str
     tensorrt: TrtVersion | None = None  # the version that the graphs were written for; of target tensorrt alone

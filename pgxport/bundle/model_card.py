@@ -17,14 +17,14 @@ LIBRARY = {"cpu": "onnxruntime", "cuda": "onnxruntime", "tensorrt": "tensorrt"}
 
 
 @dataclass(frozen=True)
-class Measured:
+class CardResults:
     """What a report says of this bundle."""
 
     results: Sequence[Mapping[str, Plain]]  # as the hub's model-index has them
     text: str  # Markdown, escaped
 
 
-def card(m: Manifest, measured: Measured | None = None) -> str:
+def card(m: Manifest, measured: CardResults | None = None) -> str:
     """The whole of README.md."""
     about = [
         ("model", f"{m.family} at {m.resolution} px, {m.parameters / 1e6:,.1f} million parameters"),
@@ -59,7 +59,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([cells[0], "|" + "---|" * len(head), *cells[1:]]) + "\n"
 
 
-def _metadata(m: Manifest, measured: Measured | None) -> dict[str, Plain]:
+def _metadata(m: Manifest, measured: CardResults | None) -> dict[str, Plain]:
     found: dict[str, Plain] = {"library_name": "pgxport", "pipeline_tag": "image-text-to-text"}
     if m.provenance.license:
         found["license"] = m.provenance.license

@@ -21,7 +21,7 @@ from pgxport.exporter.graphs import TABLE_FILE, file_sizes, serialized, stored, 
 from pgxport.exporter.parity import FIRST_SCENE, EagerModel, StoredWeights, parity, scene
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.recipe_toml import read_recipe, to_toml
-from pgxport.exporter.scaling import Rescaled, RescaledStatistics, Statistics, check_sites, rescaled
+from pgxport.exporter.scaling import InputStatistics, Rescaled, RescaledStatistics, check_sites, rescaled
 from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
 from pgxport.exporter.targets import Target, find_target
 from pgxport.hub.locate import Located, ModelChoice, locate
@@ -98,7 +98,7 @@ class FittedModel:
 
     spec: ModelSpec
     source: TensorSource
-    statistics: Statistics | None
+    statistics: InputStatistics | None
     ranges: Ranges | None
 
 

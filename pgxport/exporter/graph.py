@@ -28,7 +28,7 @@ from pgxport.models.layers import Transform, times
 from pgxport.models.spec import TextSpec
 
 if TYPE_CHECKING:
-    from pgxport.exporter.scaling import Statistics
+    from pgxport.exporter.scaling import InputStatistics
 
 Place = tuple[str, int, int]  # file, offset, length
 Phase = Literal["prefill", "step"]
@@ -80,13 +80,13 @@ class GraphBuilder:
         target: Target,
         *,
         context_length: int = 0,
-        statistics: Statistics | None = None,
+        statistics: InputStatistics | None = None,
     ):
         self.name, self.source, self.recipe, self.target = name, source, recipe, target
         self.context_length = context_length  # the longest prefix and answer together that a decoder is written for
         self.statistics = statistics  # of activations, from calibration
         self.lazy_tensors: dict[str, LazyTensor] = {}
-        self.matrices: dict[str, QuantizedMatrix] = {}  # those in whole numbers
+        self.matrices: dict[str, QuantizedMatrix] = {}  # by weight
         self.copies: set[str] = set()  # names of those that stand beside others for the same weight
         self.rounded: dict[tuple[Any, ...], lower.Rounded] = {}
         self.shared: dict[tuple[Any, ...], Any] = {}  # values that many nodes read, by what they are
@@ -142,7 +142,7 @@ class GraphBuilder:
     def constant(self, value: Any, dtype: Any = None, name: str = "") -> ir.Value:
         """A number or short list that is part of the architecture, not of the checkpoint.
 
-        Python's fractions are activations, and its whole numbers int64; numpy's stay what they are. Equal ones are stored once,
+        Python's floats become activations, and its integers int64; numpy's stay what they are. Equal ones are stored once,
         but for those with a name: what is measured should not decide how large a graph is.
         """
         if dtype is None and not isinstance(value, np.generic | np.ndarray):
@@ -196,7 +196,7 @@ class GraphBuilder:
         return self.shared["prefill",]
 
     def quantized_matrix(self, path: str, layout: Layout, gain: float = 1.0) -> QuantizedMatrix:
-        """A matrix of the checkpoint in whole numbers; its parts become initializers by `initializer`."""
+        """A matrix of the checkpoint, quantized; its parts become initializers by `initializer`."""
         if path not in self.matrices:
             scheme = self.recipe.scheme(path)
             dtype = self._scales(scheme, layout)
@@ -228,7 +228,7 @@ class GraphBuilder:
         return self.input_range(w.path, w.scheme.observer)
 
     def input_range(self, path: str, observer: str) -> tuple[float, float]:
-        """The same for a matrix that is not coded yet."""
+        """Lowest and highest input of the matrix `path`, quantized or not."""
         return self._calibrated(path).range(path, observer)
 
     def cache_scale(self, layer: int, part: str, text: TextSpec) -> ir.Value:
@@ -241,7 +241,7 @@ class GraphBuilder:
 
         return self.table(name, shape, make, np.float32)
 
-    def _calibrated(self, what: str) -> Statistics:
+    def _calibrated(self, what: str) -> InputStatistics:
         if self.statistics is None:
             raise UsageError(
                 f"recipe {self.recipe.name!r} needs calibration for {what}: run `pgx calibrate`, then pass --calibration FILE"
@@ -255,7 +255,7 @@ class GraphBuilder:
             yield narrow(block if transform is None else transform(block), stored, path)
 
     def initializer(self, lazy: LazyTensor) -> ir.Value:
-        """A promise as an initializer: its bytes are written later, into the graph's data file.
+        """A lazy tensor as an initializer: its bytes are written later, into the graph's data file.
 
         It belongs to the branch that is being written, if there is one: without VNNI, ONNX Runtime (1.32) makes integer products exact
         where the weights are the graph's own, and not where a branch reads them from the graph around it.
@@ -386,7 +386,7 @@ def _tensors(values: Sequence[ir.Value]) -> tuple[TensorInfo, ...]:
 
 
 def _unwritten() -> ir.TensorProtocol:
-    raise AssertionError("Bug: a promise was read before `serialize` pointed it at its file")
+    raise AssertionError("Bug: a lazy tensor was read before `serialize` pointed it at its file")
 
 
 def _value(name: str, dtype: np.dtype, shape: Sequence[int | str]) -> ir.Value:

@@ -20,7 +20,7 @@ from pgxport.models.siglip import vision_encoder
 from pgxport.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from pgxport.exporter.scaling import Statistics
+    from pgxport.exporter.scaling import InputStatistics
 
 TABLE_FILE = "token_table.bin"
 
@@ -32,7 +32,7 @@ def write_graphs(
     recipe: Recipe,
     target: Target,
     context_length: int,
-    statistics: Statistics | None = None,
+    statistics: InputStatistics | None = None,
 ) -> tuple[dict[str, GraphBuilder], DataLayout]:
     """The graphs by name, and the token table, which is a file of its own."""
     graphs = {}
@@ -71,7 +71,7 @@ def stored(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, dict
             _count(counts, "token_table" if path == TOKEN_TABLE else g.name, kind, matrix.shape)
         parts = {p.name for matrix in g.matrices.values() for p in matrix.lazy_tensors}
         for tensor in g.lazy_tensors.values():
-            # Tables that are worked out are no weights, nor are the scales of whole numbers.
+            # Tables that are worked out are no weights, nor are the scales of quantized matrices.
             if tensor.name not in parts and not tensor.name.startswith(("rotary.", "cache.", "lm_head.")):
                 _count(counts, g.name, tensor.dtype.name, tensor.shape)
     for tensor in table.lazy_tensors:

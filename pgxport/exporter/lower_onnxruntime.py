@@ -120,7 +120,7 @@ def integer_product(g: GraphBuilder, x: ir.Value, w: QuantizedMatrix) -> ir.Valu
 
 @dataclass(frozen=True)
 class Rounded:
-    """Activations in whole numbers, (codes - zero) * scale, and that times `tokens` [..., 1] where each token has a scale."""
+    """Activations in integers, (quantized - zero) * scale, and that times `tokens` [..., 1] where each token has a scale."""
 
     quantized: ir.Value
     scale: ir.Value
@@ -138,7 +138,7 @@ def rounded_activations(g: GraphBuilder, x: ir.Value, w: QuantizedMatrix) -> Rou
             scale, zero = (g.constant(number, name=f"{w.path}.input.{part}") for part, number in parts)
             g.rounded[key] = Rounded(g.op("QuantizeLinear", x, scale, zero), scale, zero)
         else:
-            # A scale for each token: one large token of a thousand would leave the others a few codes.
+            # A scale for each token: one large token of a thousand would leave the others a few values.
             largest = g.op("Max", g.op("ReduceMax", g.op("Abs", x), [-1], keepdims=1), 1e-30)  # a token may be all zeros
             tokens = g.op("Mul", largest, 1 / 127)
             q = g.op("QuantizeLinear", g.op("Div", x, tokens), np.float32(1), np.uint8(128))
@@ -166,7 +166,7 @@ def layer_norm(g: GraphBuilder, x: ir.Value, eps: float) -> ir.Value:
 
 
 def add_greedy_outputs(g: GraphBuilder) -> None:
-    """Nothing: on a CPU the runner takes the likeliest token of the logits itself."""
+    """Add nothing: on a CPU the runner takes the likeliest token of the logits itself."""
 
 
 def attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, heads: int, scale: float) -> ir.Value:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a Scheme meets TensorRT: the same functions as in `lower.py`, in standard operators alone.
+"""Where a Scheme meets TensorRT: the same functions as in `lower_onnxruntime.py`, in standard operators alone.
 
 TensorRT takes precision from the graph: casts, and QuantizeLinear and DequantizeLinear around what it shall multiply in fewer bits.
 Norms, softmax and logits are in float32 in graphs of half precision; products are not.
@@ -187,7 +187,7 @@ def _attend_to_update(
 
 
 def add_greedy_outputs(g: GraphBuilder) -> None:
-    """The likeliest token, and whether all logits are finite: a runner then takes a few bytes of a decode step from the device."""
+    """Add the likeliest token, and whether all logits are finite: a runner then takes a few bytes of a step from the device."""
     logits = g.output_named("logits")
     g.output(g.op("ArgMax", logits, axis=-1, keepdims=0), "next_token", ["batch", 1], np.int64)
     g.output(g.op("ReduceSumSquare", logits, [1, 2], keepdims=0), "logits_square", ["batch"], np.float32)

@@ -18,7 +18,7 @@ from pgxport.exporter.lower_onnxruntime import CANDIDATES, SHORTLIST_TABLE, pref
 from pgxport.exporter.lower_standard import activation_scale
 from pgxport.exporter.quantize import to_float8
 from pgxport.exporter.recipe import Recipe, Scheme
-from pgxport.exporter.scaling import Statistics
+from pgxport.exporter.scaling import InputStatistics
 from pgxport.exporter.stream import DataLayout, Progress
 from pgxport.exporter.targets import Target
 from pgxport.metrics.fidelity import kl_divergence
@@ -78,11 +78,11 @@ class EagerModel:
     weights: TensorSource
     spec: ModelSpec
     recipe: Recipe | None = None
-    statistics: Statistics | None = None
+    statistics: InputStatistics | None = None
     target: Target | None = None
 
     def logits(self, sample: TokenizedSample) -> np.ndarray:
-        """[answer tokens + 1, V] along an answer that is given."""
+        """Teacher-forced logits [answer tokens + 1, V]."""
         if self.recipe is None:
             return teacher_forced_logits(self.weights, self.spec, sample)
         return teacher_forced_logits(self.weights, self.spec, sample, rounding=self._rounding, writer=_AsStored)
@@ -163,7 +163,7 @@ class _AsStored(Eager):
 def parity(
     exact: EagerModel, rounded: EagerModel, samples: Sequence[TokenizedSample], *, progress: Progress | None = None
 ) -> Parity:
-    """Force both along the same answers, and compare what each would have said at every token."""
+    """Teacher-force both with the same answers, and compare their logits at every token."""
     losses: list[float] = []
     agreed = 0
     for i, sample in enumerate(samples):

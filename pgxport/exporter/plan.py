@@ -23,7 +23,7 @@ from pgxport.exporter.export import context_length, find_recipe
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, file_sizes, write_graphs
 from pgxport.exporter.lower_onnxruntime import SHORTLIST_TABLE
-from pgxport.exporter.recipe import RECIPES, Recipe
+from pgxport.exporter.recipe import RECIPE_NAMES, Recipe
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import DataLayout, LazyTensor
 from pgxport.exporter.targets import TARGETS, Target, find_target
@@ -187,7 +187,7 @@ def plan(options: PlanOptions) -> Plan:
     sketch = _sketch(source, spec, spec, masks, recipe, target, context)
     run = sketch.memory(target, text)
     needs = {recipe.name: run.peak}
-    for other in map(target.recipe, RECIPES):
+    for other in map(target.recipe, RECIPE_NAMES):
         # What the target has no kernels for is not a choice, nor what this model's shapes are not for.
         if other is not recipe and _computes(other, target):
             with suppress(UsageError):
@@ -203,7 +203,7 @@ def plan(options: PlanOptions) -> Plan:
         model=model, family=spec.family, resolution=spec.resolution, precision=recipe.name, target=target.name, context=context,
         parameters=_parameters(spec), files=files | exact | estimated, estimated=tuple(estimated),
         export_memory=EXPORT_BASE + EXPORT_BLOCKS * BLOCK_BYTES + 2 * text + _ranges_memory(spec, recipe, target, text),
-        run=run, needs={name: needs[name] for name in RECIPES if name in needs}, options=options,
+        run=run, needs={name: needs[name] for name in RECIPE_NAMES if name in needs}, options=options,
     )  # fmt: skip
 
 
@@ -287,7 +287,7 @@ class _Sketch:
         inputs = {v.name or "": self._layers(v.name or "") * _nbytes(v, axes) for v in decoder.graph.inputs}
         outputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.outputs}
         weights = [(p, g.dtype) for g in self.graphs.values() for p in g.lazy_tensors.values()]
-        if SHORTLIST_TABLE not in decoder.matrices:  # of a screened table the engine reads rows
+        if SHORTLIST_TABLE not in decoder.matrices:  # with a shortlist the engine reads rows of the table
             weights += [(p, decoder.dtype) for p in self.table.lazy_tensors]
         held = [(self._layers(p.name), *_held(p, dtype)) for p, dtype in weights]
         per_image = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Round a matrix to whole numbers, a block of rows at a time: nearest, clipped, or GPTQ; and pack them as engines read them.
+"""Quantize a matrix, a block of rows at a time: nearest, clipped, or GPTQ; and pack them as engines read them.
 
 Knows arrays only: no checkpoint, no recipe, no operators. Axis letters: N rows (output channels), K columns (input channels),
 G groups of columns that share a scale.
@@ -25,7 +25,7 @@ FLOAT8_LARGEST = np.float32(448)
 
 @dataclass(frozen=True)
 class Grid:
-    """The whole numbers a weight may take: bits (8 or 4), group (input channels a scale, None = the whole row), symmetric."""
+    """The integers a weight may take: bits (8 or 4), group_size (input channels a scale; None: the whole row), symmetric."""
 
     bits: int
     group_size: int | None = None
@@ -33,12 +33,12 @@ class Grid:
 
     @property
     def middle(self) -> int:
-        """The code of zero where the grid is symmetric."""
+        """The quantized value of zero where the grid is symmetric."""
         return 1 << (self.bits - 1)
 
     @property
     def lowest(self) -> int:
-        # Kernels that multiply int8 by int8 count on -127 to 127. Of 4 bits the lowest is a sixteenth of all codes.
+        # Kernels that multiply int8 by int8 count on -127 to 127. Of 4 bits the lowest is a sixteenth of all values.
         return 1 if self.symmetric and self.bits == 8 else 0
 
     @property
@@ -48,12 +48,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A block of rows on a grid: (codes - zeros) * scales.
+    """A block of rows on a grid: (values - zero_points) * scales.
 
     Attributes:
-        codes: uint8 [N, K], 0 to 2**bits - 1.
+        values: uint8 [N, K], 0 to 2**bits - 1.
         scales: float32 [N, G], positive.
-        zeros: uint8 [N, G]; 2**(bits - 1) where the grid is symmetric.
+        zero_points: uint8 [N, G]; 2**(bits - 1) where the grid is symmetric.
     """
 
     grid: Grid
@@ -72,7 +72,7 @@ class Quantized:
 
 
 def nearest(w: np.ndarray, grid: Grid, *, clip: bool = False, importance: np.ndarray | None = None) -> Quantized:
-    """Round every weight to its nearest code, on the scale that loses least among a few for each group.
+    """Round every weight to its nearest quantized value, on the scale that loses least among a few for each group.
 
     Args:
         w: [N, K]
@@ -109,7 +109,7 @@ def nearest(w: np.ndarray, grid: Grid, *, clip: bool = False, importance: np.nda
 
 
 def _grouped(w: np.ndarray, group_size: int | None) -> np.ndarray:
-    """[N, K] -> [N, G, group]; zeros, which every grid has, fill up the last group"""
+    """[N, K] -> [N, G, group_size]; zeros, which every grid has, fill up the last group"""
     group_size = group_size or w.shape[1]
     if short := -w.shape[1] % group_size:
         w = np.pad(w, ((0, 0), (0, short)))
@@ -117,7 +117,7 @@ def _grouped(w: np.ndarray, group_size: int | None) -> np.ndarray:
 
 
 def _candidates(groups: np.ndarray, grid: Grid, *, clip: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Scales and zeros, [N, G, 1] each, to choose among for each group."""
+    """Scales and zero points, [N, G, 1] each, to choose among for each group."""
     # Zero is a weight's most frequent value, and exact on every grid.
     low, high = np.minimum(groups.min(-1, keepdims=True), 0), np.maximum(groups.max(-1, keepdims=True), 0)
     shrink = SHRINK if clip else SHRINK[:1]
@@ -132,7 +132,7 @@ def _candidates(groups: np.ndarray, grid: Grid, *, clip: bool) -> Iterator[tuple
     for factor in shrink:
         yield _safe(whole * factor), middle
     if below != above:
-        # The finer one cuts off the largest value by a step if it is positive, the coarser one leaves a code unused. On normal
+        # The finer one cuts off the largest value by a step if it is positive, the coarser one leaves a value unused. On normal
         # weights in groups of 32 the three keep 20.7, 20.6 and 20.3 dB, and the best of them for each group 20.9.
         largest = np.maximum(-low, high)
         yield _safe(largest / below), middle
@@ -207,7 +207,7 @@ class Gptq:
         )
 
     def quantize(self, w: np.ndarray, *, clip: bool = True) -> Quantized:
-        """Rows [N, K] -> codes. In the Hessian's norm, each row is as near to w as `nearest` brings it, clipped or not, or nearer.
+        """Quantize rows [N, K]. In the Hessian's norm, each row is as near to w as `nearest` brings it, clipped or not, or nearer.
 
         A few hundred rows at a time are quicker than a few; it takes about seven times their size.
 

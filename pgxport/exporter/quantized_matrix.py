@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A matrix in whole numbers or FP8, as promises: its codes, then its scales and zero points, all made in one pass over its rows."""
+"""A quantized matrix as lazy tensors: its values, then its scales and zero points, all made in one pass over its rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pgxport.exporter.stream import FLOAT8, INT4, LazyTensor, narrow
 from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
 
 if TYPE_CHECKING:
-    from pgxport.exporter.scaling import Statistics
+    from pgxport.exporter.scaling import InputStatistics
 
 Layout = Literal["blocks", "columns", "rows", "groups"]
 T = TypeVar("T")
@@ -36,12 +36,12 @@ GPTQ_ROWS = 16  # blocks of rows at once: the loop over columns is paid once for
 
 
 class QuantizedMatrix:
-    """The parts of one matrix [N, K], to be written in this order: `codes`, `scales`, and `zeros` where the grid has them.
+    """The parts of one matrix [N, K], to be written in this order: `quantized`, `scales`, and `zero_points` where the grid has them.
 
     Args:
-        layout: "blocks", as MatMulNBits reads it: codes uint8 [N, G, group * bits / 8], scales [N, G];
-            "columns", for integer products: codes int8 [K, N], scales [N]; "rows": codes int8 or FP8 [N, K], scales [N];
-            "groups", as DequantizeLinear reads blocks of the first axis: codes int8 or int4 [K, N], scales [K / group, N].
+        layout: "blocks", as MatMulNBits reads it: values uint8 [N, G, group_size * bits / 8], scales [N, G];
+            "columns", for integer products: values int8 [K, N], scales [N]; "rows": values int8 or FP8 [N, K], scales [N];
+            "groups", as DequantizeLinear reads blocks of the first axis: values int8 or int4 [K, N], scales [K / group_size, N].
         source: Where the matrix is read from, in row blocks.
         gain: What the product is multiplied by; it goes into the scales.
         dtype: That of the scales.
@@ -56,7 +56,7 @@ class QuantizedMatrix:
         *,
         gain: float = 1.0,
         dtype: Any = np.float32,
-        statistics: Statistics | None = None,
+        statistics: InputStatistics | None = None,
     ):
         assert scheme.bits is not None, f"Bug: {path} is stored in floats"
         self.path, self.shape, self.scheme, self.layout, self.gain = path, source.shape(path), scheme, layout, gain
@@ -100,7 +100,7 @@ class QuantizedMatrix:
         """Rows of the matrix as they were rounded, float32 [stop - start, K], without the gain.
 
         Args:
-            parts: The promises' arrays by name, as they were written.
+            parts: The arrays of the lazy tensors by name, as they were written.
         """
         quantized, scales = parts[self.quantized.name], parts[self.scales.name]
         if self.layout == "groups":
@@ -119,7 +119,7 @@ class QuantizedMatrix:
         return Quantized(self._grid, unpack(quantized[start:stop], bits, self.shape[1]), scales, zero_points).dequantized()
 
     def _blocks(self) -> Iterator[np.ndarray]:
-        """The codes as they are stored."""
+        """The quantized values as they are stored."""
         if self.scheme.format == "e4m3":
             yield from self._float8()
             return
@@ -184,7 +184,7 @@ class QuantizedMatrix:
             if not np.isfinite(block).all():
                 row, column = np.argwhere(~np.isfinite(block))[0]
                 raise CheckpointError(
-                    f"{self.path} holds {block[row, column]} at [{start + row}, {column}]; whole numbers cannot stand for it"
+                    f"{self.path} holds {block[row, column]} at [{start + row}, {column}]; integers cannot stand for it"
                 )
             q, floats = rounded(block)
             error = floats - block
@@ -212,7 +212,7 @@ class QuantizedMatrix:
         return Gptq(moment, self._grid).quantize
 
     def _made(self, parts: list[np.ndarray], dtype: Any) -> Iterator[np.ndarray]:
-        assert parts, f"Bug: the codes of {self.path} were not written before what belongs to them"
+        assert parts, f"Bug: the values of {self.path} were not written before what belongs to them"
         made = np.concatenate(parts)
         made = made.T if self.layout == "groups" else made
         yield narrow(made, np.dtype(dtype), f"scales of {self.path}: one")

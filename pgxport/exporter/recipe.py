@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How each weight is stored and multiplied by, as data: ordered rules of pattern and scheme, the first match wins.
 
-Knows no operators and no engine; `targets.py` says what an engine can run, and `lower.py` is where the two meet.
+Knows no operators and no engine; `targets.py` says what an engine can run, and the files that lower are where the two meet.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -24,8 +24,8 @@ class Scheme:
 
     Attributes:
         dtype: numpy's name of the type of a float (bfloat16: that of ml_dtypes). Not used where `bits` is given.
-        bits: 8 or 4: whole numbers, and a scale for each group of them. None: floats.
-        format: What the 8 bits are: whole numbers, or "e4m3", FP8 with four bits of exponent, which TensorRT multiplies from Ada on.
+        bits: 8 or 4: integers, and a scale for each group of them. None: floats.
+        format: What the 8 bits are: integers, or "e4m3", FP8 with four bits of exponent, which TensorRT multiplies from Ada on.
         group_size: Input channels that share a scale, a power of two from 16 on; the last group of a row may be shorter. None: a row.
         symmetric: The grid is symmetric around zero; else each group has a zero point.
         method: How weights are rounded: "nearest"; "clip", nearest on the clipped range that loses least; "gptq", which
@@ -128,7 +128,7 @@ class Recipe:
 
     @property
     def lossy(self) -> bool:
-        """Whether it stores anything in whole numbers."""
+        """Whether it quantizes anything."""
         return self.cache == "int8" or any(rule.scheme.bits for rule in self.rules)
 
 
@@ -143,99 +143,85 @@ SHORTLIST = Scheme(bits=4, group_size=128)
 # And the copies that prefixes are multiplied by.
 PREFILL = Scheme(bits=8, activations="dynamic")
 VISION_FC2 = "vision_tower.*.fc2.weight"
-FP32 = Recipe("fp32", (Rule("*", Scheme()),))
-FP16 = Recipe("fp16", (NORMS, REST))
-BF16 = Recipe("bf16", (NORMS, Rule("*", Scheme("bfloat16"))))
-# Activations in int8 too, with a scale for each token; and with scales from calibration, which want outliers moved to the weights.
+# Activations in int8 too: with a scale for each token, or with scales from calibration, which want outliers moved to the weights.
 TOKEN = Scheme(bits=8, activations="dynamic")
 STATIC = Scheme(bits=8, activations="static")
-SMOOTH = Scheme(bits=8, activations="static", scaling="smoothquant")
-INT8 = Recipe("int8", (NORMS, *(Rule(p, Scheme(bits=8, group_size=128)) for p in (TABLE, DECODER, VISION, PROJECTOR)), REST))
-W8A8 = Recipe("w8a8", (NORMS, *(Rule(p, TOKEN) for p in (TABLE, DECODER, VISION, PROJECTOR)), REST))
-W8A8_STATIC = Recipe(
-    "w8a8-static",
-    # What GELU gives cannot be rescaled by what comes before it.
-    (
-        NORMS,
-        Rule(TABLE, TOKEN),
-        Rule(DECODER, SMOOTH),
-        Rule(VISION_FC2, STATIC),
-        Rule(VISION, SMOOTH),
-        Rule(PROJECTOR, STATIC),
-        REST,
-    ),
-)
-TABLE_8 = Rule(TABLE, Scheme(bits=8, group_size=128))  # the output matrix too, where 4 bits change every logit
-INT4 = Recipe("int4", (NORMS, TABLE_8, Rule(DECODER, Scheme(bits=4, group_size=32, symmetric=False)), REST))
+SMOOTH = replace(STATIC, scaling="smoothquant")
+# The table is the output matrix too, where 4 bits would change every logit.
+GROUPS_8 = Scheme(bits=8, group_size=128)
+TABLE_8 = Rule(TABLE, GROUPS_8)
+TABLE_8_SHORTLIST = Rule(TABLE, replace(GROUPS_8, shortlist=True))
+GROUPS_32 = Scheme(bits=4, group_size=32, symmetric=False)
+GROUPS_128 = replace(GROUPS_32, group_size=128)  # these decode fastest
 # Where integer products are fast, the vision encoder has them.
 FAST_VISION = (Rule(VISION, TOKEN), Rule(PROJECTOR, TOKEN), REST)
-INT4_CPU = Recipe("int4", (*INT4.rules[:-1], *FAST_VISION))
-INT4_GPTQ = Recipe(
-    "int4-gptq",
-    (
-        NORMS,
-        Rule(TABLE, Scheme(bits=8, group_size=128, method="gptq")),
-        Rule(DECODER, Scheme(bits=4, group_size=32, symmetric=False, method="gptq")),
-        *FAST_VISION,
-    ),
+# The table alone in 4 bits costs a KL of 0.0047 rounded to nearest, 0.0033 clipped, and 0.0050 by GPTQ (tiny-112), which minimises a
+# norm of all logits, not of those that are likely.
+SMALL_TABLE = Rule(TABLE, Scheme(bits=4, group_size=32, method="clip"))
+SMALL = replace(GROUPS_32, group_size=64)
+SMALL_REST = (Rule(PROJECTOR, GROUPS_8), REST)
+
+
+def _recipe(name: str, *rules: Rule, cache: str | None = None) -> Recipe:
+    """A recipe whose norms stay in float32."""
+    return Recipe(name, (NORMS, *rules), cache)
+
+
+def _all(scheme: Scheme) -> tuple[Rule, ...]:
+    """One scheme for every matrix, and float16 for the rest."""
+    return (*(Rule(pattern, scheme) for pattern in (TABLE, DECODER, VISION, PROJECTOR)), REST)
+
+
+FP32 = Recipe("fp32", (Rule("*", Scheme()),))
+FLOATS = (FP32, _recipe("fp16", REST), _recipe("bf16", Rule("*", Scheme("bfloat16"))))
+INT8 = _recipe("int8", *_all(GROUPS_8))
+# FC2 reads what GELU gives, which nothing before it can rescale.
+_STATIC_LINEARS = (Rule(DECODER, SMOOTH), Rule(VISION_FC2, STATIC), Rule(VISION, SMOOTH), Rule(PROJECTOR, STATIC), REST)
+W8A8 = _recipe("w8a8", *_all(TOKEN))
+W8A8_STATIC = _recipe("w8a8-static", Rule(TABLE, TOKEN), *_STATIC_LINEARS)
+INT4_GPTQ = _recipe(
+    "int4-gptq", Rule(TABLE, replace(GROUPS_8, method="gptq")), Rule(DECODER, replace(GROUPS_32, method="gptq")), *FAST_VISION
 )
-# Groups of 128 decode fastest.
-TABLE_8_SHORTLIST = Rule(TABLE, replace(TABLE_8.scheme, shortlist=True))
-INT4_FAST = Recipe(
-    "int4-fast", (NORMS, TABLE_8_SHORTLIST, Rule(DECODER, Scheme(bits=4, group_size=128, symmetric=False)), *FAST_VISION)
-)
+INT4_FAST = _recipe("int4-fast", TABLE_8_SHORTLIST, Rule(DECODER, GROUPS_128), *FAST_VISION)
 # The fastest: a long answer's steps read the cache as often as the weights, here a quarter of it.
 INT4_FAST_KV8 = replace(INT4_FAST, name="int4-fast-kv8", cache="int8")
 # The first token as soon as w8a8 has it, the others as fast as int4-fast, for twice the memory.
-MIXED = Recipe(
-    "mixed",
-    (NORMS, TABLE_8_SHORTLIST, Rule(DECODER, Scheme(bits=4, group_size=128, symmetric=False, prefill8=True)), *FAST_VISION),
-)
-# The smallest: the table and the vision encoder in 4 bits too. The table alone costs a KL of 0.0047 rounded to nearest, 0.0033
-# clipped, and 0.0050 by GPTQ (tiny-112), which minimises a norm of all logits, not of those that are likely.
-_SMALL_TABLE = Rule(TABLE, Scheme(bits=4, group_size=32, method="clip"))
-_SMALL = Scheme(bits=4, group_size=64, symmetric=False)
-_SMALL_VISION = Scheme(bits=4, group_size=32, symmetric=False)
-_SMALL_REST = (Rule(PROJECTOR, Scheme(bits=8, group_size=128)), REST)
-INT4_SMALL = Recipe("int4-small", (NORMS, _SMALL_TABLE, Rule(DECODER, _SMALL), Rule(VISION, _SMALL_VISION), *_SMALL_REST))
-INT4_SMALL_GPTQ = Recipe(
+MIXED = _recipe("mixed", TABLE_8_SHORTLIST, Rule(DECODER, replace(GROUPS_128, prefill8=True)), *FAST_VISION)
+# The smallest: the table and the vision encoder in 4 bits too.
+INT4_SMALL = _recipe("int4-small", SMALL_TABLE, Rule(DECODER, SMALL), Rule(VISION, GROUPS_32), *SMALL_REST)
+INT4_SMALL_GPTQ = _recipe(
     "int4-small-gptq",
-    (
-        NORMS,
-        _SMALL_TABLE,
-        Rule(DECODER, replace(_SMALL, method="gptq", scaling="awq")),
-        Rule(VISION, replace(_SMALL_VISION, method="gptq")),
-        *_SMALL_REST,
-    ),
+    SMALL_TABLE,
+    Rule(DECODER, replace(SMALL, method="gptq", scaling="awq")),
+    Rule(VISION, replace(GROUPS_32, method="gptq")),
+    *SMALL_REST,
 )
 # TensorRT multiplies by symmetric weights: of 8 bits with a scale for each row, of 4 in groups; and activations in int8 have the
-# scale of their calibration. The table's rows are looked up by the runner, so they are whole numbers in every one.
-ROWS, ROWS_8 = Scheme(bits=8), Rule(TABLE, Scheme(bits=8))
+# scale of their calibration. The runner looks the table's rows up, so that they are integers in every recipe.
+ROWS = Scheme(bits=8)
+ROWS_8 = Rule(TABLE, ROWS)
 FLOAT8 = Scheme(bits=8, format="e4m3", activations="static")
-FP8 = Recipe("fp8", (NORMS, ROWS_8, *(Rule(p, FLOAT8) for p in (DECODER, VISION, PROJECTOR)), REST))
-_STATIC_RULES = tuple(ROWS_8 if rule.pattern == TABLE else rule for rule in W8A8_STATIC.rules)
-_GROUPS = Scheme(bits=4, group_size=128)
-TENSORRT_RECIPES = (
-    Recipe("int8", (NORMS, *(Rule(p, ROWS) for p in (TABLE, DECODER, VISION, PROJECTOR)), REST)),
-    Recipe("w8a8", _STATIC_RULES),
-    Recipe("w8a8-static", _STATIC_RULES),
-    Recipe("int4", (NORMS, ROWS_8, Rule(DECODER, _GROUPS), REST)),
-    Recipe("int4-gptq", (NORMS, ROWS_8, Rule(DECODER, replace(_GROUPS, method="gptq")), REST)),
-)
-_NAMED = (
-    FP32,
-    FP16,
-    BF16,
-    INT8,
-    INT4,
-    W8A8,
-    W8A8_STATIC,
-    INT4_GPTQ,
-    INT4_FAST,
-    INT4_FAST_KV8,
-    MIXED,
-    INT4_SMALL,
-    INT4_SMALL_GPTQ,
-    FP8,
-)
-RECIPES = {recipe.name: recipe for recipe in _NAMED}
+FP8 = _recipe("fp8", ROWS_8, *(Rule(pattern, FLOAT8) for pattern in (DECODER, VISION, PROJECTOR)), REST)
+_SYMMETRIC = Scheme(bits=4, group_size=128)
+
+
+def _by_name(*recipes: Recipe) -> dict[str, Recipe]:
+    return {recipe.name: recipe for recipe in recipes}
+
+
+_COMMON = (W8A8, W8A8_STATIC, INT4_GPTQ, INT4_FAST, INT4_FAST_KV8, MIXED, INT4_SMALL, INT4_SMALL_GPTQ, FP8)
+# Target -> name -> recipe. Every target knows every name: a target that cannot run a recipe says which rule it has no kernels for.
+RECIPES: Mapping[str, Mapping[str, Recipe]] = {
+    "cpu": _by_name(*FLOATS, INT8, _recipe("int4", TABLE_8, Rule(DECODER, GROUPS_32), *FAST_VISION), *_COMMON),
+    "cuda": _by_name(*FLOATS, INT8, _recipe("int4", TABLE_8, Rule(DECODER, GROUPS_32), REST), *_COMMON),
+    "tensorrt": _by_name(
+        *FLOATS,
+        _recipe("int8", *_all(ROWS)),
+        _recipe("int4", ROWS_8, Rule(DECODER, _SYMMETRIC), REST),
+        _recipe("w8a8", ROWS_8, *_STATIC_LINEARS),
+        _recipe("w8a8-static", ROWS_8, *_STATIC_LINEARS),
+        _recipe("int4-gptq", ROWS_8, Rule(DECODER, replace(_SYMMETRIC, method="gptq")), REST),
+        *_COMMON[3:],
+    ),
+}
+RECIPE_NAMES = tuple(RECIPES["cpu"])

@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pgxport.errors import DiskError, UsageError
-from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import RECIPE_NAMES, Recipe, Rule, Scheme
 
 MAX_BYTES = 1_000_000
 HEADER = """\
@@ -28,7 +28,7 @@ CACHES = ("float32", "float16", "int8")
 # What a type is called, and how to write one.
 TYPES = {
     bool: ("a boolean", "true or false"),
-    int: ("a whole number", "digits alone"),
+    int: ("an integer", "digits alone"),
     float: ("a decimal number", "it with a point, like 0.5"),
     str: ("a string", "it in quotes"),
 }
@@ -56,7 +56,7 @@ VALUES = {KEYS.get(name, name): _alternatives(hint) for name, hint in get_type_h
 }
 TOP_KEYS = ("name", "cache", "rule")
 RULE_KEYS = ("weights", *VALUES)
-# What does not go together: when, and the message. Each stands for a scheme of whole numbers.
+# What does not go together: when, and the message. Each stands for a quantized scheme.
 CLASHES: tuple[tuple[Callable[[Scheme], bool], str], ...] = (
     (
         lambda s: s.bits == 4 and s.activations != "float",
@@ -168,8 +168,8 @@ def _mistake(scheme: Scheme, given: Collection[str]) -> str | None:
         if wrong := _wrong(key, getattr(scheme, FIELDS.get(key, key)), VALUES[key]):
             return wrong
     if scheme.bits is None:
-        # An option of whole numbers on floats would be dropped in silence.
-        wrong = "{0} is for whole numbers, and the rule has no bits; write bits = 8 or 4 beside it, or take {0} out"
+        # An option of quantization on floats would be dropped in silence.
+        wrong = "{0} is for integers, and the rule has no bits; write bits = 8 or 4 beside it, or take {0} out"
         return next((wrong.format(key) for key in given if key != "dtype"), None)
     if "dtype" in given:
         return f'dtype = "{scheme.dtype}" beside bits = {scheme.bits}: a weight has one or the other; take one of the two out'
@@ -178,7 +178,7 @@ def _mistake(scheme: Scheme, given: Collection[str]) -> str | None:
 
 def _wrong(key: str, value: object, allowed: tuple[Any, ...]) -> str | None:
     """Why a key cannot have a value, or None if it can; `allowed` are values, or types."""
-    # Exact types: to Python, true is the whole number 1, and 4.0 is equal to 4.
+    # Exact types: to Python, true is the integer 1, and 4.0 is equal to 4.
     types = {a if isinstance(a, type) else type(a) for a in allowed}
     choices = _either([TYPES[a][1] if isinstance(a, type) else _shown(a) for a in allowed])
     if type(value) not in types:
@@ -246,7 +246,7 @@ def _read(path: Path) -> str:
         # Opening a FIFO would wait for ever.
         if not path.is_file():
             state = "is not a regular file" if path.exists() else "does not exist"
-            raise UsageError(f"{path}: {state}; give a TOML file, or one of the recipes {', '.join(RECIPES)}")
+            raise UsageError(f"{path}: {state}; give a TOML file, or one of the recipes {', '.join(RECIPE_NAMES)}")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:

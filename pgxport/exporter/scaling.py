@@ -23,7 +23,7 @@ SAMPLED_ROWS = 256  # of each matrix, in AWQ's search: 12 s on two cores where K
 WEAKEST = 1e-4
 
 
-class Statistics(Protocol):
+class InputStatistics(Protocol):
     """What was measured of the input x [K] of each linear, which goes by the name of its weight; a calibration file has it."""
 
     def absmax(self, path: str) -> np.ndarray:
@@ -49,7 +49,7 @@ class Statistics(Protocol):
 
 
 @dataclass(frozen=True)
-class Site:
+class ScalingSite:
     """An input that some linears share, and what makes it: dividing that and multiplying their columns changes nothing.
 
     Attributes:
@@ -76,30 +76,32 @@ class Site:
         return scale.reshape(-1, self.share, self.head)[:, 0].reshape(-1)
 
 
-def sites(spec: ModelSpec) -> list[Site]:
+def sites(spec: ModelSpec) -> list[ScalingSite]:
     """Every place of a model that can be rescaled. SigLIP's fc2 has none: a GELU stands before it."""
     return [*_vision(spec.vision), *_text(spec.text)]
 
 
-def _vision(v: VisionSpec) -> Iterator[Site]:
+def _vision(v: VisionSpec) -> Iterator[ScalingSite]:
     for i in range(v.depth):
         layer = f"vision_tower.vision_model.encoder.layers.{i}"
         for norm, linears in (("layer_norm1", _qkv(f"{layer}.self_attn")), ("layer_norm2", (f"{layer}.mlp.fc1.weight",))):
-            yield Site((f"{layer}.{norm}.weight", f"{layer}.{norm}.bias"), linears)
+            yield ScalingSite((f"{layer}.{norm}.weight", f"{layer}.{norm}.bias"), linears)
         value = f"{layer}.self_attn.v_proj"
-        yield Site((f"{value}.weight", f"{value}.bias"), (f"{layer}.self_attn.out_proj.weight",))
+        yield ScalingSite((f"{value}.weight", f"{value}.bias"), (f"{layer}.self_attn.out_proj.weight",))
 
 
-def _text(t: TextSpec) -> Iterator[Site]:
+def _text(t: TextSpec) -> Iterator[ScalingSite]:
     # The same tensor name means a different place in Gemma 1 and Gemma 2.
     before_mlp = "pre_feedforward_layernorm" if t.post_norms else "post_attention_layernorm"
     for i in range(t.depth):
         layer = f"language_model.model.layers.{i}"
         attention, (gate, up, down) = _attention(i), (f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
-        yield Site((f"{layer}.input_layernorm.weight",), _qkv(attention), less_one=True)
-        yield Site((f"{attention}.v_proj.weight",), (f"{attention}.o_proj.weight",), share=t.heads // t.kv_heads, head=t.head_dim)
-        yield Site((f"{layer}.{before_mlp}.weight",), (gate, up), less_one=True)
-        yield Site((up,), (down,))  # gelu(gate) * up is linear in up
+        yield ScalingSite((f"{layer}.input_layernorm.weight",), _qkv(attention), less_one=True)
+        yield ScalingSite(
+            (f"{attention}.v_proj.weight",), (f"{attention}.o_proj.weight",), share=t.heads // t.kv_heads, head=t.head_dim
+        )
+        yield ScalingSite((f"{layer}.{before_mlp}.weight",), (gate, up), less_one=True)
+        yield ScalingSite((up,), (down,))  # gelu(gate) * up is linear in up
 
 
 def _attention(layer: int) -> str:
@@ -154,7 +156,7 @@ class Rescaled:
 class RescaledStatistics:
     """What would be measured of a rescaled checkpoint: of x / s where x was measured."""
 
-    def __init__(self, statistics: Statistics, rescaled: Rescaled):
+    def __init__(self, statistics: InputStatistics, rescaled: Rescaled):
         self._statistics, self._rescaled = statistics, rescaled
 
     def scale_of(self, path: str) -> np.ndarray | None:
@@ -202,7 +204,7 @@ class RescaledStatistics:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampledRows:
     """Some rows [n, K] of a linear, the grid they go to, and how many rows of the linear each stands for."""
 
     rows: np.ndarray
@@ -223,7 +225,7 @@ def smoothquant_scale(input_absmax: np.ndarray, weight_absmax: np.ndarray, alpha
     return (x**alpha / w ** (1 - alpha)).astype(np.float32)
 
 
-def awq_scale(mean_abs: np.ndarray, samples: Sequence[Sample], moment: np.ndarray) -> np.ndarray:
+def awq_scale(mean_abs: np.ndarray, samples: Sequence[SampledRows], moment: np.ndarray) -> np.ndarray:
     """s [K] = E|x|^ratio, of the ratio that loses least (Lin et al., 2024, arXiv 2306.00978, section 3.2): strong inputs get finer steps.
 
     No scaling is one of the ratios, so on the rows it is given it is never worse than that.
@@ -244,7 +246,7 @@ def awq_scale(mean_abs: np.ndarray, samples: Sequence[Sample], moment: np.ndarra
     return best
 
 
-def _loss(sample: Sample, scale: np.ndarray, moment: np.ndarray) -> float:
+def _loss(sample: SampledRows, scale: np.ndarray, moment: np.ndarray) -> float:
     """What rounding w * s costs the outputs of x / s."""
     delta = nearest(sample.rows * scale, sample.grid).dequantized()
     delta /= scale
@@ -253,7 +255,9 @@ def _loss(sample: Sample, scale: np.ndarray, moment: np.ndarray) -> float:
     return sample.stands_for * float(errors.sum(dtype=np.float64))
 
 
-def rescaled(source: TensorSource, spec: ModelSpec, scheme_of: Callable[[str], Scheme], statistics: Statistics) -> TensorSource:
+def rescaled(
+    source: TensorSource, spec: ModelSpec, scheme_of: Callable[[str], Scheme], statistics: InputStatistics
+) -> TensorSource:
     """The checkpoint with every site rescaled as the schemes of its linears ask; the source itself where none asks.
 
     A search reads weights, which `Checkpoint.unread` counts as read.
@@ -302,7 +306,9 @@ def check_sites(spec: ModelSpec, scheme_of: Callable[[str], Scheme]) -> None:
             )
 
 
-def _scale(source: TensorSource, site: Site, scheme_of: Callable[[str], Scheme], statistics: Statistics) -> np.ndarray:
+def _scale(
+    source: TensorSource, site: ScalingSite, scheme_of: Callable[[str], Scheme], statistics: InputStatistics
+) -> np.ndarray:
     """[K], float32"""
     path = site.linears[0]
     if scheme_of(path).scaling == "smoothquant":
@@ -323,10 +329,10 @@ def _absmax(source: TensorSource, path: str) -> np.ndarray:
     return largest
 
 
-def _sample(source: TensorSource, path: str, scheme: Scheme) -> Sample:
+def _sample(source: TensorSource, path: str, scheme: Scheme) -> SampledRows:
     """Evenly spaced rows of a linear."""
     assert scheme.bits is not None, f"Bug: {path} asks to be rescaled for a rounding that does not come"
     rows = source.shape(path)[0]
     chosen = np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).round().astype(int)
     block = np.concatenate([to_float32(source.rows(path, row, row + 1)) for row in chosen.tolist()])
-    return Sample(block, Grid(scheme.bits, scheme.group_size, scheme.symmetric), rows / len(chosen))
+    return SampledRows(block, Grid(scheme.bits, scheme.group_size, scheme.symmetric), rows / len(chosen))

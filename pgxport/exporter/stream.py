@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A weight as a promise: its shape and type now, its bytes later, a few rows at a time."""
+"""A lazy tensor: its shape and type are known now, its bytes are written later, a few rows at a time."""
 
 import queue
 import threading
@@ -43,7 +43,7 @@ class LazyTensor:
         return prod(shape) * dtype.itemsize
 
     def bytes(self) -> Iterator[memoryview]:
-        """The promised bytes, block by block, and no other number of them."""
+        """The bytes of the tensor, block by block, and exactly `nbytes` of them."""
         left = self.nbytes
         for block in self.blocks():
             piece = np.ascontiguousarray(block, self.stored[0])
@@ -53,7 +53,7 @@ class LazyTensor:
 
 
 class DataLayout:
-    """Where each promise of a graph lies in its data file: one after another, each at the beginning of a page."""
+    """Where each lazy tensor of a graph lies in its data file: one after another, each at the beginning of a page."""
 
     def __init__(self, lazy_tensors: Iterable[LazyTensor]):
         self.lazy_tensors = list(lazy_tensors)

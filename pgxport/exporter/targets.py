@@ -8,7 +8,7 @@ from typing import Literal
 
 from pgxport.bundle.manifest import CacheKind, TrtVersion
 from pgxport.errors import UsageError, choose
-from pgxport.exporter.recipe import INT4_CPU, RECIPES, TENSORRT_RECIPES, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
 
 
 @dataclass(frozen=True)
@@ -17,20 +17,19 @@ class Target:
 
     Attributes:
         computes: The dtype a weight is stored in -> the dtype of activations it is multiplied with.
-        products: The products by whole numbers that it has kernels for: bits of the weight, what activations are.
+        products: Integer and mixed products that it has kernels for: bits of the weight, and what activations are.
         caches: The types a KV cache may have.
         attends: The types its attention with a cache computes in. Empty: whatever the rest does.
         biased_int8_cache: A local window may go with an int8 cache.
-        recipes: Named recipes that are better here in another form.
-        spelled_prefill: Attention over a prefix is faster operator by operator than in the fused kernel.
+        decomposed_prefill: Attention over a prefix is faster decomposed than in the fused kernel.
         dialect: The operators its graphs are made of: ONNX Runtime's own beside standard ones, or standard ones alone.
         grouped: Bits whose scales may be of groups of input channels, with float activations.
         rows: Float activations are multiplied by 8 bits with a scale for each row, too.
-        zeros: Groups may have zero points.
+        zero_points: Groups may have zero points.
         float8: It has FP8 products.
-        wide_scales: Layouts of whole numbers whose scales are float32 whatever the activations are.
+        wide_scales: Layouts of quantized matrices whose scales are float32 whatever the activations are.
         short_scales: Scales of 4-bit groups are stored in float16 whatever the activations are, and widened while loading.
-        screens: The output matrix may be screened.
+        shortlists: The output matrix may be multiplied in two passes, a shortlist first.
         cache_kind: How the decoder's graph appends to a cache; see `bundle.Cache`.
         tensorrt: The version of TensorRT that graphs are written for.
     """
@@ -43,7 +42,6 @@ class Target:
     caches: frozenset[str] = frozenset()
     attends: frozenset[str] = frozenset()
     biased_int8_cache: bool = True
-    recipes: tuple[Recipe, ...] = ()
     decomposed_prefill: bool = False
     dialect: Literal["onnxruntime", "standard"] = "onnxruntime"
     grouped: frozenset[int] = frozenset({4, 8})
@@ -62,12 +60,12 @@ class Target:
         return dict(self.opsets)[""]
 
     def recipe(self, name: str) -> Recipe:
-        """The named recipe, as it is best on this engine.
+        """The named recipe in the form of this target.
 
         Raises:
             UsageError: there is none of that name.
         """
-        return choose("precision", name, RECIPES | {recipe.name: recipe for recipe in self.recipes})
+        return choose("precision", name, RECIPES[self.name])
 
     def compute(self, stored: str) -> str:
         """The dtype of activations for weights stored as `stored`.
@@ -105,7 +103,7 @@ class Target:
             )
 
     def _cannot(self, scheme: Scheme, rule: Rule) -> str | None:
-        """Why there is no kernel for a scheme of whole numbers or FP8, and what to write in its rule; None if there is one."""
+        """Why there is no kernel for a quantized scheme, and what to write in its rule; None if there is one."""
         where = f"the rule for {rule.pattern!r}"
         if scheme.format == "e4m3" and not self.float8:
             return f"has no FP8 products, as {where} wants; target 'tensorrt' has, or write format = \"int\""
@@ -140,7 +138,7 @@ _ORT = (("", 23), ("com.microsoft", 1))
 CPU = Target(
     "cpu", _ORT, 11, MappingProxyType(dict.fromkeys(("float32", "float16", "bfloat16"), "float32")),
     frozenset({(4, "float"), (8, "float"), (8, "dynamic"), (8, "static")}), frozenset({"float32", "float16", "int8"}),
-    recipes=(INT4_CPU,), decomposed_prefill=True, short_scales=True, shortlists=True,
+    decomposed_prefill=True, short_scales=True, shortlists=True,
 )  # fmt: skip
 CUDA = Target(
     "cuda", _ORT, 11, MappingProxyType({"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}),
@@ -152,7 +150,7 @@ CUDA = Target(
 # 10.3 ask for only where they have some.
 _TENSORRT = Target(
     "tensorrt", (("", 24),), 11, MappingProxyType({name: name for name in ("float32", "float16", "bfloat16")}),
-    frozenset({(4, "float"), (8, "float"), (8, "static")}), frozenset({"float32", "float16"}), recipes=TENSORRT_RECIPES,
+    frozenset({(4, "float"), (8, "float"), (8, "static")}), frozenset({"float32", "float16"}),
     dialect="standard", rows=True, zero_points=False, float8=True, wide_scales=frozenset(), cache_kind="update", tensorrt="11",
 )  # fmt: skip
 TENSORRT: dict[TrtVersion, Target] = {

@@ -105,7 +105,7 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _int(section: Mapping[str, Any], key: str, default: int) -> int:
     value = section.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise CheckpointError(f"config.json: {key} is {value!r}, not a positive whole number")
+        raise CheckpointError(f"config.json: {key} is {value!r}, not a positive integer")
     return value
 
 

@@ -17,7 +17,7 @@ Value = Any  # a node's output in a graph, or an array where the functions are r
 
 
 class Writer(Protocol):
-    """What a model function is handed: it writes an ONNX graph (exporter/graph.py) or computes (tests/eager.py)."""
+    """What a model function is handed: it writes an ONNX graph (exporter/graph.py) or computes (models/eager.py)."""
 
     def scope(self, name: str) -> AbstractContextManager[None]:
         """Prefix the names inside, so that a weight's path is its name in the checkpoint."""

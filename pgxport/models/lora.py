@@ -123,7 +123,7 @@ def _merged(
         a, b, base = pair["A"], pair["B"], tensors[name]
         rank = _by_module(config.get("rank_pattern"), module, config["r"], folder)
         if type(rank) is not int or rank < 1:
-            raise CheckpointError(f"{folder / CONFIG}: the rank of {shown(module)} is {rank!r}, not a positive whole number")
+            raise CheckpointError(f"{folder / CONFIG}: the rank of {shown(module)} is {rank!r}, not a positive integer")
         alpha = _by_module(config.get("alpha_pattern"), module, config["lora_alpha"], folder)
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise CheckpointError(f"{folder / CONFIG}: the alpha of {shown(module)} is {alpha!r}, not a number")
@@ -143,7 +143,7 @@ def _put(seen: dict[str, Stored], name: str, tensor: Stored, folder: Path) -> No
 
 def _check_saved(tensors: Mapping[str, Tensor], saved: Mapping[str, Stored], config: Mapping[str, Any], folder: Path) -> None:
     for name, tensor in saved.items():
-        # A stored lm_head is compared with the embedding like any other (Checkpoint.check_tied).
+        # A stored lm_head is compared with the embedding like any other (`checkpoint.Tied`).
         like = tensors.get(EMBEDDING if name == LM_HEAD else name)
         if like is None or like.shape != tensor.shape:
             there = f"is {list(like.shape)} there" if like else "is not there"

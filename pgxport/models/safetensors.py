@@ -225,7 +225,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _integer(text: str) -> int:
     if text == "-0":
-        raise ValueError("-0 is no whole number")
+        raise ValueError("-0 is no integer")
     return int(text)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgxport.bundle.manifest import CARD
-from pgxport.bundle.model_card import Measured, card, table
+from pgxport.bundle.model_card import CardResults, card, table
 from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import UsageError
@@ -55,7 +55,7 @@ def write_card(options: CardOptions) -> str:
     return text
 
 
-def measured(report: Report, bundle: Bundle) -> Measured:
+def measured(report: Report, bundle: Bundle) -> CardResults:
     """Return what a report says of a bundle, on every device that measured it.
 
     Raises:
@@ -65,7 +65,7 @@ def measured(report: Report, bundle: Bundle) -> Measured:
     rows = [(d, row) for d in report.devices if (row := next((r for r in d.rows if r.digest == digest), None))]
     if whole := [(device, row) for device, row in rows if row.status == "ok"]:
         text = "\n".join(["## Measured\n", *(_device(device, row) for device, row in whole)])
-        return Measured(_results(whole), text)
+        return CardResults(_results(whole), text)
     if rows:
         raise UsageError(f"{bundle.path} failed in this report: {rows[0][1].reason}; measure it again with pgx report")
     labels = listed(sorted({row.label for device in report.devices for row in device.rows}))

@@ -14,7 +14,7 @@ from pgxport.data.loader import DataOptions, load
 from pgxport.errors import EngineError, NumericError, UsageError, choose
 from pgxport.exporter.calibration_file import Calibration, checkpoint_sha256
 from pgxport.exporter.export import ExportOptions, check_weights
-from pgxport.exporter.recipe import RECIPES, Recipe
+from pgxport.exporter.recipe import RECIPE_NAMES, Recipe
 from pgxport.exporter.targets import TARGETS, Target
 from pgxport.files import check_output, disk_errors, write_whole
 from pgxport.hub.locate import ModelChoice, locate
@@ -174,13 +174,13 @@ def tuned_model(o: TuneOptions) -> TunedModel:
 def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tuple[Measured, ...], list[str]]:
     """The named recipes as the target has them, and why some are not among them."""
     measured, skipped = [], []
-    for i, name in enumerate(RECIPES):
+    for i, name in enumerate(RECIPE_NAMES):
         try:
             recipe = target.recipe(name)
             target.check(recipe)
             if recipe.calibrated and not calibrated:
                 raise UsageError(f"recipe {name!r} needs --calibration")
-            measured.append(meter(name, recipe, left=len(RECIPES) - i))
+            measured.append(meter(name, recipe, left=len(RECIPE_NAMES) - i))
         except (UsageError, NumericError) as error:
             skipped.append(f"{name}: {error}")
     return tuple(measured), skipped

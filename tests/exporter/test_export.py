@@ -13,12 +13,12 @@ from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.export import ExportOptions, dry_run, export
 from pgxport.exporter.graphs import write_graphs
 from pgxport.exporter.plan import NoStatistics, SpecSource, _computes
-from pgxport.exporter.recipe import RECIPES
+from pgxport.exporter.recipe import RECIPE_NAMES
 from pgxport.exporter.targets import TARGETS
 from pgxport.models.spec import RESOLUTIONS, TEXT, published
 from pgxport.models.weights import weight_shapes
 
-WRITABLE = [(t.recipe(name), t) for name in RECIPES for t in TARGETS.values() if _computes(t.recipe(name), t)]
+WRITABLE = [(t.recipe(name), t) for name in RECIPE_NAMES for t in TARGETS.values() if _computes(t.recipe(name), t)]
 
 
 @pytest.mark.parametrize(("family", "size"), TEXT)

@@ -13,7 +13,7 @@ pytest.importorskip("onnx_ir")
 
 from pgxport.errors import UsageError
 from pgxport.exporter.plan import PlanOptions, _computes, plan, render
-from pgxport.exporter.recipe import RECIPES
+from pgxport.exporter.recipe import RECIPE_NAMES
 from pgxport.exporter.targets import TARGETS
 from pgxport.machine.board import BOARDS, GIB
 from pgxport.models.spec import RESOLUTIONS, TEXT
@@ -25,7 +25,7 @@ MODELS = [(family, size, res) for family, size in TEXT for res in RESOLUTIONS]
 COMPUTED = [
     (t.name, name)
     for t in TARGETS.values()
-    for name in RECIPES
+    for name in RECIPE_NAMES
     if _computes(t.recipe(name), t)
     and not t.recipe(name).calibrated
     # Of which the odd shapes here have no whole groups.

@@ -151,7 +151,7 @@ def test_a_number_that_is_not_finite_is_named_with_its_place(monkeypatch, w, x, 
 
 def test_scales_are_not_written_before_their_codes(w):
     c, _ = matrix(w, GROUPED, "blocks")
-    with pytest.raises(AssertionError, match=r"Bug: the codes of layer\.weight were not written"):
+    with pytest.raises(AssertionError, match=r"Bug: the values of layer\.weight were not written"):
         list(c.scales.bytes())
     assert [p.name for p in c.lazy_tensors] == [f"{NAME}.codes", f"{NAME}.scales"]
 

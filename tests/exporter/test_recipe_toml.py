@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pgxport.errors import UsageError
 from pgxport.exporter import recipe_toml
-from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import RECIPE_NAMES, RECIPES, Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import invalid, read_recipe, to_toml
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "recipes.md"
@@ -162,11 +162,11 @@ MISTAKES = [
     ('name = "mine"\n[[rule]]\nweights = ["a",\ntrue]\n' + REST, 'rule 1 ("a")', ["true among weights"]),
     ('name = "mine"\n[[rule]]\nweights = ""\n' + REST, "rule 1", ['"" among weights']),
     # values
-    (rule('bits = "4"'), 'rule 1 ("*_proj.weight")', ['bits = "4" is not a whole number; write 4 or 8']),
-    (rule("bits = true"), 'rule 1 ("*_proj.weight")', ["bits = true is not a whole number"]),
-    (rule("bits = 4.0"), 'rule 1 ("*_proj.weight")', ["bits = 4.0 is not a whole number"]),
-    (rule("bits = [4]"), 'rule 1 ("*_proj.weight")', ["bits = a list is not a whole number"]),
-    (rule("bits = 2024-01-01"), 'rule 1 ("*_proj.weight")', ['bits = "2024-01-01" is not a whole number']),
+    (rule('bits = "4"'), 'rule 1 ("*_proj.weight")', ['bits = "4" is not an integer; write 4 or 8']),
+    (rule("bits = true"), 'rule 1 ("*_proj.weight")', ["bits = true is not an integer"]),
+    (rule("bits = 4.0"), 'rule 1 ("*_proj.weight")', ["bits = 4.0 is not an integer"]),
+    (rule("bits = [4]"), 'rule 1 ("*_proj.weight")', ["bits = a list is not an integer"]),
+    (rule("bits = 2024-01-01"), 'rule 1 ("*_proj.weight")', ['bits = "2024-01-01" is not an integer']),
     (rule("bits = 3"), 'rule 1 ("*_proj.weight")', ["bits = 3 does not exist; choose 4 or 8"]),
     (rule("bits = 4", "group = 48"), 'rule 1 ("*_proj.weight")', ["group = 48 does not exist; choose 16, 32, 64, 128 or 256"]),
     (rule("bits = 4", "group = 8"), 'rule 1 ("*_proj.weight")', ["group = 8 does not exist"]),
@@ -188,9 +188,9 @@ MISTAKES = [
         ['dtype = "float16" beside bits = 8', "take one of the two out"],
     ),
     (rule("bits = 8", 'dtype = "float32"'), 'rule 1 ("*_proj.weight")', ['dtype = "float32" beside bits = 8']),
-    (rule('method = "gptq"'), 'rule 1 ("*_proj.weight")', ["method is for whole numbers", "write bits = 8 or 4"]),
-    (rule('dtype = "float16"', 'scaling = "awq"'), 'rule 1 ("*_proj.weight")', ["scaling is for whole numbers"]),
-    (rule("symmetric = true"), 'rule 1 ("*_proj.weight")', ["symmetric is for whole numbers"]),
+    (rule('method = "gptq"'), 'rule 1 ("*_proj.weight")', ["method is for integers", "write bits = 8 or 4"]),
+    (rule('dtype = "float16"', 'scaling = "awq"'), 'rule 1 ("*_proj.weight")', ["scaling is for integers"]),
+    (rule("symmetric = true"), 'rule 1 ("*_proj.weight")', ["symmetric is for integers"]),
     (
         rule("bits = 4", 'method = "gptq"'),
         'rule 1 ("*_proj.weight")',
@@ -317,9 +317,10 @@ def test_every_field_of_a_scheme_is_a_key_of_a_rule():
         assert all(value in recipe_toml.TYPES for value in values if isinstance(value, type))
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_named_recipe_is_read_back_as_it_was_written(tmp_path, name):
-    assert read_recipe(written(tmp_path, to_toml(RECIPES[name]))) == RECIPES[name]
+@pytest.mark.parametrize(("target", "name"), [(target, name) for target in RECIPES for name in RECIPES[target]])
+def test_every_named_recipe_is_read_back_as_it_was_written(tmp_path, target, name):
+    recipe = RECIPES[target][name]
+    assert read_recipe(written(tmp_path, to_toml(recipe))) == recipe
 
 
 PATTERNS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda pattern: pattern != "*")
@@ -327,7 +328,7 @@ MADE = st.builds(
     lambda name, patterns, schemes, cache: Recipe(
         name, tuple(Rule(p, s) for p, s in zip([*patterns, "*"], schemes, strict=False)), cache
     ),
-    st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True).filter(lambda name: name not in RECIPES),
+    st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True).filter(lambda name: name not in RECIPE_NAMES),
     st.lists(PATTERNS, unique=True, max_size=5),
     st.lists(st.sampled_from(VALID), min_size=6, max_size=6),
     st.sampled_from([None, "float32", "float16", "int8"]),

@@ -15,8 +15,8 @@ from pgxport.exporter.recipe import Scheme
 from pgxport.exporter.scaling import (
     Rescaled,
     RescaledStatistics,
-    Sample,
-    Site,
+    SampledRows,
+    ScalingSite,
     awq_scale,
     rescaled,
     sites,
@@ -328,7 +328,7 @@ def cost(scale: np.ndarray, w: np.ndarray, x: np.ndarray, grid: Grid) -> float:
 def test_awq_halves_the_error_of_outputs_where_few_inputs_are_strong(grid):
     x, w = loud(), np.random.default_rng(5).normal(size=(64, 128)).astype(np.float32)
     for moment in (x.T @ x / np.float32(len(x)), (x * x).mean(0)):
-        scale = awq_scale(np.abs(x).mean(0), [Sample(w, grid)], moment)
+        scale = awq_scale(np.abs(x).mean(0), [SampledRows(w, grid)], moment)
         assert cost(scale, w, x, grid) < 0.5 * cost(np.ones_like(scale), w, x, grid)
 
 
@@ -342,7 +342,7 @@ def test_awq_takes_the_best_of_its_ratios():
         scale = scale / np.sqrt(scale.max() * scale.min())
         return cost(scale, a, x, grid) + 3 * cost(scale, b, x, grid)
 
-    scale = awq_scale(mean_abs, [Sample(a, grid), Sample(b, grid, 3)], x.T @ x / np.float32(len(x)))
+    scale = awq_scale(mean_abs, [SampledRows(a, grid), SampledRows(b, grid, 3)], x.T @ x / np.float32(len(x)))
     assert cost(scale, a, x, grid) + 3 * cost(scale, b, x, grid) == pytest.approx(min(both(i / 20) for i in range(20)), rel=1e-3)
 
 
@@ -351,7 +351,7 @@ def test_awq_is_never_worse_than_no_scaling_on_what_it_measured(seed):
     random = np.random.default_rng(seed)
     x = (random.normal(size=(200, 64)) * np.exp(2 * random.normal(size=64))).astype(np.float32)
     w, moment = random.standard_t(4, size=(16, 64)).astype(np.float32), x.T @ x / np.float32(200)
-    scale = awq_scale(np.abs(x).mean(0), [Sample(w, Grid(4, 16))], moment)
+    scale = awq_scale(np.abs(x).mean(0), [SampledRows(w, Grid(4, 16))], moment)
     plain, scaled = (hessian_error(nearest(w * s, Grid(4, 16)).dequantized() / s - w, moment).sum() for s in (1, scale))
     assert scaled <= plain * (1 + 1e-6)
 
@@ -363,8 +363,8 @@ def test_channels_that_calibration_did_not_see_are_not_scaled_away():
     moment = x.T @ x / np.float32(100)
     for scale in (
         smoothquant_scale(np.abs(x).max(0), np.abs(w).max(0)),
-        awq_scale(np.abs(x).mean(0), [Sample(w, Grid(4, 16))], moment),
-        awq_scale(np.zeros(32), [Sample(w, Grid(4, 16))], np.zeros(32)),
+        awq_scale(np.abs(x).mean(0), [SampledRows(w, Grid(4, 16))], moment),
+        awq_scale(np.zeros(32), [SampledRows(w, Grid(4, 16))], np.zeros(32)),
     ):
         assert np.isfinite(scale).all()
         assert scale.min() > 1e-4 * scale.max() * 0.99
@@ -372,7 +372,7 @@ def test_channels_that_calibration_did_not_see_are_not_scaled_away():
 
 
 def test_columns_of_query_heads_that_share_a_value_head_are_combined():
-    site = Site(("v",), ("o",), share=3, head=2)
+    site = ScalingSite(("v",), ("o",), share=3, head=2)
     x = np.arange(12.0)  # two value heads, three query heads each, two channels
     shared = site.shared(x, np.max)
     assert shared.tolist() == [4, 5] * 3 + [10, 11] * 3

@@ -111,7 +111,7 @@ def test_a_recipe_that_no_version_runs_is_refused_with_what_to_write():
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_fp8_is_of_tensorrt_alone(target):
     with pytest.raises(UsageError, match=r"has no FP8 products.*target 'tensorrt' has"):
-        TARGETS[target].check(RECIPES["fp8"])
+        TARGETS[target].check(RECIPES[target]["fp8"])
 
 
 def test_a_version_is_of_tensorrt_alone():

@@ -25,7 +25,7 @@ from pgxport import cli
 from pgxport.data.scenes import scene_samples
 from pgxport.errors import EngineError, UsageError
 from pgxport.exporter.export import ExportOptions, export
-from pgxport.exporter.recipe import NORMS, RECIPES, Scheme
+from pgxport.exporter.recipe import NORMS, RECIPE_NAMES, Scheme
 from pgxport.exporter.recipe_toml import read_recipe, to_toml
 from pgxport.exporter.scaling import sites
 from pgxport.exporter.targets import CPU
@@ -167,7 +167,7 @@ def test_a_choices_recipe_gives_every_group_its_scheme(spec, tmp_path):
 def test_the_named_recipes_lie_in_the_space_that_is_searched(spec):
     shapes, found = weight_shapes(spec), groups(spec)
     # Every group in another kind of float; or all of the decoder twice, which is no choice of a group's.
-    for name in RECIPES.keys() - {"fp32", "bf16", "fp8", "mixed"}:
+    for name in set(RECIPE_NAMES) - {"fp32", "bf16", "fp8", "mixed"}:
         named = CPU.recipe(name)
         choice = {}
         for g in found:
@@ -239,7 +239,7 @@ NAMED = ("fp32", "fp16", "fp8", "int8", "int4-gptq")
 def few():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune, "groups", lambda spec: [g for g in groups(spec) if g.name in FEW])
-        patch.setattr(tune, "RECIPES", dict.fromkeys(NAMED))
+        patch.setattr(tune, "RECIPE_NAMES", NAMED)
         patch.setattr(score, "ROUNDS", 2)
         yield
 
@@ -349,7 +349,7 @@ def test_a_tune_that_was_killed_goes_on_to_the_same_result(tuned, exports, tmp_p
     found, folder = tuned
     code = (
         "from pgxport.tuning import score, tune\nscore.ROUNDS = 2\nfrom pgxport.tuning.candidates import groups\n"
-        f"tune.RECIPES = dict.fromkeys({NAMED!r})\n"
+        f"tune.RECIPE_NAMES = {NAMED!r}\n"
         f"tune.groups = lambda spec: [g for g in groups(spec) if g.name in {FEW!r}]\n"
         f"tune.tune(tune.TuneOptions(output={str(tmp_path / 'recipe.toml')!r}, **{ASKED!r}))"
     )
