@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chart of a report: an answer's time against its quality, a dot for each bundle, whose area is the bundle's size.
+"""The chart of a report: time against quality, a dot for each bundle, whose area is the bundle's size.
 
-altair describes the chart and vl-convert draws it, both without network. Text from the data is a label, never an expression.
+altair describes the chart and vl-convert draws it, both without network. Text from the data is a label, never
+an expression.
 """
 
 import io
@@ -73,7 +74,7 @@ def points(device: Device) -> list[dict[str, Any]]:
 
 
 def gate_line(device: Device) -> float | None:
-    """Return the quality in percent below which a bundle fails the gate; None where the reference has none."""
+    """Return the quality in percent below which a bundle fails the gate; None without a reference's."""
     reference = next(row for row in device.rows if row.label == device.reference)
     return 100 * device.gate * reference.quality.value if reference.quality else None
 
@@ -152,7 +153,7 @@ def _layers(alt: Any, device: Device, *, titled: bool) -> Any:
 def _places(
     drawn: list[dict[str, Any]], x_domain: tuple[float, float], y_domain: tuple[float, float], gate: float | None
 ) -> list[int]:
-    """Return how far under its dot each name stands, so that names overlap neither each other nor the gate's."""
+    """Return how far under its dot each name stands, so that no name overlaps another or the gate's."""
     taken: list[tuple[float, float, float]] = []  # left, right, middle
     if gate is not None:
         taken.append((4, 4 + 6 * len(GATE), HEIGHT * (y_domain[1] - gate) / (y_domain[1] - y_domain[0]) + UNDER))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report measures of one subject, a bundle or a checkpoint: the lines of its file, and what they say together."""
+"""The measurements of one subject of a report, a bundle or a checkpoint, as lines of its file."""
 
 import hashlib
 import json
@@ -144,7 +144,7 @@ def measured_folder(output: Path) -> Iterator[Path]:
 
 
 def keys(samples: Sequence[Sample]) -> list[str]:
-    """Return the key of each sample: two with the same picture and prompt have one answer. A picture is hashed once."""
+    """Return the key of each sample: samples with the same picture and prompt have one answer."""
     digests: dict[Path | bytes | Drawn, str] = {}
     found = []
     for sample in samples:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask every bundle every sample, in turn, once: the pass that all rows of a report share.
 
-Each bundle has a process; only one works at a time, and the bundle that begins moves on by one with each sample, so that a machine
-whose speed drifts affects all alike. What a folder of earlier measurements holds is not asked again. Knows no metric.
+Each bundle has a process; only one works at a time, and the bundle that begins moves on by one with each
+sample, so that a machine whose speed drifts affects all alike. What a folder of earlier measurements holds is
+not asked again. Knows no metric.
 """
 
 import sys
@@ -55,7 +56,7 @@ class SubjectRun:
 
 @dataclass(frozen=True)
 class ReportWork:
-    """What is asked: samples by key, and the samples whose reference answer the others are fed (teacher forcing)."""
+    """The samples by key, and those along whose reference answer the others are compared."""
 
     samples: Mapping[str, Sample]
     teacher_forced: frozenset[str]
@@ -83,7 +84,7 @@ class Turn:
 def shared_pass(
     subjects: Sequence[ReportSubject], work: ReportWork, folder: Path, *, engine: str = "cpu", progress: Progress | None = None
 ) -> list[SubjectRun]:
-    """Measure what is missing in a folder of measurements. A subject that fails is a run with its reason; the others go on."""
+    """Measure what a folder lacks. A subject that fails is a run with its reason; the others go on."""
     with ExitStack() as stack:
         meters, nvml = instruments(engine, stack)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgx-report-")))
@@ -165,7 +166,10 @@ def take_turns(
 
 
 class Asker:
-    """A subject, its process if it has one here, and its results. A subject that failed is not asked again."""
+    """A subject, its process if it has one here, and its results.
+
+    A subject that failed is not asked again.
+    """
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ class Limits:
     nbytes: int | None = None
 
     def excess(self, m: Measured) -> float:
-        """Return by how much a bundle is over its limits, each as a part of the limit; 0 where it keeps them all."""
+        """Return by how much a bundle is over its limits, as parts of the limits; 0 where it keeps them."""
         over = [(m.loss.points, self.points), (m.ms, self.ms), (m.nbytes, self.nbytes)]
         return sum(max(0.0, value - limit) / (limit or 1.0) for value, limit in over if limit is not None)
 
@@ -68,7 +68,7 @@ class Tuning:
 
     @property
     def front(self) -> list[Measured]:
-        """The bundles that no other dominates in size, time and loss; of equal losses the smaller KL is better."""
+        """The bundles that no other dominates in size, time and loss; of equal losses a smaller KL is better."""
         return [m for m in self.wholes if not any(_dominates(other, m) for other in self.wholes)]
 
     @property
@@ -82,7 +82,7 @@ class Tuning:
         return min(self.wholes, key=lambda m: (self.limits.excess(m), m.nbytes, m.kl))
 
     def comparisons(self) -> dict[str, str]:
-        """Return for each named recipe a mix that is no larger and no farther from float32, or why there is none."""
+        """Return for each named recipe a mix no larger and no farther from float32, or why there is none."""
         texts = {}
         for m in self.named:
             same = [x for x in self.mixes if rules_text(x.measured.recipe) == rules_text(m.recipe)]

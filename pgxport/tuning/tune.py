@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pipeline of `pgx tune`: measure every group by itself, search, measure what the search proposes, and write the best recipe."""
+"""pgx tune: measure every group by itself, search, measure the proposals, and write the best recipe."""
 
 import hashlib
 import time
@@ -53,7 +53,8 @@ class TuneOptions:
         candidates: Names of CANDIDATES; none: all that can be written.
         work: The folder of results, kept for the next time; None: beside the output.
         threads: Of the engine; None: its choice.
-        cluster: The address of a Ray cluster that scores the samples (docs/cluster.md); None: this machine does.
+        cluster: The address of a Ray cluster that scores the samples (docs/cluster.md); None: this machine
+            does.
     """
 
     output: str | Path = "recipe.toml"
@@ -80,7 +81,9 @@ class TuneOptions:
 
 
 def tune(options: TuneOptions, *, progress: Say | None = None) -> Tuning:
-    """Search the recipe with the smallest bundle within the limits, and write it; what was measured before is not measured again.
+    """Search the recipe with the smallest bundle within the limits, and write it.
+
+    Kept results are not measured again.
 
     Raises:
         UsageError: an option names what does not exist, or the output is there already.
@@ -214,7 +217,7 @@ def _probes(meter: RecipeMeter, found: Sequence[Group], names: Sequence[str], sk
 def _search(
     meter: RecipeMeter, found: Sequence[Group], base: Measured, probes: Sequence[Probe], named: Sequence[Measured], limits: Limits
 ) -> list[Mix]:
-    """Propose and measure: at each named recipe's size, and by halving until the smallest that keeps the limits is found."""
+    """Measure proposals: at each named recipe's size, and by halving down to the smallest within the limits."""
     table = {group.name: [Option(FLOAT, 0, 0.0, 0.0)] for group in found}
     for p in probes:
         m = p.measured
