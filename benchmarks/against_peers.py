@@ -32,7 +32,7 @@ from make_checkpoint import BOS, IMAGE, NEWLINE, Pool, config, distribution, sha
 
 from pgxport.benchmarking.bench import labels, measurement_json  # noqa: E402
 from pgxport.benchmarking.intervals import paired_ratio, verdict  # noqa: E402
-from pgxport.benchmarking.measure import WARM_UP_STEPS, Answers, worker  # noqa: E402
+from pgxport.benchmarking.measure import WARM_UP_STEPS, WholeAnswers, worker  # noqa: E402
 from pgxport.benchmarking.worker import Measurement, Worker, environment, interleave, serve  # noqa: E402
 from pgxport.machine.conditions import describe_machine, versions  # noqa: E402
 from pgxport.models.spec import RESOLUTIONS, TEXT, ModelSpec, published  # noqa: E402
@@ -309,7 +309,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, peers: list[str]) -> None:
     conditions = describe_machine()
     shared = {key: vars(args)[key] for key in ("family", "size", "res", "depth", "threads", "prompt_tokens", "new_tokens")}
-    work, skipped = Answers(args.prompt_tokens, args.new_tokens), []
+    work, skipped = WholeAnswers(args.prompt_tokens, args.new_tokens), []
     with ExitStack() as stack:
         scratch = args.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workers = [

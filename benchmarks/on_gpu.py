@@ -35,7 +35,7 @@ from make_checkpoint import config, distribution, shallow, write_checkpoint  # n
 from parity_true_shapes import inputs  # noqa: E402
 
 from pgxport.benchmarking.bench import measurement_json  # noqa: E402
-from pgxport.benchmarking.measure import WARM_UP_STEPS, Answers, worker  # noqa: E402
+from pgxport.benchmarking.measure import WARM_UP_STEPS, WholeAnswers, worker  # noqa: E402
 from pgxport.benchmarking.worker import Measurement, Worker, interleave, serve  # noqa: E402
 from pgxport.bundle.reader import Bundle  # noqa: E402
 from pgxport.calib.calibrate import CalibrateOptions, calibrate  # noqa: E402
@@ -310,7 +310,7 @@ def prepare(args: argparse.Namespace, res: int) -> list[Made]:
     if not checkpoint.exists():
         write_checkpoint(checkpoint, shallow(published("paligemma2", args.size, res), args.depth))
     if not calibration.exists() and set(args.precision) & set(CALIBRATED):
-        calibrate(CalibrateOptions(output=calibration, source=checkpoint, samples=1, moments=False))
+        calibrate(CalibrateOptions(output=calibration, checkpoint=checkpoint, samples=1, moments=False))
     found = []
     for engine in args.engines:
         for precision in args.precision:
@@ -380,7 +380,7 @@ def measure(args: argparse.Namespace, res: int, bundles: list[Made], free: Calla
         shared |= {"device": "cuda", "compile": {"mode": "reduce-overhead"}, "bytes": COPIED, "side": SIDE}
     else:
         shared |= {"device": "cpu", "compile": {"backend": "eager"}, "bytes": COPIED >> 8, "side": SIDE >> 5}
-    work = Answers(args.prompt_tokens, args.new_tokens)
+    work = WholeAnswers(args.prompt_tokens, args.new_tokens)
     here = [sys.executable, __file__, "--serve"]
     with ExitStack() as stack:
         whole = [made for made in bundles if made.reason is None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors pgx raises on purpose, each with the exit code its command ends with (docs/reference/exit-codes.md)."""
+"""The errors pgx raises on purpose, each with its command's exit code (docs/reference/exit-codes.md)."""
 
 import importlib
 from collections.abc import Iterator, Mapping
@@ -32,7 +32,7 @@ class CheckpointError(InputError):
 
 
 class IntegrityError(PgxError):
-    """A file is not what its digest, its manifest or its format promises, or it reaches outside its folder."""
+    """A file differs from its digest, its manifest or its format, or reaches outside its folder."""
 
     exit_code = 4
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files: read strictly, written whole or not at all, by one process at a time; errors of the disk say their remedy."""
+"""Files: read strictly, written whole or not at all, by one process at a time; disk errors with a remedy."""
 
 import ctypes
 import hashlib
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from pgxport.errors import DiskError, InputError, UsageError
+from pgxport.interrupts import check_interrupted
 
 STAGED = ".partial"  # behind the name of a file or a folder, as long as it is being written
 CHOOSE_OUTPUT = "free some space or choose another -o"
@@ -77,7 +78,7 @@ def file_sha256(path: Path) -> str:
 
 
 def hashed(files: Sequence[Path]) -> Iterator[str]:
-    """The sha256 of each file, several at a time, for hashing takes most of the time that opening a bundle takes."""
+    """The sha256 of each file, several at a time: hashing is most of the time of opening a bundle."""
     with ThreadPoolExecutor() as pool:
         yield from pool.map(file_sha256, files)
 
@@ -209,7 +210,12 @@ class StagedFolder:
         self.close()
 
     def publish(self) -> None:
-        """Give the folder its name; what had it is deleted by `close`."""
+        """Give the folder its name; what had it is deleted by `close`.
+
+        Raises:
+            KeyboardInterrupt: SIGINT arrived, and foreign code swallowed it; what was written since gets no name.
+        """
+        check_interrupted()
         fsync_folder(self.staging)
         if os.path.lexists(self.path):
             exchange(self.staging, self.path)

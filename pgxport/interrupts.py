@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals that end a command even where foreign code swallows the exception that they raise.
 
-Python raises KeyboardInterrupt in whatever Python code runs next. Where that is a callback of a C++ library, a finalizer or a C function
-pointer, the exception ends there: the library goes on, and so would the command. Here the signal is recorded as well as raised.
+Python raises KeyboardInterrupt in whatever Python code runs next. Where that is a callback of a C++ library,
+a finalizer or a C function pointer, the exception ends there: the library goes on, and so would the command.
+Here the signal is recorded as well as raised.
 """
 
 import signal
@@ -13,7 +14,7 @@ _arrived: list[int] = []  # the signals that came since the outermost `signals_r
 
 
 def check_interrupted() -> None:
-    """Raise again what a recorded signal raised, in case foreign code swallowed it; call this after foreign code that calls Python.
+    """Raise what a recorded signal raised once more; to be called after foreign code that calls Python.
 
     Raises:
         KeyboardInterrupt: SIGINT arrived.
@@ -25,10 +26,10 @@ def check_interrupted() -> None:
 
 @contextmanager
 def signals_recorded(*numbers: signal.Signals) -> Iterator[None]:
-    """Record these signals inside the block, and leave the block by the exception of one that arrived, whatever else ended it.
+    """Record these signals inside the block; where one arrived, the block ends by its exception and no other.
 
-    A signal that the process ignores or already handles is left as it is, and so are all of them outside of the main thread, where
-    Python runs no handlers.
+    A signal that the process ignores or already handles is left as it is, and so are all of them outside of
+    the main thread, where Python runs no handlers.
     """
     before = {number: signal.getsignal(number) for number in numbers}
     installed = [number for number in numbers if before[number] in (signal.default_int_handler, signal.SIG_DFL)]

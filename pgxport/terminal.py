@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command shows beside its result, on stderr: progress, notes, errors, and how much of it -q and -v leave or add."""
+"""What a command shows on stderr beside its result: progress, notes, errors; more with -v, less with -q."""
 
 import sys
 import time
@@ -47,7 +47,7 @@ def shows_progress() -> bool:
 
 @contextmanager
 def progress_bar(*, steps: bool = False) -> Iterator[Progress | None]:
-    """Show a bar with bytes, rate and time left, on a terminal; a line for each thing with --verbose; else nothing.
+    """Show a bar with bytes, rate and time left on a terminal, lines with --verbose, else nothing.
 
     Args:
         steps: The counts are of steps and not of bytes.
@@ -68,7 +68,7 @@ def progress_bar(*, steps: bool = False) -> Iterator[Progress | None]:
 
 @contextmanager
 def stages() -> Iterator[Say | None]:
-    """Show what is being done: on one line of a terminal, cleared at the end; a line each with --verbose; else nothing."""
+    """Show each stage on one line of a terminal, which is cleared at the end, or on lines with --verbose."""
     if volume() == "verbose" or not shows_progress():
         yield ProgressLog() if volume() == "verbose" else None
         return
@@ -117,10 +117,9 @@ class Cost:
     @classmethod
     def since(cls, start: float) -> "Cost":
         """The cost until now of what began at `start` of time.perf_counter()."""
-        import resource
+        from pgxport.machine.memory import peak_rss
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return cls(round(time.perf_counter() - start, 2), peak if sys.platform == "darwin" else peak * 1024)
+        return cls(round(time.perf_counter() - start, 2), peak_rss())
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the keys of every command's JSON."""

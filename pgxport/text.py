@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text for people: text of any origin made safe for a terminal, Markdown or YAML; lists of names, sizes, durations, tables."""
+"""Text for people: made safe for a terminal, Markdown or YAML; lists of names, sizes, durations, tables."""
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-# CSI and OSC sequences first, or their letters stay; then every other control, and the marks that reorder a line.
+# CSI and OSC sequences first, or their letters stay; then other controls, and marks that reorder a line.
 CONTROL = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?"
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -53,12 +53,16 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 60 else f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines, each column under itself, two spaces apart, without colour or lines.
+def table(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:
+    """Rows of cells as lines of plain text, with two spaces between columns.
 
-    >>> print(table([["a", "b"], ["long", "c"]]))
-    a     b
-    long  c
+    Args:
+        rows: Each with the same number of cells.
+        right: The columns, counted from 0, that are aligned on the right, as figures should be.
+
+    >>> print(table([["a", "1"], ["long", "200"]], right=[1]))
+    a       1
+    long  200
     """
     from io import StringIO
 
@@ -66,12 +70,13 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table.grid(padding=(0, 2))
-    for _ in range(max(map(len, rows), default=0)):
-        grid.add_column(no_wrap=True, overflow="ignore")
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for column in range(max(map(len, rows), default=0)):
+        grid.add_column(no_wrap=True, overflow="crop", justify="right" if column in right else "left")
     for row in rows:
         grid.add_row(*(Text(" ".join(cell.splitlines())) for cell in row))
-    width = sum(2 + 2 * max(map(len, column)) for column in zip(*rows, strict=True))  # a character takes at most two columns
+    # A character takes at most two columns of a terminal.
+    width = sum(2 + 2 * max(map(len, column)) for column in zip(*rows, strict=True))
     console = Console(file=StringIO(), width=max(1, width), color_system=None, force_terminal=False, _environ={})
     with console.capture() as lines:
         console.print(grid)
@@ -128,6 +133,7 @@ def _scalar(value: str | int | float) -> str:
     """A value as JSON, which YAML reads, with the characters escaped that YAML does not print."""
     if isinstance(value, float):
         number = repr(value)
-        return number if "." in number else number.replace("e", ".0e")  # without a point YAML 1.1 takes 1e-07 for text
+        # Without a point YAML 1.1 takes 1e-07 for text.
+        return number if "." in number else number.replace("e", ".0e")
     text = json.dumps(LONE.sub("\ufffd", value) if isinstance(value, str) else value, ensure_ascii=False)
     return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

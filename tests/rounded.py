@@ -74,7 +74,7 @@ def make_checkpoint(folder: Path, family: str, *, seed: int = 7) -> Any:
 
 def make_calibration(folder: Path, *, samples: int = 3, moments: bool = True) -> Calibration:
     name = folder.with_name(f"{folder.name}-{samples}-{moments}.safetensors")
-    return calibrate(CalibrateOptions(output=name, source=folder, samples=samples, moments=moments))
+    return calibrate(CalibrateOptions(output=name, checkpoint=folder, samples=samples, moments=moments))
 
 
 def sample(folder: Path, index: int = 0) -> TokenizedSample:

@@ -17,12 +17,12 @@ import pytest
 
 REFERENCE = ("torch", "transformers")
 EXPORT_TOOLS = ("onnx", "onnx_ir", *REFERENCE)
-# "pgxport" itself: `from pgxport import bundle` is read as pgxport.bundle, and this stands for the bare package.
+# The bare package; `from pgxport import bundle` is read as pgxport.bundle.
 ROOT = ("pgxport.errors", "pgxport.interrupts", "pgxport.text", "pgxport.files", "pgxport.__version__")
 BUNDLE = ("numpy", "pydantic", *ROOT, "pgxport.bundle")
 RUNNERS = (*BUNDLE, "PIL", "tokenizers", "pgxport.runners", "pgxport.machine")
 
-# Every folder and every file of the package's root, the lowest first: each imports itself and what stands above it here.
+# Every folder and root file of the package, the lowest first: each imports itself and those before it.
 RANKS = (
     "errors", "interrupts", "text", "files", "machine", "bundle", "models", "hub", "runners", "compile", "metrics", "data", "exporter", "calib",
     "cluster", "benchmarking", "reporting", "tuning", "inspection", "doctor", "demo", "terminal", "cli",
@@ -161,7 +161,7 @@ def is_in(name: str, modules: tuple[str, ...]) -> bool:
 
 
 def imports(source: str, package: str) -> Iterator[Import]:
-    """All imports of a module in `package`, with what `from x import y` may bind, and importlib's and __import__'s constants."""
+    """All imports of a module in `package`, names of `from x import y` and importlib's constants too."""
 
     def walk(node: ast.AST, *, top: bool) -> Iterator[Import]:
         match node:
@@ -170,7 +170,7 @@ def imports(source: str, package: str) -> Iterator[Import]:
             case ast.ImportFrom(module=module, names=names, level=level):
                 parents = package.split(".")[: len(package.split(".")) - level + 1] if level else []
                 base = ".".join([*parents, *([module] if module else [])])
-                # Only pgxport's own names say which module is meant; `from numpy import array` is an import of numpy.
+                # Only names of pgxport may be modules; `from numpy import array` imports numpy.
                 inside = base == "pgxport" or base.startswith("pgxport.")
                 yield from (Import(f"{base}.{a.name}" if inside else base, node.lineno, top) for a in names)
             case ast.Call(func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__")):
@@ -191,7 +191,7 @@ def imports(source: str, package: str) -> Iterator[Import]:
 
 
 def violations(root: Path) -> list[str]:
-    """One line for each import under the package folder `root` that breaks a law: where, what, why, and what to do."""
+    """One line for each import under the package folder `root` that breaks a law, with the remedy."""
     found = []
     for path in sorted(root.rglob("*.py")):
         file = path.relative_to(root).as_posix()
@@ -309,7 +309,7 @@ def test_every_path_that_a_law_or_pyproject_names_exists():
         ("bundle/reader.py", "import numpy as np\nfrom pydantic import BaseModel\nfrom pgxport.errors import IntegrityError"),
         ("runners/image.py", "from PIL import Image\nfrom pgxport.bundle.reader import Bundle\nfrom . import loop"),
         ("runners/ort.py", "import onnxruntime as ort"),
-        ("runners/tensorrt.py", "import tensorrt\nfrom cuda import cudart"),
+        ("runners/tensorrt_library.py", "import tensorrt\nfrom cuda import cudart"),
         ("models/checkpoint.py", "import ml_dtypes\nfrom safetensors import safe_open"),
         ("reporting/transformers_subject.py", "def f():\n    import torch\n    import transformers"),
         ("exporter/parity.py", "from pgxport.metrics.fidelity import kl_divergence"),

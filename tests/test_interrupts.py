@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A signal ends the command even where it arrives in Python code that foreign code calls, which swallows the exception."""
+"""A signal ends the command even where it arrives in a callback whose exceptions the caller swallows."""
 
 import ctypes
 import os
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pgxport.files import StagedFolder, write_new
 from pgxport.interrupts import check_interrupted, signals_recorded
 
-# A command whose work is a C function that calls Python: ctypes prints what a callback raises, and the C function goes on.
+# The command's work is a C function that calls Python: ctypes prints what a callback raises, and C goes on.
 IN_A_CALLBACK = """
 import ctypes, signal, sys
 from pgxport import cli, inspection
@@ -81,6 +82,14 @@ def test_the_end_of_the_block_raises_what_nobody_checked_for(in_c: Callable[[], 
     with pytest.raises(KeyboardInterrupt), signals_recorded(signal.SIGINT):
         in_c()
     check_interrupted()  # forgotten once it was raised
+
+
+def test_what_was_written_after_an_interrupt_gets_no_name(in_c: Callable[[], None], tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt), signals_recorded(signal.SIGINT), StagedFolder(tmp_path / "b", None) as folder:  # noqa: PT012
+        in_c()
+        write_new(folder.staging / "file", [b"content"])
+        folder.publish()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupt_that_python_code_sees_is_raised_once():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""-q and -v: how much a command says of what it is doing, always on stderr, and never instead of its result."""
+"""-q and -v set how much a command shows of its progress: on stderr, and never instead of its result."""
 
 import sys
 from collections.abc import Callable

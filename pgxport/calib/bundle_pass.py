@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibrate on a float bundle: its graphs run by ONNX Runtime, with the input of every linear as one more output.
+"""Calibrate on a float bundle: its graphs run by ONNX Runtime, each linear's input as one more output.
 
 Memory holds the statistics of all layers at once, and the activations of one sample.
 """
@@ -32,7 +32,7 @@ GRAPHS = ("vision_encoder", "projector", "decoder_step")
 def observe_bundle(
     bundle: Bundle, samples: Sequence[EncodedSample], *, moments: bool, progress: Progress | None
 ) -> InputStatistics:
-    """Run image, prefix and answer of every sample, the answer's tokens one by one as if they had been generated.
+    """Run image, prefix and answer of every sample, the answer's tokens one by one as if generated.
 
     Raises:
         UsageError: the bundle is for another engine than ONNX Runtime's CPU, or multiplies by integers.
@@ -52,7 +52,7 @@ def observe_bundle(
             f"calibrate the checkpoint, or a bundle of it with --precision fp32"
         )
     statistics = InputStatistics(moments=moments)
-    pipeline = Pipeline(bundle, low_memory=True)  # which loads no graph until it is asked for one
+    pipeline = Pipeline(bundle, low_memory=True)  # for embeddings: it loads no graph until one is run
     for number, (sample, weights) in enumerate(zip(samples, token_weights(samples, m.image_tokens), strict=True), 1):
         pixels = pixel_values(sample.sample.open(), m.resolution)[None]
         hidden_states = sessions["vision_encoder"].run({"pixel_values": pixels})["image_hidden"]
@@ -115,7 +115,7 @@ class _ObservedSession:
         del self._session
 
     def hand_over(self, statistics: InputStatistics, weights: np.ndarray | None) -> None:
-        """Add the inputs observed since the last call, x [1, T, K] of prefix and steps together, each token by its weight [T]."""
+        """Add the inputs observed since the last call, x [1, T, K], each token by its weight [T]."""
         for name, arrays in self._collected.items():
             x = np.concatenate(arrays, 1)
             # The input of the output matrix is observed only at the tokens that an answer is read from.
@@ -153,7 +153,7 @@ def _linears(bundle: Bundle) -> dict[str, tuple[int, ...]]:
 
 
 def _check_memory(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse second moments that do not fit into memory: triangles while they are summed, and once more as they are written."""
+    """Refuse second moments that do not fit into memory: triangles, and once more as they are written."""
     # q, k and v share their input, and so do gate and up.
     sites = [s[1] for n, s in shapes.items() if not n.endswith(("k_proj.weight", "v_proj.weight", "up_proj.weight"))]
     needed, available = sum(4 * k * k for k in sites) + bundle.nbytes, available_memory()

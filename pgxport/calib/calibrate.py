@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pipeline of `pgx calibrate`: find the model, read the samples, run them observed, write the calibration file."""
+"""The pipeline of `pgx calibrate`: find the model, read the samples, run them observed, write the file."""
 
 import importlib.metadata
 import shutil
@@ -17,6 +17,7 @@ from pgxport.errors import CheckpointError, EngineError, UsageError
 from pgxport.exporter.calibration_file import About, Array, Calibration, checkpoint_sha256, write_calibration
 from pgxport.exporter.stream import Progress
 from pgxport.files import check_output, disk_errors, locked
+from pgxport.hub.locate import ModelChoice, locate
 from pgxport.models.safetensors import Tensor
 from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
 
@@ -24,24 +25,17 @@ RUN = "run.json"  # in a folder of work: the calibration that it belongs to
 
 
 @dataclass(frozen=True)
-class CalibrateOptions:
+class CalibrateOptions(ModelChoice):
     """What to calibrate. Names are those of `pgx calibrate`'s flags.
 
     Attributes:
-        source: A bundle, a checkpoint in hub layout, or a hub id; None where `size` says which.
-        adapter: A LoRA adapter, as it will be given to the export.
+        checkpoint: A bundle, a checkpoint in hub layout, or a hub id; None where `size` says which.
         data: A data set's file or folder (docs/reference/data.md); None draws scenes.
         samples: How many samples to take, from the first on.
         moments: Whether to keep the second moments E[x xᵀ], which GPTQ needs.
     """
 
     output: str | Path = "calibration.safetensors"
-    source: str | Path | None = None
-    size: str | None = None
-    res: int | None = None
-    family: str = "paligemma2"
-    variant: str = "pt"
-    adapter: str | Path | None = None
     data: str | Path | None = None
     samples: int = 32
     moments: bool = True
@@ -62,7 +56,7 @@ class CalibrationJob:
 
     def about(self, **findings: object) -> About:
         o = self.options
-        command = ["pgx calibrate", *([self.name] if o.source else ["--size", o.size])]
+        command = ["pgx calibrate", *([self.name] if o.checkpoint else ["--size", o.size])]
         command += ["--res", o.res] if o.res else []
         command += ["--data", Path(o.data).name] if o.data else []
         command += ["--samples", o.samples, "--moments" if o.moments else "--no-moments"]
@@ -87,7 +81,7 @@ class CalibrationJob:
 def calibrate(options: CalibrateOptions, *, progress: Progress | None = None) -> Calibration:
     """Run samples through a model and write statistics of the inputs of its linears.
 
-    A checkpoint is run layer by layer, and a run that was stopped goes on with the layer it was in; a bundle is run whole.
+    A checkpoint is run layer by layer, and a stopped run goes on with its layer; a bundle is run whole.
 
     Raises:
         UsageError: an option names what does not exist, or the output is there already.
@@ -100,10 +94,10 @@ def calibrate(options: CalibrateOptions, *, progress: Progress | None = None) ->
     except ImportError as error:
         raise EngineError(f'pgx calibrate needs ONNX Runtime: pip install "pgxport[cpu]" ({error})') from error
     check_output(Path(options.output), overwrite=options.overwrite)
-    if (options.source is None) == (options.size is None):
+    if (options.checkpoint is None) == (options.size is None):
         raise UsageError("name one model: a bundle, a checkpoint, or --size tiny --res 224")
-    if options.source is not None and (Path(options.source) / MANIFEST).is_file():
-        return _bundle(Bundle.open(options.source), options, progress)
+    if options.checkpoint is not None and (Path(options.checkpoint) / MANIFEST).is_file():
+        return _bundle(Bundle.open(options.checkpoint), options, progress)
     return _checkpoint(options, progress)
 
 
@@ -126,12 +120,11 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibra
     from pgxport.calib.checkpoint_pass import observe_checkpoint, step_findings
     from pgxport.exporter.activation_ranges import ActivationRanges
     from pgxport.exporter.export import check_weights
-    from pgxport.hub.locate import locate
     from pgxport.models.checkpoint import Checkpoint
     from pgxport.models.config import read_config
     from pgxport.models.safetensors import read_header
 
-    model = locate(options.size, options.res, options.family, options.variant, options.source, progress=progress)
+    model = locate(options, progress=progress)
     checkpoint = Checkpoint.open(model.path, Path(options.adapter) if options.adapter else None)
     spec = read_config(checkpoint.config)
     check_weights(checkpoint, spec)

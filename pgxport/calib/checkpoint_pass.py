@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibrate on a checkpoint: all samples pass one layer before the next, in numpy, from a folder of work that outlives a kill.
+"""Calibrate on a checkpoint: all samples pass one layer before the next, in numpy; a killed run can go on.
 
-Memory holds one layer's statistics, a few row blocks of its weights and one sample's activations; all others wait in files.
+Memory holds one layer's statistics, a few row blocks of its weights and one sample's activations; all others
+wait in files.
 """
 
 import json
@@ -36,7 +37,8 @@ def observe_checkpoint(
 ) -> list[Path]:
     """Run every step that has no file in `work` yet, and return the files, in order.
 
-    Each is written when its step is done: the step's tensors, and beside them its activation ranges and which linears share an input.
+    Each is written when its step is done: the step's tensors, and beside them its activation ranges and which
+    linears share an input.
 
     Raises:
         NumericError: activations are not finite.
@@ -73,7 +75,7 @@ def observe_checkpoint(
 
 
 def step_findings(file: Path, activation_ranges: ActivationRanges) -> dict[str, str]:
-    """Count a step's activation ranges in, and return its linears, each with the linear that its input is stored under."""
+    """Add a step's activation ranges; return its linears, each with the one its input is stored under."""
     metadata = read_metadata(file)
     largest, where = json.loads(metadata["census"])
     for kind, top in largest.items():
@@ -104,7 +106,7 @@ class _Observer:
 
 
 def _arrivals(file: Path, step: Step, samples: Sequence[EncodedSample], spec: ModelSpec) -> Iterator[np.ndarray]:
-    """The array that each sample brings into a step: pixels into the first, later what the step before it wrote."""
+    """The array that each sample brings into a step: pixels, later what the step before wrote."""
     if step.name == PIXELS:
         for sample in samples:
             yield pixel_values(sample.sample.open(), spec.resolution)[None]

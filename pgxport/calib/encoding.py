@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sample as calibration feeds it: token ids of prompt and answer, the weight of each token, and the digest of it all.
+"""A sample as calibration feeds it: token ids of prompt and answer, weights of tokens, and a digest.
 
 Knows no file format: samples come from data/.
 """
@@ -30,7 +30,7 @@ def encode(sample: Sample, tokenizer: PromptTokenizer) -> EncodedSample:
     """Tokenize prompt and answer.
 
     Raises:
-        InputError: one of them is not text that the tokenizer takes, or the picture of a box cannot be opened.
+        InputError: one of them is not text that the tokenizer takes, or a picture cannot be opened.
     """
     answer = answer_text(sample)
     try:
@@ -55,16 +55,16 @@ def answer_text(sample: Sample) -> str | None:
         return None
     width, height = sample.open().size
     if objects[0].segmentation is not None:
-        # Codes of a mask follow, and nobody knows them without the encoder that made them: the known part is the box.
+        # Codes of a mask follow, and are not known without the encoder that made them: the box is.
         return _location(objects[0].box, width, height)
     return " ; ".join(f"{_location(region.box, width, height)} {region.label}" for region in objects)
 
 
 def token_weights(samples: Sequence[EncodedSample], image_tokens: int) -> list[np.ndarray]:
-    """The weight of each token of each sample, float32 [T]: tokens that an answer is read from and all others weigh the same in total.
+    """The weight of each token of each sample, float32 [T]; those that an answer is read from sum to half.
 
-    An image has hundreds of tokens and an answer a few, so that without weights a method that minimises the mean error of a
-    layer gives up the answer for the image. Measured in docs/decisions/0012.
+    An image has hundreds of tokens and an answer a few, so that without weights a method that minimises the
+    mean error of a layer gives up the answer for the image. Measured in docs/decisions/0012.
     """
     reading = sum(len(s.answer) + 1 for s in samples)  # the last token of the prefix predicts the first of the answer
     others = sum(image_tokens + len(s.prompt) - 1 for s in samples)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of the numbers that flow into a linear: sums, extremes and a histogram, of a size that no sample changes.
+"""Statistics of the numbers that flow into a linear: sums, extremes and a histogram, of fixed size.
 
 Knows no model: arrays come in under the name of a weight.
 """
@@ -26,7 +26,7 @@ Range = tuple[float, float]
 class RangeHistogram:
     """A histogram of numbers whose range is not known beforehand.
 
-    Its range is ±2ⁿ, the smallest that holds everything, so the order of the numbers does not change its bins.
+    Its range is ±2ⁿ, the smallest that holds everything, so no order of the numbers changes its bins.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class RangeHistogram:
         self.counts += np.bincount(bins, minlength=BINS)
 
     def counts_and_edges(self, bins: int = BINS) -> Histogram:
-        """Return counts [bins] and edges [bins + 1]; fewer bins than BINS are sums of neighbours, and divide it."""
+        """Return counts [bins] and edges [bins + 1]; fewer than BINS are sums of neighbours."""
         reach = 2.0 ** (self._exponent or 0)
         return self.counts.reshape(bins, -1).sum(1), np.linspace(-reach, reach, bins + 1)
 
@@ -64,7 +64,7 @@ class RangeHistogram:
 
 
 class LinearInput:
-    """Statistics of one linear's input, K channels: of each channel, of all together, and the second moment if `moments`."""
+    """Statistics of one linear's input: of each channel, of all together, and E[x xᵀ] if `moments`."""
 
     def __init__(self, path: str, width: int, *, moments: bool):
         self.path, self.width, self.total = path, width, 0.0  # the sum of the tokens' weights
@@ -100,7 +100,7 @@ class LinearInput:
             block += weighted[:, end - rows : end].T @ x[:, :end]
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Return the calibration file's tensors about this input. Call it once: it hands the second moment over."""
+        """Return this input's tensors of the calibration file, once: it hands the second moment over."""
         ranges = np.array([OBSERVER[name](self.histogram) for name in OBSERVERS])
         tensors = site_tensors(self.path, np.stack([self._absmax, *(self._sums / self.total)]), ranges, None)
         if self._moment:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model cut into steps, between which each sample carries one array: patches, layers of both towers, projector, final norm."""
+"""The model cut into steps, between which each sample carries one array."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ class ModelSteps:
             return siglip.block(g, x, self.spec.vision)
 
     def _prefix_and_answer(self, g: Eager, sample: EncodedSample, x: np.ndarray) -> np.ndarray:
-        """[1, N, H of the vision tower] -> [1, T, H]: image features, then the embeddings of prompt and answer."""
+        """[1, N, H of the vision tower] -> [1, T, H]: image features, then embedded prompt and answer."""
         with g.scope(VISION):
             g.feeds["image_hidden"] = layer_norm(g, x, "post_layernorm", self.spec.vision.eps)
         projector(g, self.spec)
@@ -93,7 +93,7 @@ class ModelSteps:
             return gemma.block(g, x, i, self.spec.text)
 
     def _final_norm(self, g: Eager, sample: EncodedSample, x: np.ndarray) -> None:
-        """Observe the positions that an answer is read from. Logits are not computed: they would cost more than a layer."""
+        """Observe the positions that an answer is read from. Logits would cost more than a layer."""
         with g.scope(TEXT):
             h = gemma.stream_norm(g, x[:, g.prefix - 1 :], "norm", self.spec.text)
         g.observe("linear input", gemma.TOKEN_TABLE, h)

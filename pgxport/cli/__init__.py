@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `pgx`: one thin function a command. Results go to stdout, progress to stderr and only to a terminal."""
+"""The command `pgx`: one thin function a command. Results go to stdout, progress to a terminal's stderr."""
 
 import signal
 import sys
@@ -35,7 +35,7 @@ for command in (
 
 
 def main() -> None:
-    """Run a command; errors we raise on purpose end with their own exit code (docs/reference/exit-codes.md)."""
+    """Run a command; each of our errors ends with its own exit code (docs/reference/exit-codes.md)."""
     try:
         with signals_recorded(signal.SIGINT, signal.SIGTERM):  # as exceptions, so that what is half done is cleaned up
             cli(prog_name="pgx", standalone_mode=False)
@@ -51,5 +51,5 @@ def main() -> None:
     except OSError as error:
         fail(5, f"{error.filename or 'input or output'}: {error.strerror or error}")
     except SystemExit as stop:
-        # 1 is click's own, where the reader of a pipe has gone (`pgx … | head`): no failure, and we never end with it.
+        # click ends with 1 where the reader of a pipe has gone (`pgx … | head`), which is no failure.
         sys.exit(0 if stop.code == 1 else stop.code)

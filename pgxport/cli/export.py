@@ -138,7 +138,7 @@ def plan(as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("source", required=False)
+@click.argument("checkpoint", metavar="[SOURCE]", required=False)
 @model_options("size", "res", "family", "variant", "adapter", **OF_SOURCE)
 @click.option("--data", type=click.Path(), help="A data set's file or folder (docs/reference/data.md)  [default: drawn scenes]")
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="How many to take, from the beginning.")
@@ -152,7 +152,8 @@ def plan(as_json: bool, **options: Any) -> None:
 def calibrate(as_json: bool, **options: Any) -> None:
     """Run samples through a model, and write what quantization has to know about its activations.
 
-    SOURCE is a checkpoint or a hub id, run layer by layer (stopped, it goes on where it was), or a float bundle, run whole.
+    SOURCE is a checkpoint or a hub id, run layer by layer (stopped, it goes on where it was), or a float
+    bundle, run whole.
 
     \b
     pgx calibrate --size tiny --res 224 -o calibration.safetensors
@@ -180,7 +181,8 @@ def calibration_json(calibration: "Calibration", cost: Cost) -> dict[str, Any]:
 def render_calibration(calibration: "Calibration", options: dict[str, Any], cost: Cost) -> str:
     """A calibration file for people: its size, its samples, and the export that reads it."""
     path, about = calibration.path, calibration.about
-    checkpoint = "CHECKPOINT" if about.engine == "onnxruntime" else options["source"]  # of a bundle it is not known
+    # A bundle, which onnxruntime runs, does not say where its checkpoint is.
+    checkpoint = "CHECKPOINT" if about.engine == "onnxruntime" else options["checkpoint"]
     named = {"checkpoint": checkpoint, "size": options["size"], "res": options["res"]}
     model = " ".join(f"--{option} {value}" for option, value in named.items() if value)
     return (

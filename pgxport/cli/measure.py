@@ -13,8 +13,7 @@ from pgxport.terminal import fail, stages, volume_options
 from pgxport.text import terminal_safe
 
 if TYPE_CHECKING:
-    from pgxport.benchmarking.measure import Answers, Steps
-    from pgxport.benchmarking.throughput import Batches
+    from pgxport.benchmarking.measure import Work
     from pgxport.reporting.schema import Report
 
 
@@ -58,10 +57,9 @@ def _work(
     prompt_tokens: int | None,
     new_tokens: int,
     images: tuple[str, ...],
-) -> "Answers | Steps | Batches":
+) -> "Work":
     """The work to measure: whole answers, batches of them, or decode steps."""
-    from pgxport.benchmarking.measure import Answers, Steps, lengths
-    from pgxport.benchmarking.throughput import Batches, sizes
+    from pgxport.benchmarking.measure import Batches, Steps, WholeAnswers, batch_sizes, lengths
 
     if past and not decoder_only:
         raise click.UsageError("--past goes with --decoder-only")
@@ -71,8 +69,10 @@ def _work(
         raise click.UsageError("--batch repeats one image and prompt; it goes with neither --decoder-only nor several --image")
     if decoder_only:
         return Steps(lengths(past), steps=new_tokens)
-    prompt_tokens = prompt_tokens or Answers.prompt_tokens
-    return Batches(sizes(batch), prompt_tokens, new_tokens, images) if batch else Answers(prompt_tokens, new_tokens, images)
+    prompt_tokens = prompt_tokens or WholeAnswers.prompt_tokens
+    if batch:
+        return Batches(batch_sizes(batch), prompt_tokens, new_tokens, images)
+    return WholeAnswers(prompt_tokens, new_tokens, images)
 
 
 @click.command()
@@ -116,7 +116,7 @@ def report(
     pgx report b-fp16 b-int4 --data vqa/ --limit 500 --gate 0.99 -o report
     pgx report --merge jetson/report.json desktop/report.json -o both
     """
-    from pgxport.benchmarking.throughput import sizes
+    from pgxport.benchmarking.measure import batch_sizes
     from pgxport.data.loader import DataOptions
     from pgxport.reporting.report import GATE, ReportOptions
     from pgxport.reporting.report import merge as merge_reports
@@ -126,7 +126,7 @@ def report(
     if merge:
         measured = merge_reports(list(map(Path, bundles)), output)
     else:
-        batches = sizes(batch) if batch else ()
+        batches = batch_sizes(batch) if batch else ()
         given = ReportOptions(bundles, output, data, gate=GATE if gate is None else gate, batch=batches, **options)
         with stages() as progress:
             measured = measure(given, progress=progress)
@@ -147,7 +147,7 @@ def render_report(report: "Report", output: Path) -> str:
 
 
 def _check_report(report: "Report", gate: float | None, output: Path) -> None:
-    """End with 8 where a bundle is below the gate, and with the first failure's code where nothing was measured."""
+    """End with 8 if a bundle is below the gate, and with the first failure's code if nothing was measured."""
     from pgxport.reporting.advice import gate_failures
 
     if gate is not None and (failures := [line for device in report.devices for line in gate_failures(device)]):

@@ -27,7 +27,7 @@ local_window_option = click.option(
     "--local-window", type=click.Choice(["hf", "none"]), default="hf", show_default=True, help="Gemma 2's window: hf or none."
 )
 
-# The options that name a model, in the order of every command's help: the flag's other arguments, and its help.
+# The options that name a model: arguments of click.option, and the help.
 MODEL: dict[str, tuple[dict[str, Any], str | None]] = {
     "size": ({}, "A published size, 3b, 10b or 28b, or tiny for the embedded checkpoint."),
     "res": ({"type": int}, "Pixels a side: 224, 448 or 896; tiny: 112 or 224."),

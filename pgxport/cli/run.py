@@ -95,7 +95,7 @@ def render_answer(answer: "Answer") -> str:
 
 
 def notes(answer: "Answer", save: str | None) -> Iterator[str]:
-    """What is worth knowing beside an answer: what is wrong with it, whether it was cut short, and the time of each stage."""
+    """Notes beside an answer: what is malformed, whether it was cut short, and the time of each stage."""
     yield from (f"malformed answer: {warning}" for warning in answer.warnings)
     count = len(answer.token_ids)
     if answer.truncated:

@@ -50,7 +50,7 @@ def card(as_json: bool, bundle: Path, report: Path | None, dry_run: bool) -> Non
 @volume_options
 @json_option
 def push(as_json: bool, dry_run: bool, **options: Any) -> None:
-    """Verify a bundle and upload it to the model hub, in one commit; what the hub has already is not sent again.
+    """Verify a bundle and upload it to the model hub, in one commit; what the hub has already is not sent.
 
     Sign in first with `hf auth login`, as someone who may write there.
 

@@ -13,7 +13,7 @@ from pgxport.terminal import Cost, stages, volume_options
 
 
 @click.command()
-@click.argument("source", required=False)
+@click.argument("checkpoint", metavar="[SOURCE]", required=False)
 @model_options(
     "size",
     "res",
@@ -46,7 +46,8 @@ from pgxport.terminal import Cost, stages, volume_options
 def tune(as_json: bool, max_loss: str, candidates: str | None, **options: Any) -> None:
     """Search the recipe with the smallest bundle that loses no more than it may.
 
-    Each group of layers is measured in each scheme, mixes are proposed and measured whole; stopped, it goes on where it was.
+    Each group of layers is measured in each scheme, mixes are proposed and measured whole; stopped, it goes
+    on where it was.
 
     \b
     pgx tune --size tiny --res 112 --samples 4 --candidates w8-dynamic --max-loss 20% -o recipe.toml
@@ -79,7 +80,7 @@ def _points(text: str) -> float:
 
 def _model(options: dict[str, Any]) -> str:
     """The flags with which `pgx export` writes the tuned bundle."""
-    flags = {"checkpoint": options["source"], "size": options["size"], "res": options["res"], "adapter": options["adapter"]}
+    flags = {"checkpoint": options["checkpoint"], "size": options["size"], "res": options["res"], "adapter": options["adapter"]}
     flags |= {key: options[key] for key in ("family", "variant") if options["size"] not in (None, "tiny")}
     flags |= {"masks": options["masks"], "recipe": options["output"], "calibration": options["calibration"]}
     return " ".join(f"--{option} {value}" for option, value in flags.items() if value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile a bundle for this machine: build TensorRT's engines, or pack the weights for the CPU, unless the cache has them."""
+"""Compile a bundle for this machine: build its TensorRT engines, or pack its weights for the CPU."""
 
 import signal
 from dataclasses import replace
@@ -13,7 +13,7 @@ from pgxport.runners.session import ENGINES
 
 @signals_recorded(signal.SIGINT)
 def compile_bundle(options: CompileOptions, *, progress: Progress | None = None) -> Compiled:
-    """Build the engines of a bundle on this machine, or pack its weights for this CPU, unless the cache has them.
+    """Build the engines of a bundle, or pack its weights for this CPU, unless the cache has them.
 
     Raises:
         UsageError: an option names what does not exist, or the bundle is for another engine.

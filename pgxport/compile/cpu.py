@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pgx compile --engine cpu`: let ONNX Runtime pack the weights of a bundle for this CPU, and keep what it packed."""
+"""Let ONNX Runtime pack the weights of a bundle for this CPU, and keep what it packed in the engine cache."""
 
 import shutil
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ DISK_COPIES = 2.2  # bundle sizes on disk: ONNX Runtime writes the weights as th
 
 
 def pack_unless_current(bundle: Bundle, cache: Path | None = None, *, progress: Progress | None = None) -> Compiled:
-    """The packed weights of a bundle; those in the cache where they are sound, and of this machine and its flags.
+    """The packed weights of a bundle, from the cache where they are sound and of this machine and its flags.
 
     Raises:
         DiskError: there is no room.
@@ -84,8 +84,9 @@ def _pack_graph(bundle: Bundle, name: str, writer: EntryWriter) -> None:
 def align(graph: Path) -> None:
     """Move the packed weights of a graph's data file to offsets that kernels read unshifted.
 
-    ONNX Runtime aligns only packed weights of more than a megabyte in its file. MatMulNBits reads from the next multiple of 64 of
-    the address that it gets, so that smaller ones, mapped from between two multiples, are read shifted (with 1.31.1: as NaN).
+    ONNX Runtime aligns only packed weights of more than a megabyte in its file. MatMulNBits reads from the
+    next multiple of 64 of the address that it gets, so that smaller ones, mapped from between two multiples,
+    are read shifted (with 1.31.1: as NaN).
     """
     model = onnx.load(graph, load_external_data=False)
     with open(graph.with_name(f"{graph.name}.data"), "r+b") as data:
@@ -107,7 +108,7 @@ def _initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def _moved(data: BinaryIO, blob: str) -> str:
-    """The place of a blob, "offset;length;checksum"; a blob at an unaligned offset is copied to the end of the file."""
+    """The place of a blob, "offset;length;checksum"; an unaligned blob is first copied to the file's end."""
     offset, length, checksum = blob.split(";")
     if int(offset) % ALIGNMENT == 0:
         return blob
@@ -120,9 +121,9 @@ def _moved(data: BinaryIO, blob: str) -> str:
 
 
 def sample_outputs(session: Session, bundle: Bundle, name: str) -> list[np.ndarray]:
-    """A graph's outputs for random inputs; of the decoder for a prefix and for a step, which run different kernels.
+    """A graph's outputs for random inputs; closes the session.
 
-    Closes the session.
+    The decoder runs a prefix and a step, which use different kernels.
     """
     draw = np.random.default_rng(0).standard_normal
     manifest = bundle.manifest

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Name what a version of TensorRT, on a GPU of a compute capability, would not take of a graph's protobuf, and what to do.
+"""Name what TensorRT of some version, on a GPU of some compute capability, would not take, and what to do.
 
-Stricter than TensorRT on purpose: operators that pgx does not write are not on the list, though TensorRT takes some of them.
-Each table names its sources; docs/reference/tensorrt-dialect.md has them together.
+Stricter than TensorRT on purpose: operators that pgx does not write are not on the list, though TensorRT
+takes some of them. Each table names its sources; docs/reference/tensorrt-dialect.md has them together.
 """
 
 import re
@@ -16,7 +16,7 @@ from pgxport.bundle.onnx_wire import Fields, inner, messages, text_of
 from pgxport.errors import InputError, IntegrityError, UsageError, choose
 
 VERSIONS: tuple[TrtVersion, ...] = get_args(TrtVersion)  # the oldest first
-# Operator -> the first of these versions whose parser has it: docs/operators.md and Changelog.md of onnx-tensorrt.
+# Operator -> the first of these versions whose parser has it (onnx-tensorrt: docs/operators.md, changelog).
 _ALWAYS = (
     "Add And ArgMax Cast Concat Constant Conv ConvTranspose DequantizeLinear Div Equal Erf Exp Expand Gather Gelu Gemm Greater "
     "Identity If LayerNormalization Less MatMul Max Min Mul Neg Not Or Pow QuantizeLinear ReduceMax ReduceMean ReduceSum "
@@ -26,11 +26,12 @@ OPERATORS: dict[str, TrtVersion] = {
     **dict.fromkeys(_ALWAYS.split(), "10.3"),
     # Attention since 10.14, the others since 10.15.
     **dict.fromkeys(("Attention", "RMSNormalization", "RotaryEmbedding"), "10.16"),
-    # The parser knows it since 10.15; of the builders tried here, only that of 11 took it as an update in place.
+    # The parser knows it since 10.15; of the builders tried here only that of 11 took it, updating in place.
     "TensorScatter": "11",
 }
-# docs/operators.md: "opset 9 to opset 20" in 10.0, "9 to 24" in 10.15. Blocks of 4 bits are of opset 21, and the parser has them
-# since 10.0, which was built against ONNX 1.16 (Changelog.md, and NVIDIA/TensorRT issue 4298).
+# docs/operators.md: "opset 9 to opset 20" in 10.0, "9 to 24" in 10.15. Blocks of 4 bits are of opset 21, and
+# the parser has them since 10.0, which was built against ONNX 1.16 (Changelog.md, and NVIDIA/TensorRT issue
+# 4298).
 OPSETS: dict[TrtVersion, int] = {"10.3": 20, "10.16": 24, "11": 24}
 BLOCK_OPSET = 21
 REMEDIES = {
@@ -42,13 +43,14 @@ TYPES = {
     1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16",
     17: "float8e4m3", 21: "uint4", 22: "int4", 23: "float4e2m1",
 }  # fmt: skip
-# Type -> the least compute capability: CUDA's table of arithmetic; ModelOpt's support matrix for INT4 (Ampere) and FP8 (Ada).
+# Type -> the least compute capability: CUDA's table of arithmetic; ModelOpt's support matrix for INT4
+# (Ampere) and FP8 (Ada).
 CAPABILITIES = {"bfloat16": (8, 0), "int4": (8, 0), "float8e4m3": (8, 9), "float4e2m1": (10, 0)}
 INSTEAD = {
     "bfloat16": "fp16", "int4": "int8", "float8e4m3": "fp16, int8, w8a8 or int4", "float4e2m1": "int4",
 }  # fmt: skip
 OLDEST = (7, 5)
-BLACKWELL, BLACKWELL_SINCE = (10, 0), (10, 8)  # compute capability, with Thor's above it; the first TensorRT that has them
+BLACKWELL, BLACKWELL_SINCE = (10, 0), (10, 8)  # SM; the first TensorRT for it and above
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def check_file(file: Path, version: TrtVersion, sm: str | None = None, *, instal
 
 
 def check(name: str, graph: bytes, version: TrtVersion, sm: str | None = None, *, installed: str | None = None) -> None:
-    """Refuse a graph in memory that TensorRT would not take; messages call it `name`. Raises what `check_file` raises."""
+    """Refuse a graph in memory, called `name` in messages, that TensorRT would not take; see `check_file`."""
     if findings := lint(name, graph, version, sm, installed=installed):
         more = f" ({len(findings) - 1} more of the kind)" if len(findings) > 1 else ""
         raise InputError(f"{name} is not for TensorRT {version}{f' on SM {sm}' if sm else ''}: {findings[0]}{more}")
@@ -106,7 +108,8 @@ def lint(
 
     Args:
         sm: The GPU's compute capability, as "8.7"; None: any.
-        installed: The installed TensorRT, as "10.13.3.9". Every version from 10.3 to before 10.16 takes graphs for 10.3.
+        installed: The installed TensorRT, as "10.13.3.9". Every version from 10.3 to before 10.16 takes
+            graphs for 10.3.
 
     Raises:
         IntegrityError: the bytes are not an ONNX graph.
@@ -213,7 +216,7 @@ def _of_dequantize(node: _GraphNode, tensors: dict[str, _GraphTensor], version: 
 
 
 def _of_attention(node: _GraphNode, tensors: dict[str, _GraphTensor], version: TrtVersion) -> Iterator[tuple[str, str]]:
-    """What the parser's Attention lacks (docs/operators.md of 10.15); TensorRT-RTX 1.7 drops nonpad_kv_seqlen without a word."""
+    """What the parser's Attention lacks (docs/operators.md of 10.15). RTX 1.7 drops nonpad_kv_seqlen."""
     refused = [name for name in ("softcap", "qk_matmul_output_mode") if name in node.floats or node.integers.get(name)]
     refused += [name for name, i in (("past_key", 4), ("past_value", 5), ("nonpad_kv_seqlen", 6)) if any(node.inputs[i : i + 1])]
     refused += ["a second output"] if any(node.outputs[1:]) else []

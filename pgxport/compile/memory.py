@@ -7,8 +7,8 @@ from pgxport.errors import NumericError
 from pgxport.machine.memory import available_memory
 from pgxport.runners.cuda import Cuda
 
-# Profiles -> anonymous memory of a build, as a multiple of the graph's weights. TensorRT-RTX 1.7 took 2.2 (int4, one profile),
-# 3.0 (int4, two) and 4.1 (float32, two). Not measured with TensorRT.
+# Profiles -> anonymous memory of a build, as a multiple of the graph's weights. TensorRT-RTX 1.7 took 2.2
+# (int4, one profile), 3.0 (int4, two) and 4.1 (float32, two). Not measured with TensorRT.
 COPIES = {1: 2.25, 2: 4.25}
 BUILDER_BYTES = 500_000_000  # the builder itself, which takes little, and a reserve
 WORKSPACE_BYTES = 1 << 30  # the default of --workspace
@@ -38,7 +38,7 @@ def check_memory(bundle: Bundle, count: int, workspace: int, cuda: Cuda | None) 
     Raises:
         NumericError: the estimate is larger than the free memory.
     """
-    weights = max(weight_bytes(bundle, name) for name in bundle.manifest.graphs)  # graphs are built one after the other
+    weights = max(weight_bytes(bundle, name) for name in bundle.manifest.graphs)  # one is built at a time
     host, device = build_memory(weights, count, workspace)
     device = device if cuda else 0
     sums = f"{COPIES[count]} times the largest graph's {weights / 1e9:.1f} GB and {BUILDER_BYTES / 1e9:.1f} GB for the builder"

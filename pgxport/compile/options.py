@@ -16,10 +16,12 @@ class CompileOptions:
 
     Attributes:
         bundle: A bundle of target tensorrt, or cpu.
-        engine: "tensorrt" or "tensorrt-rtx", or "cpu", for which weights are packed (cpu.py). None: by the bundle's target.
-        sm: The compute capability to build for, as "8.9"; None: the device's. Only TensorRT-RTX builds for another.
-        profiles: 2 tunes prefill and step apart; 1 is smaller, for TensorRT-RTX, which tunes when shapes come up, writes the
-            weights once a profile. None: 1 there, else 2.
+        engine: "tensorrt" or "tensorrt-rtx", or "cpu", for which weights are packed (cpu.py). None: by the
+            bundle's target.
+        sm: The compute capability to build for, as "8.9"; None: the device's. Only TensorRT-RTX builds for
+            another.
+        profiles: 2 tunes prefill and step apart; 1 is smaller, for TensorRT-RTX, which tunes when shapes come
+            up, writes the weights once a profile. None: 1 there, else 2.
         workspace: MiB of device memory that kernels may use for intermediate results.
         timing_cache: Where TensorRT keeps how long kernels took; None: in the engine cache.
         cache: The engine cache; None: PGX_ENGINE_CACHE, or in the user's cache.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build a TensorRT engine of each graph of a bundle: check the graphs and the memory, build, seal the plans into the engine cache."""
+"""Build a TensorRT engine of each graph of a bundle, and seal the plans into the engine cache."""
 
 import os
 import threading
@@ -164,7 +164,7 @@ class EngineBuilder:
     def _configure(self, builder: Any, bundle: Bundle, name: str) -> Any:
         trt = self._trt
         config = builder.create_builder_config()
-        # What is float32 in the graph is computed in float32: by itself TensorRT rounds its products to ten bits from Ampere on.
+        # float32 is multiplied in float32: by itself TensorRT rounds to ten bits from Ampere on.
         config.clear_flag(trt.BuilderFlag.TF32)
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self._flags["workspace"])
         if self._room is not None:
@@ -215,7 +215,7 @@ def _profile(builder: Any, bundle: Bundle, name: str, lengths: Mapping[str, Rang
 
 
 def build_monitor(trt: ModuleType, graph: str, progress: Progress | None) -> Any:
-    """TensorRT's progress monitor: it reports the steps of the outermost phase, and ends the build at the step after `stop()`."""
+    """A monitor that reports the outermost phase's steps, and ends the build at the step after `stop()`."""
 
     class BuildMonitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -296,10 +296,10 @@ def _sound_entry(folder: Path, key: str) -> Entry | None:
 
 
 def _generation(engine: str, installed: str) -> TrtVersion:
-    """The newest version whose rules are known and that the installed one is not older than; RTX has the parser of 11.
+    """The newest version with known rules that is no newer than the installed one; RTX has the parser of 11.
 
     Raises:
-        EngineError: it is older than all of them.
+        EngineError: the installed version is older than all of them.
     """
     if engine == "tensorrt-rtx":
         return VERSIONS[-1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the tables of records below a path: documents that belong together joined, the shards of a split in one.
+"""Find the tables of records below a path: related documents joined, the shards of a split in one.
 
 Knows how data sets are laid out in files, not what their records mean.
 """
@@ -19,7 +19,8 @@ LIST = "samples.jsonl"  # the file that is meant where a folder holds more than 
 def tables(data: Path, split: str | None) -> list[Rows]:
     """Every table of records below a path.
 
-    In a folder, the first of these that it holds: samples.jsonl, parquet or Arrow files, images with texts beside them, JSON files.
+    In a folder, the first of these that it holds: samples.jsonl, parquet or Arrow files, images with texts
+    beside them, JSON files.
 
     Raises:
         UsageError: the split does not exist, or has to be chosen.
@@ -57,7 +58,7 @@ def _check_inside(file: Path, folder: Path) -> None:
 
 
 def _arrow_tables(data: Path, split: str | None) -> list[Rows]:
-    """Parquet and Arrow files, the shards of a split together: val-00000-of-00004.parquet, or validation/data-….arrow."""
+    """The shards of each split as one table: val-00000-of-00004.parquet, or validation/data-….arrow."""
     shards: dict[str, list[Path]] = defaultdict(list)
     for file in _inside(data, (".parquet", ".arrow")):
         # `datasets` keeps what it computed beside what it saved.
@@ -83,7 +84,8 @@ def _texts_beside(folder: Path) -> dict[Path, list[Path]]:
 
 
 def _sidecars(folder: Path, texts: Mapping[Path, Sequence[Path]]) -> Rows:
-    """A record an image: a .json of prompt and answer, or a .txt whose first line is the prompt and whose rest is the answer."""
+    """A record an image: a .json of prompt and answer, or a .txt whose first line is the prompt and whose
+    rest is the answer."""
     records = []
     for image, beside in texts.items():
         if len(beside) != 1:

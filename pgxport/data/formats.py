@@ -45,7 +45,7 @@ def _question(record: Record, context: Context) -> Iterator[Sample]:
 
 
 def _choice(record: Record, context: Context) -> Iterator[Sample]:
-    """ScienceQA's question, context and options, in the words of its own baseline; a question without a picture has no sample."""
+    """ScienceQA's question, context and options, as its baseline words them; no sample without a picture."""
     if record.get("image") is None:
         return
     choices, answer = record.texts("choices"), record.get("answer")
@@ -69,7 +69,7 @@ def _captions(record: Record, context: Context) -> Iterator[Sample]:
 
 
 def _instances(record: Record, context: Context) -> Iterator[Sample]:
-    """The prompt names the labels that are in the picture: PaliGemma finds what it is asked for, so mAP is on known labels."""
+    """The prompt names the labels in the picture: it finds what it is asked for; mAP is on known labels."""
     parts = record.parts("coco objects")
     regions = [Region(part.text("name"), _box(part), crowd=bool(part.get("iscrowd"))) for part in parts]
     labels = dict.fromkeys(region.label for region in regions if not region.crowd)
@@ -78,10 +78,10 @@ def _instances(record: Record, context: Context) -> Iterator[Sample]:
 
 
 def _expressions(record: Record, context: Context) -> Iterator[Sample]:
-    """A sample for each sentence about one object, decided by its mask where the data has one, else by its box."""
+    """A sample for each sentence about one object, decided by the mask if there is one, or the box."""
     where = record.where
     if "raw_anns" in record.fields:
-        # The hub's jxu124 keeps COCO's annotation and picture as JSON in strings; its own bbox is x1, y1, x2, y2.
+        # The hub's jxu124 keeps COCO's annotation and picture as JSON in strings; its bbox is x1, y1, x2, y2.
         annotation, picture = (_object(record, name) for name in ("raw_anns", "raw_image_info"))
         sizes: dict[str, Any] = {name: picture[name] for name in ("file_name", "height", "width") if name in picture}
         record = Record(where, {**record.fields, **sizes, **annotation, "id": record.get("ref_id")})
@@ -184,7 +184,7 @@ def _box(record: Record) -> BoxEdges:
 
 
 def _segmentation(record: Record) -> Segmentation | None:
-    """COCO's polygons (one may stand flat) or run lengths; None without them, or without the picture's size."""
+    """COCO's polygons (one may stand flat) or run lengths; None without them or the picture's size."""
     value, height, width = (record.get(name) for name in ("segmentation", "height", "width"))
     if not value or not all(type(side) is int and 0 < side <= MAX_SIDE for side in (height, width)):
         return None
@@ -205,8 +205,9 @@ def _segmentation(record: Record) -> Segmentation | None:
 
 
 def _decompressed(counts: str) -> list[int]:
-    """COCO's run lengths from their compressed text: six bits a character from '0' on, the sixth says that more follow; from the
-    third run on, a number is the difference to the run before the last. Not by pycocotools, whose C code trusts its input.
+    """COCO's run lengths from their compressed text: six bits a character from '0' on, the sixth says that
+    more follow; from the third run on, a number is the difference to the run before the last. Not by
+    pycocotools, whose C code trusts its input.
 
     >>> _decompressed("52203")
     [5, 2, 2, 2, 5]
@@ -235,11 +236,13 @@ OWN_KEYS = ("image", "file_name", "prompt", "prefix", *ANSWER_KEYS, "task", "met
 
 
 def _fits_own(fields: Mapping[str, Any]) -> bool:
-    return bool({"prompt", "prefix"} & set(fields)) and bool({"image", "file_name"} & set(fields))
+    """Whether there is an image with a prompt, or with a key so close to it that the error should name the slip."""
+    prompt = any(get_close_matches(key, ("prompt", "prefix"), 1, 0.8) for key in fields)
+    return prompt and bool({"image", "file_name"} & set(fields))
 
 
 def _fits_vqa(fields: Mapping[str, Any], *, raw: bool) -> bool:
-    """Whether the fields are VQA's: OK-VQA's where `raw`, which differ in one field of an answer or of the question."""
+    """Whether the fields are VQA's: OK-VQA's where `raw`, which differ in one field."""
     if not _has("question", "answers", "answer_type")(fields):
         return False
     answers = fields["answers"]
@@ -268,7 +271,8 @@ def _fits_refcoco(fields: Mapping[str, Any]) -> bool:
     return any(set(names) <= set(fields) for names in editions)
 
 
-# The prompts are those of PaliGemma's fine-tuning (big_vision, configs/proj/paligemma/transfers) or of its mix checkpoints.
+# The prompts are those of PaliGemma's fine-tuning (big_vision, configs/proj/paligemma/transfers) or of its
+# mix checkpoints.
 FORMATS = {
     "jsonl": Format("lines or sidecars of image, prompt, answer", "answer", "", _fits_own, _own),
     "vqav2": Format("VQA v2", "vqa", "answer en {question}", lambda f: _fits_vqa(f, raw=False), _question),

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way from a path to samples, for every command: find the tables, know their format, read their records.
+"""The one way from a path to samples, for every command: tables, their format, their records.
 
-The content of a file tells its format, a row of FORMATS; where two rows fit, or none, the user chooses. Without a path: drawn scenes.
+The content of a file tells its format, a row of FORMATS; where two rows fit, or none, the user chooses.
+Without a path: drawn scenes.
 """
 
 from collections import defaultdict
@@ -68,7 +69,7 @@ def load(options: DataOptions) -> DataSet:
 
 
 def first_samples(data: Path | None, count: int) -> tuple[Sample, ...]:
-    """Read the first `count` samples in the data's order; their answers may be missing. Without data: scenes for calibration.
+    """Read the first `count` samples in order, with or without answers; without data, calibration scenes.
 
     Raises:
         UsageError: there is no such data, or its format is not certain.
@@ -169,14 +170,14 @@ def _template(prompt: str) -> str:
 
 
 def _evenly(count: int, limit: int | None) -> list[int]:
-    """`limit` of `count` indices, evenly spaced: the first ones would be of one kind where a file is sorted."""
+    """`limit` of `count` indices, evenly spaced: a sorted file begins with one kind."""
     if limit is None or limit >= count:
         return list(range(count))
     return [i * count // limit for i in range(limit)]
 
 
 def _unique(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """The samples, with a number behind an id that an earlier one has: a record may have several samples, and records one id."""
+    """The samples, with a number behind an id that an earlier one has, from one record or another."""
     times: dict[str, int] = defaultdict(int)
     for sample in samples:
         times[sample.id] += 1

@@ -11,10 +11,11 @@ from pgxport.runners.many import EmbeddedPicture
 
 
 def find_pictures(patterns: Sequence[str]) -> list[Path | EmbeddedPicture]:
-    """Find each picture once, in the order of the patterns: a folder's by name, a data set's in the order of its records.
+    """Find each picture once, in the order of the patterns: a folder's by name, a data set's in its order.
 
     Args:
-        patterns: Files; folders of pictures, known by their suffix; what * ? [ match; files of records, or folders of them.
+        patterns: Files; folders of pictures, known by their suffix; what * ? [ match; files of records, or
+            folders of them.
 
     Raises:
         UsageError: one of them finds nothing, or it is not certain which data set is meant.

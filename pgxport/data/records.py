@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read records from JSON, JSON lines, parquet and Arrow files, known by their content; nothing outside the folder, no pickle.
+"""Read records from JSON, JSON lines, parquet and Arrow files, known by their content; never a pickle.
 
 Knows no data set: a record is a dictionary and the place where it stands.
 """
@@ -248,7 +248,7 @@ def is_arrow(file: Path) -> bool:
 
 
 def holds_records(file: Path) -> bool:
-    """Whether the file begins as JSON, parquet or Arrow does, and as no picture does. False where it cannot be read."""
+    """Whether the file begins as JSON, parquet or Arrow does, and no picture; False if unreadable."""
     try:
         with file.open("rb") as opened:
             head = opened.read(512)

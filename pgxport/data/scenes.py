@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def scene_samples(count: int) -> tuple[Sample, ...]:
-    """`count` questions of every task about scenes of the test split, those on which the tiny checkpoint was evaluated."""
+    """`count` questions of every task about test scenes, those of the tiny checkpoint's evaluation."""
     # Imported here: a report on other data draws nothing.
     from pgxport.models.tiny.scenes import TASKS as SCENE_TASKS
     from pgxport.models.tiny.scenes import ask, draw

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -18,7 +19,7 @@ from pgxport.bundle.manifest import GraphInfo, TensorInfo
 from pgxport.errors import UsageError
 from pgxport.exporter import lower_onnxruntime as lower
 from pgxport.exporter import lower_standard
-from pgxport.exporter.quantized_matrix import Layout, QuantizedMatrix
+from pgxport.exporter.quantized_matrix import Layout, QuantizedMatrix, Renamed
 from pgxport.exporter.recipe import Recipe, Scheme
 from pgxport.exporter.stream import LazyTensor, narrow
 from pgxport.exporter.targets import Target
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 Place = tuple[str, int, int]  # file, offset, length
 Phase = Literal["prefill", "step"]
+PHASES: tuple[tuple[str, Phase], ...] = (("then_branch", "prefill"), ("else_branch", "step"))
 
 
 class Dialect(Protocol):
@@ -53,6 +55,17 @@ class Dialect(Protocol):
     def add_greedy_outputs(self, g: GraphBuilder) -> None: ...
 
 
+@dataclass(frozen=True)
+class LayerOutput:
+    """An output of the graph that a layer computes inside a branch."""
+
+    value: ir.Value
+    name: str
+    shape: Sequence[int | str]
+    dtype: Any
+
+
+Branch = Callable[["GraphBuilder"], Sequence[ir.Value]]  # writes nodes, and returns the values that leave the branch
 DIALECTS: Mapping[str, Dialect] = {"onnxruntime": lower, "standard": lower_standard}
 
 
@@ -79,11 +92,10 @@ class GraphBuilder:
         self.shared: dict[tuple[Any, ...], Any] = {}  # values that many nodes read, by what they are
         self._lower = DIALECTS[target.dialect]
         self.graph = ir.Graph((), (), nodes=(), name=name, opset_imports=dict(target.opsets))
-        self._body = self.graph  # where nodes are appended: the graph, or a branch of it
-        self._nodes = 0
-        self._prefill: ir.Value | None = None
-        self.phase: Phase | None = None  # which of the two a layer is being written for, where they have weights of their own
-        self._kept: list[tuple[ir.Value, str, Sequence[int | str], Any]] = []  # outputs of a layer that is under an `If`
+        self.body = self.graph  # where nodes are appended: the graph, or a branch of it
+        self.nodes: list[ir.Node] = []  # of the graph and its branches, in the order of writing
+        self.phase: Phase | None = None  # which of the two a layer is written for, where they have weights of their own
+        self.results: list[LayerOutput] | None = None  # outputs of a layer inside a branch, which leave it by the `If`
         # One dtype for all activations of a graph, by the weights it is to multiply most of.
         self.dtype = np.dtype(target.compute(recipe.rules[-1].scheme.dtype))
         self.cache_dtype = np.dtype(recipe.cache or self.dtype)
@@ -116,8 +128,8 @@ class GraphBuilder:
 
     def output(self, value: ir.Value, name: str, shape: Sequence[int | str], dtype: Any = None) -> None:
         """An output of the graph; activations leave it as float32."""
-        if self.phase:
-            self._kept.append((value, name, shape, dtype))
+        if self.results is not None:
+            self.results.append(LayerOutput(value, name, shape, dtype))
             return
         value = value if dtype else self.cast(value, self.dtype, np.dtype(np.float32))
         value.name, value.shape = name, ir.Shape(shape)
@@ -147,8 +159,7 @@ class GraphBuilder:
     def table(self, name: str, shape: tuple[int, ...], make: Callable[[], np.ndarray], dtype: Any = None) -> ir.Value:
         """A large constant, worked out when it is written."""
         kind = np.dtype(dtype or self.dtype)
-        with self._at_the_top():
-            return self.initializer(LazyTensor(name, kind, shape, lambda: iter([make().astype(kind)])))
+        return self.inside(self.graph).initializer(LazyTensor(name, kind, shape, lambda: iter([make().astype(kind)])))
 
     def weight(self, name: str, transform: Transform | None = None, dtype: Any = None) -> ir.Value:
         return self.tensor(self.path(name), transform, dtype)
@@ -163,24 +174,26 @@ class GraphBuilder:
                     f"rounded; put a rule with a dtype for it before the others"
                 )
             stored = np.dtype(scheme.dtype)
-            with self._at_the_top():
-                value = self.initializer(
-                    LazyTensor(path, stored, self.source.shape(path), lambda: self._blocks(path, stored, transform))
-                )
-                self._weights[path] = self.cast(value, stored, np.dtype(dtype or self.dtype))
+            top = self.inside(self.graph)  # where both branches of an `If` see the weight
+            value = top.initializer(
+                LazyTensor(path, stored, self.source.shape(path), lambda: self._blocks(path, stored, transform))
+            )
+            self._weights[path] = top.cast(value, stored, np.dtype(dtype or self.dtype))
         return self._weights[path]
 
-    @contextmanager
-    def _at_the_top(self) -> Iterator[None]:
-        body, self._body = self._body, self.graph  # where both branches of an `If` see it
-        yield
-        self._body = body
+    def inside(self, body: ir.Graph, phase: Phase | None = None) -> GraphBuilder:
+        """The same builder, writing nodes into another body; with a phase, its outputs are results of a layer."""
+        view = copy(self)
+        view.body, view.phase = body, phase
+        view.results = self.results if phase is None else []
+        return view
 
     def prefill(self, x: ir.Value) -> ir.Value:
         """Whether x [B, T, …], and with it the decoder, is a prefix and not one token."""
-        if self._prefill is None:
-            self._prefill = self.op("Greater", self.op("Squeeze", self.op("Shape", x, start=1, end=2)), 1)
-        return self._prefill
+        if ("prefill",) not in self.shared:
+            length = self.op("Squeeze", self.op("Shape", x, start=1, end=2))
+            self.shared["prefill",] = self.op("Greater", length, 1)
+        return self.shared["prefill",]
 
     def quantized_matrix(self, path: str, layout: Layout, gain: float = 1.0) -> QuantizedMatrix:
         """A matrix of the checkpoint in whole numbers; its parts become initializers by `initializer`."""
@@ -254,7 +267,7 @@ class GraphBuilder:
         tensor = ir.LazyTensor(_unwritten, dtype=dtype, shape=ir.Shape(lazy.shape), name=lazy.name)
         value = _value(lazy.name, lazy.dtype, lazy.shape)
         value.const_value = tensor
-        self._body.register_initializer(value)
+        self.body.register_initializer(value)
         self._initializers[lazy.name] = value
         return value
 
@@ -278,37 +291,43 @@ class GraphBuilder:
     def op(self, kind: str, *inputs: Any, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
         """Append a node; Python numbers and lists among its inputs become constants."""
         values = [x if x is None or isinstance(x, ir.Value) else self.constant(x) for x in inputs]
-        name = self.path(f"{kind}_{self._nodes}")
-        self._nodes += 1
+        name = self.path(f"{kind}_{len(self.nodes)}")
         node = ir.node(kind, values, attributes, domain=domain, num_outputs=outputs, name=name)
         for i, out in enumerate(node.outputs):
             out.name = f"{name}.{i}"
-        self._body.append(node)
+        self.body.append(node)
+        self.nodes.append(node)
         return node.outputs[0] if outputs == 1 else node.outputs
 
-    def branch(self, condition: ir.Value, then: Callable[[], Sequence[Any]], otherwise: Callable[[], Sequence[Any]]) -> Any:
-        """The values that one of two functions writes nodes for; which, is known when the graph runs."""
-        branches: dict[str, Any] = {}
+    def branch(self, condition: ir.Value, then: Branch, otherwise: Branch) -> Any:
+        """The values that one of two functions writes nodes for; the condition is known when the graph runs."""
+        bodies: dict[str, Any] = {}
         for name, write in (("then_branch", then), ("else_branch", otherwise)):
-            body, self._body = self._body, ir.Graph((), (), nodes=(), name=f"{self.path(name)}_{self._nodes}")
-            self._body.outputs.extend(write())
-            branches[name], self._body = self._body, body
-        return self.op("If", condition, outputs=len(branches["then_branch"].outputs), **branches)
+            bodies[name] = self._new_body(name)
+            bodies[name].outputs.extend(write(self.inside(bodies[name])))
+        return self.op("If", condition, outputs=len(bodies["then_branch"].outputs), **bodies)
 
-    def layer(self, x: ir.Value, write: Callable[[ir.Value], ir.Value]) -> ir.Value:
-        """Once; or under an `If`, for a prefix and for a new token, where each has weights of its own."""
+    def layer(self, x: ir.Value, write: Callable[[GraphBuilder, ir.Value], ir.Value]) -> ir.Value:
+        """A layer, written once; or under an `If`, for a prefix and for a new token, where each has weights of its own."""
         if not any(rule.scheme.prefill8 for rule in self.recipe.rules):
-            return write(x)
-
-        def of(phase: Phase) -> list[ir.Value]:
-            self.phase, self._kept = phase, []
-            return [write(x), *(value for value, *_ in self._kept)]
-
-        out, *kept = self.branch(self.prefill(x), lambda: of("prefill"), lambda: of("step"))
-        self.phase = None
-        for value, (_, *described) in zip(kept, self._kept, strict=True):
-            self.output(value, *described)
+            return write(self, x)
+        condition = self.prefill(x)
+        bodies: dict[str, Any] = {}
+        results: list[LayerOutput] = []
+        for name, phase in PHASES:
+            view = self.inside(self._new_body(name), phase)
+            out = write(view, x)
+            assert view.results is not None
+            results = view.results
+            view.body.outputs.extend([out, *(result.value for result in results)])
+            bodies[name] = view.body
+        out, *values = self.op("If", condition, outputs=1 + len(results), **bodies)
+        for value, result in zip(values, results, strict=True):
+            self.output(value, result.name, result.shape, result.dtype)
         return out
+
+    def _new_body(self, name: str) -> ir.Graph:
+        return ir.Graph((), (), nodes=(), name=f"{self.path(name)}_{len(self.nodes)}")
 
     def linear(self, x: ir.Value, name: str, *, bias: bool = False, gain: float = 1.0) -> ir.Value:
         with self.scope(name):
@@ -364,28 +383,6 @@ def _tensors(values: Sequence[ir.Value]) -> tuple[TensorInfo, ...]:
         shape = tuple(d if isinstance(d, int) else str(d.value) for d in v.shape)
         found.append(TensorInfo(name=v.name, dtype=v.dtype.numpy().name, shape=shape))
     return tuple(found)
-
-
-@dataclass(frozen=True)
-class Renamed:
-    """One tensor of a source under another name."""
-
-    source: TensorSource
-    name: str
-    path: str
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.source.shape(self._path(name))
-
-    def dtype(self, name: str) -> np.dtype[Any]:
-        return self.source.dtype(self._path(name))
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self.source.rows(self._path(name), start, stop)
-
-    def _path(self, name: str) -> str:
-        assert name == self.name, f"Bug: {name} was asked for, and this is {self.name}"
-        return self.path
 
 
 def _unwritten() -> ir.TensorProtocol:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -176,113 +177,135 @@ def attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, heads: 
 def cached_attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, layer: int, text: TextSpec) -> ir.Value:
     """Rotate, append to the cache in place, attend to all of it: q [B, T, N*D], k and v [B, T, K*D] -> [B, T, N*D]
 
-    One GroupQueryAttention with `causal` 0 is the whole prefix rule: a prefix sees itself both ways, and a single new
-    token sees everything before it. What a window hides from a new token comes in as `local_bias`.
+    A prefix and a new token may each have a form of their own: the first decomposed, the second fused.
     """
     if text.head_dim % 16:
         raise CheckpointError(
             f"head_dim is {text.head_dim}; target {g.target.name!r} attends with head sizes that are multiples of 16"
         )
-    shape: list[int | str] = ["batch", text.kv_heads, "capacity", text.head_dim]
-    kept = g.cache_dtype
-    past = [g.input(f"past_key_values.{layer}.{part}", shape, kept) for part in ("key", "value")]
-    lengths = g.input("seqlens_k", ["batch"], np.int32)  # tokens in the cache after this call, less one
-    total = g.input("total_sequence_length", [], np.int32)
-    # The node computes in the type of a float cache; an int8 one has scales, and any type of activations.
-    inner = g.dtype if kept == np.int8 else kept
-    local = text.window is not None and layer in text.local_layers and text.window < g.context_length
-    bias = g.input("local_bias", ["batch", 1, "tokens", "total"]) if local else None
-    bias = bias and g.cast(bias, g.dtype, inner)
-    scales: list[ir.Value] = []
-    rounding: dict[str, Any] = {}
-    if kept == np.int8:
-        if local and not g.target.biased_int8_cache:
-            raise UsageError(
-                f"target {g.target.name!r} has no int8 KV cache for a model with a local window of {text.window} tokens in a context of "
-                f"{g.context_length}; pass --context {text.window} or --local-window none, or a recipe with another cache"
-            )
-        scales = [g.cache_scale(layer, part, text) for part in ("key", "value")]
-        rounding = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
-
-    def fused() -> Any:
-        return g.op(
-            "GroupQueryAttention", *(g.cast(x, g.dtype, inner) for x in (q, k, v)), *past, lengths, total, *rotary(g, text, inner),
-            None, bias, *([None, *scales] if scales else ()), outputs=3, domain="com.microsoft",
-            num_heads=text.heads, kv_num_heads=text.kv_heads, scale=text.query_scale, softcap=text.attn_softcap or 0.0, do_rotary=1,
-            causal=0, **rounding,
-        )  # fmt: skip
-
-    def fused_and_cast() -> list[ir.Value]:
-        out, *present = fused()
-        return [g.cast(out, inner, g.dtype), *present]
-
-    def decomposed() -> list[ir.Value]:
-        return prefix_attention(g, (q, k, v), past, scales, text)
-
-    if g.phase:
-        out, *present = decomposed() if g.phase == "prefill" else fused_and_cast()
-    elif g.target.decomposed_prefill:
-        out, *present = g.branch(g.prefill(q), decomposed, fused_and_cast)
+    cache = _cache(g, layer, text)
+    fused = partial(fused_attention, qkv=(q, k, v), cache=cache, text=text)
+    decomposed = partial(prefix_attention, qkv=(q, k, v), cache=cache, text=text)
+    if g.phase is None and g.target.decomposed_prefill:
+        out, *present = g.branch(g.prefill(q), decomposed, fused)
     else:
-        out, *present = fused_and_cast()
+        out, *present = decomposed(g) if g.phase == "prefill" else fused(g)
     for part, value in zip(("key", "value"), present, strict=True):
-        g.output(value, f"present.{layer}.{part}", shape, kept)
+        g.output(value, f"present.{layer}.{part}", cache.shape, g.cache_dtype)
     return out
 
 
-def prefix_attention(
-    g: GraphBuilder, qkv: Sequence[ir.Value], past: Sequence[ir.Value], scales: Sequence[ir.Value], text: TextSpec
-) -> list[ir.Value]:
-    """The same for a prefix, operator by operator: everything sees everything, and the cache is empty before.
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's KV cache, as inputs of the graph.
 
-    On a CPU the fused kernel, whose softcap is slow, takes 1.5 to 2 times as long. Head by head, since the scores of one head of 1,040
-    tokens stay in the CPU's cache, and those of 4,112 tokens take 68 MB. A prefix attends to what the cache
-    holds of it, rounded as that is: the fused kernel does, too.
-
-    Args:
-        scales: Of keys and values in an int8 cache, [1, K, 1, D] each; none of a float cache.
+    Attributes:
+        past: Keys and values [B, K, capacity, D].
+        scales: Steps of an int8 cache [1, K, 1, D], of keys and of values; none of a float cache.
+        lengths: Tokens in the cache after this call, less one [B].
+        bias: 0 where a token looks, and a large negative number outside of the local window [B, 1, T, S]; None: it looks everywhere.
     """
-    d, groups = text.head_dim, text.heads // text.kv_heads
 
-    def rotated(x: ir.Value, count: int) -> ir.Value:
-        return g.op("RotaryEmbedding", x, np.array([0]), *rotary(g, text, g.dtype), domain="com.microsoft", num_heads=count)
+    shape: list[int | str]
+    past: list[ir.Value]
+    scales: list[ir.Value]
+    lengths: ir.Value
+    total: ir.Value
+    bias: ir.Value | None
 
-    def heads(x: ir.Value, count: int) -> ir.Value:
-        """[B, T, N*D] -> [B, N, T, D]"""
-        return g.op("Transpose", g.op("Reshape", x, [0, 0, count, d]), perm=[0, 2, 1, 3])
+    def inner(self, g: GraphBuilder) -> np.dtype[Any]:
+        """The type that the fused node computes in: a float cache's own; with an int8 cache, that of the activations."""
+        return g.dtype if g.cache_dtype == np.int8 else g.cache_dtype
 
-    def each(x: ir.Value, count: int) -> Sequence[ir.Value]:
-        return [x] if count == 1 else g.op("Split", x, axis=1, num_outputs=count, outputs=count)
 
-    def kept(x: ir.Value, scale: ir.Value | None) -> tuple[ir.Value, ir.Value]:
-        """[B, T, K*D] -> the same in the type of the cache, and as it is read from there"""
-        if scale is None:
-            stored = g.cast(x, g.dtype, g.cache_dtype)
-            return stored, g.cast(stored, g.cache_dtype, g.dtype)
-        steps = g.op("Reshape", scale, [-1])
-        # QuantizeLinear with a scale for each channel of the last axis took 57 ms for 1,040 tokens of 1,024; nothing here takes 3.
-        stored = g.op("QuantizeLinear", g.op("Div", x, steps), np.float32(1), np.int8(0))
-        return stored, g.op("Mul", g.op("Cast", stored, to=int(ir.DataType.from_numpy(g.dtype))), steps)
+def _cache(g: GraphBuilder, layer: int, text: TextSpec) -> LayerCache:
+    shape: list[int | str] = ["batch", text.kv_heads, "capacity", text.head_dim]
+    past = [g.input(f"past_key_values.{layer}.{part}", shape, g.cache_dtype) for part in ("key", "value")]
+    lengths = g.input("seqlens_k", ["batch"], np.int32)
+    total = g.input("total_sequence_length", [], np.int32)
+    local = text.window is not None and layer in text.local_layers and text.window < g.context_length
+    bias = g.input("local_bias", ["batch", 1, "tokens", "total"]) if local else None
+    quantized = g.cache_dtype == np.int8
+    bias = bias and g.cast(bias, g.dtype, g.dtype if quantized else g.cache_dtype)
+    if quantized and local and not g.target.biased_int8_cache:
+        raise UsageError(
+            f"target {g.target.name!r} has no int8 KV cache for a model with a local window of {text.window} tokens in a context of "
+            f"{g.context_length}; pass --context {text.window} or --local-window none, or a recipe with another cache"
+        )
+    scales = [g.cache_scale(layer, part, text) for part in ("key", "value")] if quantized else []
+    return LayerCache(shape, past, scales, lengths, total, bias)
 
-    q, k = rotated(qkv[0], text.heads), rotated(qkv[1], text.kv_heads)
-    (stored_k, k), (stored_v, v) = (kept(x, scale) for x, scale in zip((k, qkv[2]), scales or (None, None), strict=True))
-    cap = text.attn_softcap or 1.0
-    queries = each(g.op("Mul", heads(q, text.heads), text.query_scale / cap), text.heads)
-    keys = each(g.op("Transpose", heads(k, text.kv_heads), perm=[0, 1, 3, 2]), text.kv_heads)
-    values = each(heads(v, text.kv_heads), text.kv_heads)
-    found = []
+
+def fused_attention(g: GraphBuilder, qkv: Sequence[ir.Value], cache: LayerCache, text: TextSpec) -> list[ir.Value]:
+    """Attention and the new cache by one GroupQueryAttention: [out [B, T, N*D], keys, values].
+
+    `causal` 0 is the whole prefix rule: a prefix sees itself both ways, and a single new token sees everything before it. Input
+    `local_bias` hides what lies outside the window of a new token.
+    """
+    inner = cache.inner(g)
+    rounding = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"} if cache.scales else {}
+    out, *present = g.op(
+        "GroupQueryAttention", *(g.cast(x, g.dtype, inner) for x in qkv), *cache.past, cache.lengths, cache.total,
+        *rotary(g, text, inner), None, cache.bias, *([None, *cache.scales] if cache.scales else ()), outputs=3, domain="com.microsoft",
+        num_heads=text.heads, kv_num_heads=text.kv_heads, scale=text.query_scale, softcap=text.attn_softcap or 0.0, do_rotary=1,
+        causal=0, **rounding,
+    )  # fmt: skip
+    return [g.cast(out, inner, g.dtype), *present]
+
+
+def prefix_attention(g: GraphBuilder, qkv: Sequence[ir.Value], cache: LayerCache, text: TextSpec) -> list[ir.Value]:
+    """The same for a prefix, decomposed: every token sees every other, and the cache is empty before.
+
+    On a CPU the fused kernel, whose softcap is slow, takes 1.5 to 2 times as long. One head at a time: the scores of one head of
+    1,040 tokens stay in the CPU's cache, and those of 4,112 tokens take 68 MB. A prefix attends to its keys and values as the cache
+    holds them, rounded; the fused kernel does, too.
+    """
+    groups, cap = text.heads // text.kv_heads, text.attn_softcap or 1.0
+    q, k = (_rotated(g, x, count, text) for x, count in zip(qkv, (text.heads, text.kv_heads), strict=False))
+    scales = cache.scales or (None, None)
+    (stored_k, k), (stored_v, v) = (_stored(g, x, scale) for x, scale in zip((k, qkv[2]), scales, strict=True))
+    queries = _each_head(g, g.op("Mul", _heads(g, q, text.heads, text.head_dim), text.query_scale / cap), text.heads)
+    keys = _each_head(g, g.op("Transpose", _heads(g, k, text.kv_heads, text.head_dim), perm=[0, 1, 3, 2]), text.kv_heads)
+    values = _each_head(g, _heads(g, v, text.kv_heads, text.head_dim), text.kv_heads)
+    outputs = []
     for head, query in enumerate(queries):
         scores = g.op("MatMul", query, keys[head // groups])
         if text.attn_softcap:
             scores = g.op("Mul", g.op("Tanh", scores), cap)
-        found.append(g.op("MatMul", g.op("Softmax", scores, axis=-1), values[head // groups]))
-    out = g.op("Transpose", g.op("Concat", *found, axis=1), perm=[0, 2, 1, 3])
+        outputs.append(g.op("MatMul", g.op("Softmax", scores, axis=-1), values[head // groups]))
+    out = g.op("Transpose", g.op("Concat", *outputs, axis=1), perm=[0, 2, 1, 3])
     tokens = g.op("Shape", k, start=1, end=2)
     present = [
-        g.op("Concat", heads(new, text.kv_heads), g.op("Slice", old, tokens, [2**31 - 1], [2]), axis=2)
-        for new, old in zip((stored_k, stored_v), past, strict=True)
+        g.op("Concat", _heads(g, new, text.kv_heads, text.head_dim), g.op("Slice", old, tokens, [2**31 - 1], [2]), axis=2)
+        for new, old in zip((stored_k, stored_v), cache.past, strict=True)
     ]
     return [g.op("Reshape", out, [0, 0, -1]), *present]
+
+
+def _rotated(g: GraphBuilder, x: ir.Value, heads: int, text: TextSpec) -> ir.Value:
+    """[B, T, N*D], turned by the positions from the first on."""
+    return g.op("RotaryEmbedding", x, np.array([0]), *rotary(g, text, g.dtype), domain="com.microsoft", num_heads=heads)
+
+
+def _heads(g: GraphBuilder, x: ir.Value, count: int, head_dim: int) -> ir.Value:
+    """[B, T, N*D] -> [B, N, T, D]"""
+    return g.op("Transpose", g.op("Reshape", x, [0, 0, count, head_dim]), perm=[0, 2, 1, 3])
+
+
+def _each_head(g: GraphBuilder, x: ir.Value, count: int) -> Sequence[ir.Value]:
+    """[B, N, T, D] -> N of [B, 1, T, D]"""
+    return [x] if count == 1 else g.op("Split", x, axis=1, num_outputs=count, outputs=count)
+
+
+def _stored(g: GraphBuilder, x: ir.Value, scale: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+    """[B, T, K*D] -> the same in the cache dtype, and as attention reads it from there."""
+    if scale is None:
+        stored = g.cast(x, g.dtype, g.cache_dtype)
+        return stored, g.cast(stored, g.cache_dtype, g.dtype)
+    steps = g.op("Reshape", scale, [-1])
+    # QuantizeLinear with a scale for each channel of the last axis took 57 ms for 1,040 tokens of 1,024; nothing here takes 3.
+    stored = g.op("QuantizeLinear", g.op("Div", x, steps), np.float32(1), np.int8(0))
+    return stored, g.op("Mul", g.op("Cast", stored, to=int(ir.DataType.from_numpy(g.dtype))), steps)
 
 
 def rotary(g: GraphBuilder, text: TextSpec, dtype: np.dtype[Any]) -> list[ir.Value]:

@@ -72,7 +72,7 @@ class StoredWeights:
 
 
 @dataclass(frozen=True)
-class Run:
+class EagerModel:
     """A model to be run in numpy: weights, how large it is, and how a recipe rounds what it computes with."""
 
     weights: TensorSource
@@ -160,7 +160,9 @@ class _AsStored(Eager):
         return self.source.copies
 
 
-def parity(exact: Run, rounded: Run, samples: Sequence[TokenizedSample], *, progress: Progress | None = None) -> Parity:
+def parity(
+    exact: EagerModel, rounded: EagerModel, samples: Sequence[TokenizedSample], *, progress: Progress | None = None
+) -> Parity:
     """Force both along the same answers, and compare what each would have said at every token."""
     losses: list[float] = []
     agreed = 0

@@ -7,7 +7,7 @@ memory they take is a model of an engine, with constants that were measured (the
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from pgxport.compile.memory import COPIES, WORKSPACE_BYTES, build_memory
 from pgxport.errors import UsageError, choose
-from pgxport.exporter.export import context_length, named
+from pgxport.exporter.export import context_length, find_recipe
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, file_sizes, write_graphs
 from pgxport.exporter.lower_onnxruntime import SHORTLIST_TABLE
@@ -26,7 +26,7 @@ from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import DataLayout, LazyTensor
 from pgxport.exporter.targets import TARGETS, Target, find_target
-from pgxport.hub.locate import TINY, published_name
+from pgxport.hub.locate import TINY, ModelChoice, published_name
 from pgxport.machine.board import BOARDS, BoardSpec
 from pgxport.models.checkpoint import BLOCK_BYTES, Checkpoint, TensorSource
 from pgxport.models.config import read_config
@@ -56,14 +56,9 @@ MLP_BUFFERS, STREAM_BUFFERS, QKV_BUFFERS = 3, 6, 4
 
 
 @dataclass(frozen=True)
-class PlanOptions:
-    """What to plan. Names are those of `pgx plan`'s flags, and of `ExportOptions`."""
+class PlanOptions(ModelChoice):
+    """Options of a plan, called as the flags of `pgx plan` and as those of `ExportOptions`."""
 
-    size: str | None = None
-    res: int | None = None
-    family: str = "paligemma2"
-    checkpoint: str | Path | None = None
-    masks: str | Path | None = None
     precision: str = "fp32"
     recipe: str | Path | None = None
     target: str = "cpu"
@@ -175,7 +170,7 @@ def plan(options: PlanOptions) -> Plan:
         CheckpointError: the checkpoint that was given is not sound.
     """
     target = find_target(options.target, options.trt)
-    recipe = named(options.precision, options.recipe, target)
+    recipe = find_recipe(options.precision, options.recipe, target)
     if options.board is not None and choose("board", options.board, BOARDS).gpu_only and target.name == "cpu":
         others = ", ".join(name for name in TARGETS if name != "cpu") or "none that this pgx has"
         raise UsageError(
@@ -187,14 +182,16 @@ def plan(options: PlanOptions) -> Plan:
     context = context_length(spec, options.context)
     masks = _masks(options)
     text = TOKENIZER_BYTES[spec.family] if tokenizer is None else tokenizer
-    sketch = _sketch(source, spec, masks, recipe, target, context)
+    sketch = _sketch(source, spec, spec, masks, recipe, target, context)
     run = sketch.memory(target, text)
     needs = {recipe.name: run.peak}
     for other in map(target.recipe, RECIPES):
         # What the target has no kernels for is not a choice, nor what this model's shapes are not for.
         if other is not recipe and _computes(other, target):
             with suppress(UsageError):
-                needs[other.name] = _sketch(source, spec, masks, other, target, context).memory(target, text).peak
+                needs[other.name] = (
+                    _sketch(source, spec, _one_layer(spec), masks, other, target, context).memory(target, text).peak
+                )
     files, manifest = sketch.files()
     estimated = {"tokenizer.json": text} if tokenizer is None else {}
     estimated |= {"README.md": 2500, "manifest.json": manifest}
@@ -266,9 +263,15 @@ class SpecSource:
 
 @dataclass(frozen=True)
 class _Sketch:
-    """The graphs of a bundle, written over shapes."""
+    """The graphs of a bundle, written over shapes.
+
+    Attributes:
+        spec: The model that the bundle is of.
+        drawn: The model that the graphs are written for: the same, or with one layer in each tower, which stands for all.
+    """
 
     spec: ModelSpec
+    drawn: ModelSpec
     context: int
     graphs: dict[str, GraphBuilder]
     table: DataLayout
@@ -281,11 +284,12 @@ class _Sketch:
     def memory(self, target: Target, tokenizer: int) -> RunMemory:
         decoder, v, t = self.graphs["decoder_step"], self.spec.vision, self.spec.text
         axes = {"batch": 1} | dict.fromkeys(("capacity", "tokens", "total", "past", "keys"), self.context)
-        inputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.inputs}
+        inputs = {v.name or "": self._layers(v.name or "") * _nbytes(v, axes) for v in decoder.graph.inputs}
         outputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.outputs}
-        held = [_held(p, g.dtype) for g in self.graphs.values() for p in g.lazy_tensors.values()]
+        weights = [(p, g.dtype) for g in self.graphs.values() for p in g.lazy_tensors.values()]
         if SHORTLIST_TABLE not in decoder.matrices:  # of a screened table the engine reads rows
-            held += [_held(p, decoder.dtype) for p in self.table.lazy_tensors]
+            weights += [(p, decoder.dtype) for p in self.table.lazy_tensors]
+        held = [(self._layers(p.name), *_held(p, dtype)) for p, dtype in weights]
         per_image = (
             v.image_tokens * self.graphs["vision_encoder"].dtype.itemsize * (MLP_BUFFERS * v.mlp + STREAM_BUFFERS * v.width)
         )
@@ -296,20 +300,40 @@ class _Sketch:
         fed = sum(size for name, size in inputs.items() if not name.startswith("past_key_values."))
         return RunMemory(
             base=RUN_BASE.get(target.name, RUN_BASE_GPU) + _tokenizer_memory(tokenizer),
-            weights=sum(size for size, _ in held),
-            loading=max(extra for _, extra in held),
+            weights=sum(layers * size for layers, size, _ in held),
+            loading=max(extra for *_, extra in held),
             kv=sum(size for name, size in inputs.items() if name.startswith("past_key_values.")),
             logits=outputs["logits"],
             vision=per_image,
             prefill=self.context * per_token + scores + 2 * fed,
         )  # fmt: skip
 
+    def _layers(self, name: str) -> int:
+        """The layers of the model that one weight or input of the drawn graphs stands for."""
+        if name.startswith(("language_model.model.layers.", "past_key_values.", "cache.")):
+            return self.spec.text.depth // self.drawn.text.depth
+        if name.startswith("vision_tower.vision_model.encoder.layers."):
+            return self.spec.vision.depth // self.drawn.vision.depth
+        return 1
+
 
 def _sketch(
-    source: TensorSource, spec: ModelSpec, masks: MaskWeights | None, recipe: Recipe, target: Target, context: int
+    source: TensorSource,
+    spec: ModelSpec,
+    drawn: ModelSpec,
+    masks: MaskWeights | None,
+    recipe: Recipe,
+    target: Target,
+    context: int,
 ) -> _Sketch:
-    graphs, table = write_graphs(source, spec, masks, recipe, target, context, NoStatistics())
-    return _Sketch(spec, context, graphs, table)
+    graphs, table = write_graphs(source, drawn, masks, recipe, target, context, NoStatistics())
+    return _Sketch(spec, drawn, context, graphs, table)
+
+
+def _one_layer(spec: ModelSpec) -> ModelSpec:
+    """The model with one layer in each tower, which has a local window if any layer has; a named recipe treats all layers alike."""
+    local = (0,) if spec.text.local_layers else ()
+    return replace(spec, vision=replace(spec.vision, depth=1), text=replace(spec.text, depth=1, local_layers=local))
 
 
 def _held(tensor: LazyTensor, computed: np.dtype[Any]) -> tuple[int, int]:
@@ -362,7 +386,7 @@ def _model(options: PlanOptions) -> tuple[str, TensorSource, ModelSpec, int | No
             raise UsageError(f"size {options.size!r} does not exist; choose --size {', '.join(SIZES)}, or --checkpoint DIR")
         spec = published(options.family, options.size, options.res)
         spec = spec if window else without_window(spec)
-        return published_name(options.family, options.size, options.res, "pt"), SpecSource(spec), spec, None
+        return published_name(options.family, options.size, options.res, options.variant), SpecSource(spec), spec, None
     if options.checkpoint is None:
         res = options.res or TINY_RESOLUTIONS[0]
         if res not in TINY_RESOLUTIONS:

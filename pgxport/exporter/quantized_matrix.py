@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -217,6 +217,28 @@ class QuantizedMatrix:
         made = made.T if self.layout == "groups" else made
         yield narrow(made, np.dtype(dtype), f"scales of {self.path}: one")
         parts.clear()
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """One tensor of a source under another name."""
+
+    source: TensorSource
+    name: str
+    path: str
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(self._path(name))
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return self.source.dtype(self._path(name))
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self.source.rows(self._path(name), start, stop)
+
+    def _path(self, name: str) -> str:
+        assert name == self.name, f"Bug: {name} was asked for, and this is {self.name}"
+        return self.path
 
 
 def _paired(quantized: np.ndarray) -> np.ndarray:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find a checkpoint: the embedded one, a folder, or what was published on the model hub."""
+"""Find a checkpoint: the embedded one, a folder, or one that was published on the model hub."""
 
 import re
 from dataclasses import dataclass
@@ -20,9 +20,31 @@ License = Literal["apache-2.0", "gemma"]
 TASK = re.compile(r"ft-[a-z0-9]+(-[a-z0-9]+)*")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    """The model that a command works on, called as its flags.
+
+    Attributes:
+        size: A published size, or "tiny" for the embedded checkpoint; None where `checkpoint` says all.
+        res: Pixels a side.
+        variant: "pt", "mix" or "ft-TASK", as the hub names them.
+        checkpoint: A folder in hub layout, or a hub id, which @REVISION may follow.
+        adapter: A LoRA adapter in PEFT layout, merged into the checkpoint as it is read.
+        masks: `vae-oid.npz`, for the mask decoder; the embedded checkpoint brings its own.
+    """
+
+    size: str | None = None
+    res: int | None = None
+    family: str = "paligemma2"
+    variant: str = "pt"
+    checkpoint: str | Path | None = None
+    adapter: str | Path | None = None
+    masks: str | Path | None = None
+
+
 @dataclass(frozen=True)
 class Located:
-    """A checkpoint's folder, a name for people, and the spec that it has to have, where one was asked for."""
+    """A checkpoint's folder, a name for people, and the spec that it must have, if the options name one."""
 
     name: str
     path: Path
@@ -30,29 +52,21 @@ class Located:
     masks: Path | None = None  # vae-oid.npz
     revision: str | None = None  # the hub's commit
     repository: str | None = None  # and its name there
-    license: License | None = None  # as the hub calls it; None: not known
+    license: License | None = None  # the hub's name of it; None: not known
 
 
-def locate(
-    size: str | None,
-    res: int | None,
-    family: str,
-    variant: str,
-    checkpoint: str | Path | None,
-    *,
-    precision: str | None = None,
-    progress: hub.Progress | None = None,
-) -> Located:
-    """Find the checkpoint that the options name; `checkpoint` is a folder, or a hub id, which @REVISION may follow.
+def locate(choice: ModelChoice, *, precision: str | None = None, progress: hub.Progress | None = None) -> Located:
+    """Find the checkpoint of a model.
 
     Args:
-        precision: What will be written, where more than one revision of a published model holds it.
+        precision: The precision to export, which chooses among the revisions of a published model.
 
     Raises:
-        UsageError: they name nothing, or what does not exist.
-        HubError: it is not on disk, and the hub cannot be reached or refuses.
-        IntegrityError: the local copy, or what was downloaded, is not what the hub says it is.
+        UsageError: the choice names no model, or one that does not exist.
+        HubError: the model is not on disk, and the hub cannot be reached or refuses.
+        IntegrityError: a local or downloaded file has another digest than the hub says.
     """
+    size, res, family, checkpoint = choice.size, choice.res, choice.family, choice.checkpoint
     if size is not None and size not in SIZES:
         raise UsageError(f"size {size!r} does not exist; choose --size {', '.join(SIZES)}, or a folder with --checkpoint")
     if size == "tiny" and checkpoint is None:
@@ -72,42 +86,42 @@ def locate(
     if res is None:
         raise UsageError(f"--size {size} was published at several resolutions; choose --res 224, 448 or 896")
     spec = published(family, size, res)
-    name = published_name(family, size, res, variant)
+    name = published_name(family, size, res, choice.variant)
     return _from_hub(f"google/{name}", revisions(family, precision), spec, progress)
 
 
 def published_name(family: str, size: str, res: int, variant: str) -> str:
-    """The hub's name of a published model.
+    """The hub's name of a published model, without its owner.
 
     >>> published_name("paligemma2", "10b", 448, "ft-docci")
     'paligemma2-10b-ft-docci-448'
 
     Raises:
-        UsageError: that variant of it was not published.
+        UsageError: the variant was not published at this size and resolution.
     """
     task, task_res = FINE_TUNES.get((family, size), (None, None))
-    there = {"pt": RESOLUTIONS, "mix": MIX_RESOLUTIONS} | ({task: (task_res,)} if task else {})
-    if res in there.get(variant, ()) or (family == "paligemma" and TASK.fullmatch(variant)):
+    variants = {"pt": RESOLUTIONS, "mix": MIX_RESOLUTIONS} | ({task: (task_res,)} if task else {})
+    if res in variants.get(variant, ()) or (family == "paligemma" and TASK.fullmatch(variant)):
         return f"{family}-{size}-{variant}-{res}"
-    listed = ", ".join(f"{v} at {'/'.join(map(str, sizes))}" for v, sizes in there.items())
+    listed = ", ".join(f"{v} at {'/'.join(map(str, sizes))}" for v, sizes in variants.items())
     tasks = ", and fine-tunes as ft-TASK (for example ft-docvqa at 896)" if family == "paligemma" else ""
     raise UsageError(f"no {family} {size} {variant!r} at {res} px was published; there are: {listed}{tasks}")
 
 
 def revisions(family: str, precision: str | None) -> list[str]:
-    """The branches that hold the weights a precision wants, the one to download first.
+    """The branches whose weights suit a precision; the first is the one to download.
 
-    PaliGemma 1 was published in float32 (main), bfloat16 and float16; PaliGemma 2 in bfloat16 alone. Rounding to bfloat16 is
-    what a bf16 export does anyway, so half the bytes give the same bundle. All other precisions begin from float32: what was
-    rounded to bfloat16 first would be rounded twice.
+    PaliGemma 1 was published in float32 (main), bfloat16 and float16; PaliGemma 2 in bfloat16 alone. A bf16
+    export rounds to bfloat16 anyway, so half the bytes give the same bundle. All other precisions begin from
+    float32: weights in bfloat16 would be rounded twice.
     """
     return ["bfloat16", "main"] if family == "paligemma" and precision == "bf16" else ["main"]
 
 
 def _from_hub(repository: str, branches: list[str], spec: ModelSpec | None, progress: hub.Progress | None) -> Located:
-    """The local copy of a repository: the hub cache's if it is there, else downloaded."""
-    found = next((folder for branch in branches if (folder := hub.cached(repository, branch))), None)
-    folder = found or hub.download(repository, branches[0], progress)
+    """The local copy of a repository: the hub cache's if it has one, else a download."""
+    copy = next((folder for branch in branches if (folder := hub.cached(repository, branch))), None)
+    folder = copy or hub.download(repository, branches[0], progress)
     owner, _, name = repository.partition("/")
     license: License | None = "gemma" if owner == "google" else None
     return Located(name, folder, spec, revision=folder.name, repository=repository, license=license)

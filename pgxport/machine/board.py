@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What machine this is: board, JetPack, GPU libraries and memory, read from files; and what to install on which board.
+"""The machine: board, JetPack, GPU libraries and memory, read from files; known boards, and what to install.
 
-Nothing is run and nothing needs root. Every reader takes the root of the tree it reads, for tests.
+No command is run and nothing needs root. Every reader takes the root of the tree it reads, for tests.
 """
 
 import json
@@ -30,8 +30,9 @@ JETPACKS = {
 class BoardSpec:
     """A device that `pgx plan` knows: its memory, and what of it is not free for pgx, in bytes.
 
-    Jetsons share one memory between CPU and GPU. The firmware reserves some of it (a module of 8 GB reports some 7.4 GiB), and
-    so does a system without a desktop. On a graphics card it is the driver and a display. We measured neither.
+    Jetsons share one memory between CPU and GPU. The firmware reserves some of it (a module of 8 GB reports
+    some 7.4 GiB), and a system without a desktop takes some more. On a graphics card it is the driver and a
+    display. We measured neither.
 
     Attributes:
         name: As `pgx plan --board` calls it.
@@ -97,9 +98,9 @@ def look(root: Path = ROOT, *, arch: str | None = None) -> Host:
 
 
 def l4t(root: Path = ROOT) -> str | None:
-    """Of "# R36 (release), REVISION: 4.3, GCID: ...", 36.4.3."""
-    found = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release"))
-    return f"{found[1]}.{found[2]}" if found else None
+    """The version of Jetson Linux, 36.4.3 of "# R36 (release), REVISION: 4.3, ..."; None elsewhere."""
+    release = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release"))
+    return f"{release[1]}.{release[2]}" if release else None
 
 
 def jetpack(release: str | None) -> str | None:
@@ -122,8 +123,8 @@ def _board(model: str | None, memory: SystemMemory | None) -> str | None:
 
 def _kernel_module(root: Path) -> str | None:
     # "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build ..."
-    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _text(root / "proc/driver/nvidia/version"))
-    return found[1] if found else None
+    version = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _text(root / "proc/driver/nvidia/version"))
+    return version[1] if version else None
 
 
 def _cuda(root: Path) -> str | None:
@@ -133,10 +134,10 @@ def _cuda(root: Path) -> str | None:
 
 
 def _library(root: Path, name: str) -> str | None:
-    """The version in the file's name, as packages install it: libnvinfer.so.10.3.0."""
+    """The version in the name of a library's file, as packages install it: libnvinfer.so.10.3.0."""
     folders = [root / "usr/lib" / kind for kind in ("aarch64-linux-gnu", "x86_64-linux-gnu")]
     files = [file.name for folder in folders for file in folder.glob(f"{name}.*")]
-    versions = [found[1] for file in files if (found := re.fullmatch(rf"{re.escape(name)}\.(\d+\.\d+\.\d+)", file))]
+    versions = [match[1] for file in files if (match := re.fullmatch(rf"{re.escape(name)}\.(\d+\.\d+\.\d+)", file))]
     return max(versions, key=lambda v: [int(n) for n in v.split(".")]) if versions else None
 
 
@@ -153,12 +154,12 @@ class Setup:
     Attributes:
         jetpacks: JetPacks by their beginning; empty: no Jetson.
         boards: A part of the device tree's model; empty: any.
-        sm: From this compute capability on, where there is no JetPack to tell.
-        tensorrt: What comes with it, or what to install.
+        sm: The lowest compute capability, where there is no JetPack.
+        tensorrt: The version that comes with it, or that is to be installed.
         trt: The flag of `pgx export --target tensorrt`; None: TensorRT is of no use there.
-        precisions: Worth trying, smallest last.
-        commands: In order.
-        note: What else has to be known.
+        precisions: Precisions worth trying, smallest last.
+        commands: Commands to run, in order.
+        note: A restriction or another way.
     """
 
     name: str
@@ -175,7 +176,8 @@ class Setup:
 _BINDINGS = 'pip install "pgxport" cuda-python "tensorrt-cu13-bindings=={0}"'
 _ORIN = ("fp16", "w8a8-static", "int4")
 _GPU = ('pip install "pgxport[gpu]" "onnxruntime-gpu[cuda,cudnn]"', 'or, for TensorRT: pip install "pgxport[tensorrt]"')
-# JetPack -> TensorRT: NVIDIA's JetPack archive. TensorRT 11 on Jetson: "Migrating TensorRT from 10.x to 11.x on Jetson/JetPack".
+# JetPack -> TensorRT: NVIDIA's JetPack archive. TensorRT 11 on Jetson: NVIDIA's "Migrating TensorRT from 10.x
+# to 11.x on Jetson/JetPack".
 SETUPS = (
     Setup(
         "JetPack 5", ("5",), (), (0, 0), "8.5", None, (), (),
@@ -217,7 +219,7 @@ SETUPS = (
 
 
 def advise(machine: Host, driver: Driver | None, setups: Iterable[Setup] = SETUPS) -> Setup:
-    """What to install on a machine.
+    """The setup of a machine.
 
     >>> advise(look(Path("/nonexistent")), None).name
     'no NVIDIA GPU'

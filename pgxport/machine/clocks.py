@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine's clocks did meanwhile: frequencies, temperature, and how often it was throttled. None where it is not told.
+"""Clocks of this machine: frequencies, temperature, and how often it was throttled; None where not told.
 
-A Jetson's are those of the Jetson Linux Developer Guide, "Platform Power and Performance": devfreq for the GPU, the counters of
-soctherm_oc for too much current, cooling devices named alerts for too much heat, and what nvpmodel wrote down. Other GPUs of NVIDIA
-tell theirs through NVML.
+Files of a Jetson are those of the Jetson Linux Developer Guide, "Platform Power and Performance": devfreq for
+the GPU, the counters of soctherm_oc for too much current, cooling devices named alerts for too much heat, and
+the status of nvpmodel. Other GPUs of NVIDIA tell their clocks through NVML.
 """
 
 import re
@@ -23,9 +23,9 @@ EMC = ("kernel/debug/bpmp/debug/clk/emc/rate", "kernel/debug/clk/emc/clk_rate")
 
 @dataclass(frozen=True)
 class Clocks:
-    """One look."""
+    """The clocks at one moment."""
 
-    governor: str | None  # what sets the frequency: "performance" holds it, "schedutil" does not
+    governor: str | None  # sets the frequency: "performance" holds it, "schedutil" does not
     mhz: float | None  # mean over cores, now
     max_mhz: float | None
     celsius: float | None  # of the hottest zone
@@ -38,7 +38,7 @@ class Clocks:
 
 
 def look(sys: Path = SYS, nvml: Nvml | None = None) -> Clocks:
-    """Read them now.
+    """Read the clocks now.
 
     >>> look(Path("/nonexistent")).mhz is None
     True
@@ -69,12 +69,12 @@ def look(sys: Path = SYS, nvml: Nvml | None = None) -> Clocks:
 
 
 def power_mode(root: Path = Path("/")) -> str | None:
-    """What nvpmodel was last set to, as "15W (0)"; None where there is no nvpmodel, or it was never set."""
+    """The mode that nvpmodel was last set to, as "15W (0)"; None without nvpmodel, or never set."""
     status = _texts([root / "var" / "lib" / "nvpmodel" / "status"])  # pmode:0002
-    found = re.search(r"pmode:(\d+)", status[0]) if status else None
-    if not found:
+    mode = re.search(r"pmode:(\d+)", status[0]) if status else None
+    if not mode:
         return None
-    number = int(found[1])
+    number = int(mode[1])
     # < POWER_MODEL ID=2 NAME=MAXN_SUPER >
     modes = _texts([root / "etc" / "nvpmodel.conf"])
     named = re.search(rf"^<\s*POWER_MODEL\s+ID={number}\s+NAME=(\S+)", modes[0], re.MULTILINE) if modes else None
@@ -82,31 +82,32 @@ def power_mode(root: Path = Path("/")) -> str | None:
 
 
 def _held(cores: Iterable[Path], nodes: Iterable[Path]) -> bool | None:
+    """Whether the lowest frequency allowed is the highest one, for all cores and the GPU."""
     pairs = [(core / "cpufreq" / "scaling_min_freq", core / "cpufreq" / "scaling_max_freq") for core in cores]
     pairs += [(node / "min_freq", node / "max_freq") for node in nodes]
-    read = [_numbers(list(pair)) for pair in pairs]
-    told = [pair for pair in read if len(pair) == 2]
-    return all(least == most for least, most in told) if told else None
+    limits = [_numbers(list(pair)) for pair in pairs]
+    whole = [pair for pair in limits if len(pair) == 2]
+    return all(least == most for least, most in whole) if whole else None
 
 
 def _alerts(sys: Path) -> tuple[str, ...]:
-    """cpu-throttle-alert, gpu-throttle-alert and their like, whose state is not 0."""
+    """The names of cooling devices that are alerts and whose state is not 0, as cpu-throttle-alert."""
     devices = sorted((sys / "class" / "thermal").glob("cooling_device*"))
     named = [(device, (_texts([device / "type"]) or [""])[0]) for device in devices]
     return tuple(name for device, name in named if name.endswith("-alert") and any(_numbers([device / "cur_state"])))
 
 
 def _numbers(files: list[Path]) -> list[int]:
-    found = []
+    numbers = []
     for text in _texts(files):
         with suppress(ValueError):
-            found.append(int(text))
-    return found
+            numbers.append(int(text))
+    return numbers
 
 
 def _texts(files: list[Path]) -> list[str]:
-    found = []
+    texts = []
     for file in files:
         with suppress(OSError, UnicodeDecodeError):
-            found.append(file.read_text().strip())
-    return found
+            texts.append(file.read_text().strip())
+    return texts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conditions that figures hold for: the processor, the system, how busy it is, and the versions of packages."""
+"""The conditions that figures hold for: processor, system, load, and the versions of packages."""
 
 import importlib.metadata
 import os

@@ -16,14 +16,14 @@ class SystemMemory:
 
     total: int
     available: int
-    block: int | None  # the largest that is free in one piece, which some of a Jetson's drivers need; None where not told
+    block: int | None  # the largest free one, which some of a Jetson's drivers need; None where not told
     zram: int
     swap: int  # on disks and in files
 
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """What a process has resident: private memory (anonymous), and mapped files, which the kernel can drop and read again.
+    """The resident memory of a process: private (anonymous), and mapped files, which the kernel can drop.
 
     In a peak each is its own highest, so that the two may add up to more than `resident`.
     """
@@ -34,7 +34,7 @@ class ProcessMemory:
 
 
 def system_memory(root: Path = Path("/")) -> SystemMemory | None:
-    """The system's memory, from /proc/meminfo, /proc/buddyinfo and /proc/swaps below `root`; None where there is no meminfo."""
+    """The memory of the system, from meminfo, buddyinfo and swaps of /proc; None without meminfo."""
     kilobytes = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE))
     if not {"MemTotal", "MemAvailable"} <= set(kilobytes):
         return None

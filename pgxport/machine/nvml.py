@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVIDIA's GPUs as the driver's own library, NVML, describes them: clocks, what slows them, energy, and memory by process.
+"""NVIDIA's GPUs as NVML, the driver's own library, describes them: clocks, energy, and memory by process.
 
-The library comes with the driver; a Jetson's holds a part of it. Whatever a GPU does not tell is None or left out.
-Functions, structures and constants are those of nvml.h.
+The library comes with the driver; a Jetson's holds a part of it. What a GPU does not tell is None or left
+out. Functions, structures and constants are those of nvml.h.
 """
 
 import ctypes
@@ -64,15 +64,15 @@ class Nvml:
         return tuple(dict.fromkeys(text for bit, text in REASONS.items() if any(bits & bit for bits in reasons)))
 
     def millijoules(self) -> list[int]:
-        """The energy counter of each GPU that has one (Volta and later), in mJ since the driver was loaded."""
+        """The energy of each GPU that counts it (Volta and later), in mJ since the driver was loaded."""
         counters = (self._number("nvmlDeviceGetTotalEnergyConsumption", ctypes.c_ulonglong, gpu) for gpu in self._gpus)
         return [counter for counter in counters if counter is not None]
 
     def held_by(self, process: int) -> int | None:
         """Bytes of GPU memory that a process holds on all GPUs together.
 
-        Engines keep what they once took, so what a process holds after its work is the most it held. NVML may name the
-        processes of a container by the host's numbers.
+        Engines keep what they once took, so what a process holds after its work is the most it held. NVML may
+        name the processes of a container by the host's numbers.
 
         Returns:
             None where no GPU knows the process, or one does not tell how much it holds.
@@ -90,7 +90,7 @@ class Nvml:
         return None if call is None or call(gpu, *args, ctypes.byref(value)) else value.value
 
     def _processes(self, gpu: ctypes.c_void_p) -> Iterator[tuple[int, int]]:
-        """The number and the bytes of each process that computes on a GPU; none on boards and on GPUs that are shared out."""
+        """Number and bytes of each process that computes on a GPU; none on boards and on shared GPUs."""
         call = getattr(self._library, "nvmlDeviceGetComputeRunningProcesses_v3", None)
         count = ctypes.c_uint(0)
         if call is None or call(gpu, ctypes.byref(count), None) != INSUFFICIENT_SIZE:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""95 % bootstrap intervals of a metric and of a difference between two runs (Efron and Tibshirani 1993, ch. 13).
+"""95 % bootstrap intervals of a metric and of a difference between two runs (Efron and Tibshirani 1993).
 
-Knows no metric: a `Curve` gives its value for any weights of the samples, and a draw of samples with replacement is a weighting.
+Knows no metric: a `Curve` gives its value for any weights of the samples, and a draw of samples with
+replacement is a weighting.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -44,7 +45,7 @@ class Difference(Estimate):
 
 @dataclass(frozen=True)
 class Resampled:
-    """A curve's value on all samples, and its values on the draws of them: [R], or None with fewer than two pictures."""
+    """A curve's value on all samples, and on the draws of them: [R], or None with fewer than two pictures."""
 
     value: float
     values: np.ndarray | None
@@ -54,12 +55,13 @@ class Resampled:
         """Return the value and its interval, which is a point where all samples agree.
 
         Args:
-            biased: Drawing a picture twice changes the metric itself, as it does mAP; the interval is moved back by the mean of that.
+            biased: Drawing a picture twice changes the metric itself, as it does mAP; the interval is moved
+                back by the mean of that.
         """
         return Estimate(self.value, *_interval(self.value, self.values, biased=biased), self.samples)
 
     def change(self, reference: "Resampled", *, higher_is_better: bool = True, biased: bool = False) -> Difference:
-        """Return the change from the reference; both use the same draws, which takes the samples' difficulty out."""
+        """Return the change from the reference; the same draws take the samples' difficulty out."""
         values = None if self.values is None or reference.values is None else self.values - reference.values
         change = Resampled(self.value - reference.value, values, self.samples).estimate(biased=biased)
         if change.low is None or change.high is None or change.low <= 0 <= change.high:
@@ -70,7 +72,7 @@ class Resampled:
 
 
 def resamples(groups: Sequence[Hashable], draws: int = DRAWS, seed: int = 0) -> Iterator[np.ndarray]:
-    """Yield how often each sample is drawn, float64 [R, N] in blocks of R; the samples of one group are drawn together.
+    """Yield how often each sample is drawn, float64 [R, N] in blocks of R; one group is drawn together.
 
     >>> next(resamples("aab", draws=3)).shape
     (3, 3)
@@ -95,7 +97,7 @@ def draw(curve: Curve, groups: Sequence[Hashable], draws: int = DRAWS, seed: int
         curve: The metric.
         groups: A key for each sample; samples with one key are drawn together.
         draws: The number of draws.
-        seed: The seed of the draws; two runs with the same groups and seed have the same draws, and may be compared.
+        seed: The seed of the draws; runs with the same groups and seed have the same draws.
     """
     value = float(curve(np.ones((1, len(groups))))[0])
     if len(set(groups)) < 2:
@@ -104,7 +106,7 @@ def draw(curve: Curve, groups: Sequence[Hashable], draws: int = DRAWS, seed: int
 
 
 def estimate(curve: Curve, groups: Sequence[Hashable], *, biased: bool = False, draws: int = DRAWS, seed: int = 0) -> Estimate:
-    """Return the value on all samples and its interval, for a metric that is not compared with another run's."""
+    """Return the value on all samples and its interval, for a metric of one run."""
     return draw(curve, groups, draws, seed).estimate(biased=biased)
 
 
@@ -114,7 +116,7 @@ def mean(values: Sequence[float] | np.ndarray) -> Curve:
 
 
 def ratio(parts: Sequence[float] | np.ndarray, wholes: Sequence[float] | np.ndarray) -> Curve:
-    """Return the curve of the sum of parts over the sum of wholes, such as errors over characters; NaN where wholes sum to 0."""
+    """Return the curve of sum of parts over sum of wholes, such as errors over characters; NaN over 0."""
     part, whole = np.asarray(parts, np.float64), np.asarray(wholes, np.float64)
 
     def curve(weights: np.ndarray) -> np.ndarray:

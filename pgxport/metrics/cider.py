@@ -16,8 +16,9 @@ SIGMA = 6.0  # of the Gaussian penalty on a difference in length, in words
 
 Ngrams = Counter[tuple[str, ...]]
 
-# Abbreviations keep their points; words keep what stands inside them (3.5, 10:30, x-ray, o'clock); of the marks, Penn Treebank's
-# names for brackets stay words, because COCO's list of marks to drop has them in capitals only.
+# Abbreviations keep their points; words keep what stands inside them (3.5, 10:30, x-ray, o'clock); of the
+# marks, Penn Treebank's names for brackets stay words, because COCO's list of marks to drop has them in
+# capitals only.
 _WORD = re.compile(r"(?:[^\W\d_]\.){2,}|(?:mr|mrs|ms|dr|st|jr|sr|vs|etc)\.|[^\W_]+(?:[-.,:/&_'][^\W_]+)*|[][(){}#$%&@+*=/£€]")
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 # A clitic is a word of its own.
@@ -45,7 +46,7 @@ def cider_d(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Seq
 
     Args:
         captions: The words of each picture's caption.
-        references: The words of each of people's captions of it. All of them together decide how rare an n-gram is.
+        references: The words of each of people's captions of it. Together they decide how rare an n-gram is.
     """
     truths = [[_ngrams(words) for words in people] for people in references]
     pictures = Counter(ngram for people in truths for ngram in set().union(*people))
@@ -64,7 +65,8 @@ def _ngrams(words: Sequence[str]) -> Ngrams:
 
 
 def _similarity(caption: Ngrams, truth: Ngrams, rarity: dict[tuple[str, ...], float], unseen: float) -> float:
-    """The mean over n of the cosine of two tf-idf vectors; a repeated n-gram counts at most as often as the truth has it."""
+    """The mean over n of the cosine of two tf-idf vectors; a repeated n-gram counts at most as often as the
+    truth has it."""
     product, of_caption, of_truth = np.zeros(LONGEST), np.zeros(LONGEST), np.zeros(LONGEST)
     for ngram, count in caption.items():
         weight = rarity.get(ngram, unseen) ** 2

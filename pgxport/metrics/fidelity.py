@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fidelity of a bundle to a reference run, whether either is right or not: token agreement, KL divergence, broken answers."""
+"""Fidelity of a bundle to a reference run, whether either is right or not: tokens, logits, broken answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def token_agreement(tokens: Sequence[int], reference: Sequence[int]) -> float:
 
 
 def first_divergence(tokens: Sequence[int], reference: Sequence[int]) -> int | None:
-    """Return the first position where two answers differ, the end of one being a difference; None where they are equal.
+    """Return the first position where two answers differ, an end being a difference; None if equal.
 
     >>> first_divergence([5, 6], [5, 6, 7]), first_divergence([5], [5])
     (2, None)
@@ -55,10 +55,10 @@ def kl_divergence(logits: np.ndarray, reference: np.ndarray, rows: np.ndarray | 
     Args:
         logits: The bundle's, [T, V], each position after the same prefix as the reference's.
         reference: The reference's, [T, V].
-        rows: Token ids, such as those of `<loc…>`; both distributions are then conditioned on one of these tokens.
+        rows: Token ids, such as those of `<loc…>`; both distributions are then conditioned on these.
 
     Raises:
-        NumericError: a logit is NaN or +inf, or no token of a row is possible. -inf is a token of probability 0.
+        NumericError: a logit is NaN or +inf, or no token of a row is possible. -inf is probability 0.
 
     >>> kl_divergence(np.array([[0.0, np.log(3)]]), np.array([[0.0, 0.0]])).round(4)
     array([0.1438])

@@ -23,7 +23,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Tally:
-    """A metric on a run: a number for each sample, NaN where there is nothing to judge, and the curve for any weights."""
+    """A metric on a run: a number for each sample, NaN if nothing can be judged, and the curve."""
 
     per_sample: np.ndarray  # float64 [N]
     curve: Curve
@@ -95,7 +95,7 @@ def _cider(samples: Sequence[Sample], answers: Sequence[Answer]) -> Tally:
 
 
 def _bleu(samples: Sequence[Sample], answers: Sequence[Answer]) -> Tally:
-    """BLEU-4 of sacrebleu (Post 2018), from sums of its counts; a sample's value is its smoothed sentence BLEU."""
+    """BLEU-4 of sacrebleu (Post 2018), from sums of its counts; a sample has its smoothed sentence BLEU."""
     bleu = require("sacrebleu.metrics", "BLEU").BLEU
     corpus, sentence = bleu(), bleu(effective_order=True)
     rows = [sentence.sentence_score(a.text, list(s.answers)) for s, a in zip(samples, answers, strict=True)]

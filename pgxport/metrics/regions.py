@@ -32,7 +32,8 @@ def box_iou(a: BoxEdges, b: BoxEdges) -> float:
 def matched_ious(regions: Sequence[Region], boxes: Sequence[Box]) -> list[float]:
     """Return the IoU of each true object but crowds with the box that is matched to it; 0 without one.
 
-    Boxes are matched one to one within a label, best pairs first, as in the tiny checkpoint's evaluation (tools/tiny/evaluate.py).
+    Boxes are matched one to one within a label, best pairs first, as in the tiny checkpoint's evaluation
+    (tools/tiny/evaluate.py).
     """
     truths = [region for region in regions if not region.crowd]
     pairs = sorted(
@@ -54,12 +55,12 @@ def matched_ious(regions: Sequence[Region], boxes: Sequence[Box]) -> list[float]
 
 
 def referred_iou(regions: Sequence[Region], boxes: Sequence[Box]) -> float:
-    """Return the IoU of the first box with the one true object, whatever its label: the expression names the object."""
+    """Return the IoU of the first box with the one true object, whatever its label."""
     return box_iou(regions[0].box, edges(boxes[0])) if boxes else 0.0
 
 
 def mask_overlap(region: Region, masks: Sequence[Mask]) -> tuple[int, int]:
-    """Return the pixels in both, and in either, of a true mask and an answer's first mask; without a mask it has no pixel."""
+    """Return the pixels in both, and in either, of a true mask and an answer's first mask, if it has one."""
     assert region.segmentation is not None, "Bug: a mask metric on a sample without a true mask"
     truth = region.segmentation.mask()
     mask = masks[0].mask if masks else None
@@ -79,12 +80,12 @@ def edges(box: Box) -> BoxEdges:
     return box.y1, box.x1, box.y2, box.x2
 
 
-# COCO's mean average precision -----------------------------------------------------------------------------------------
+# COCO's mean average precision ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Category:
-    """COCO's matching for one label: D detections in the order of falling score, 10 IoU thresholds, N samples."""
+    """COCO's matching for one label: D detections by falling score, 10 IoU thresholds, N samples."""
 
     sample: np.ndarray  # int [D]: the sample that a detection belongs to
     hit: np.ndarray  # bool [10, D]: the detection matches a true box at the threshold
@@ -93,10 +94,11 @@ class Category:
 
 
 def average_precision(samples: Sequence[Sample], answers: Sequence[Answer]) -> Curve:
-    """COCO's AP (IoU 0.50:0.95, all areas, 100 detections) as a function of the samples' weights (Lin et al. 2014).
+    """COCO's AP (IoU 0.50:0.95, all areas, 100 detections) as a function of the weights (Lin et al. 2014).
 
-    pycocotools matches; the precision is accumulated here, because a bootstrap needs it thousands of times. PaliGemma gives
-    no scores, so the order of an answer ranks its boxes: the first box of every answer comes before every second one.
+    pycocotools matches; the precision is accumulated here, because a bootstrap needs it thousands of times.
+    PaliGemma gives no scores, so the order of an answer ranks its boxes: the first box of every answer comes
+    before every second one.
     """
     categories = [category for category in _categories(samples, answers) if category.truths.any()]
 
@@ -112,7 +114,7 @@ def average_precision(samples: Sequence[Sample], answers: Sequence[Answer]) -> C
 
 
 def _category_ap(category: Category, weights: np.ndarray) -> np.ndarray:
-    """[R, N] -> [R]: mean over thresholds of the precision at 101 recalls, NaN where no true box was drawn."""
+    """[R, N] -> [R]: mean over thresholds of the precision at 101 recalls, NaN if no true box was drawn."""
     truths = weights @ category.truths  # [R]
     if not len(category.sample):
         return np.where(truths > 0, 0.0, np.nan)

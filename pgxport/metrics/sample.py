@@ -42,7 +42,7 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class Region:
-    """A true object. A crowd is many objects under one outline: an answer that finds it is neither right nor wrong."""
+    """A true object. A crowd is many objects under one outline: to find it is neither right nor wrong."""
 
     label: str
     box: BoxEdges
@@ -60,7 +60,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one picture, and what is true: answers, or regions, or nothing where only the prefix is run."""
+    """One question about one picture, and what is true: answers, or regions, or neither."""
 
     id: str  # for messages and pages
     image: Path | bytes | Drawn
@@ -72,7 +72,7 @@ class Sample:
 
     @property
     def group(self) -> Hashable:
-        """The key by which a bootstrap draws samples together: questions about one picture are not independent."""
+        """The key by which samples are drawn together: questions about one picture depend on each other."""
         return self.image
 
     def open(self) -> Image.Image:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics of text: VQA accuracy, ANLS, relaxed accuracy, exact match, multiple choice, character errors.
 
-They follow the standard implementations letter for letter, oddities included, so that their numbers can be compared.
+They follow the standard implementations letter for letter, oddities included, to be comparable.
 """
 
 import re
@@ -43,8 +43,8 @@ def exact_match(answer: str, truths: Sequence[str]) -> float:
 def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
     """Return VQA accuracy: min(matching people / 3, 1), averaged over the sets that leave one person out.
 
-    This is VQAEval of the VQA v2 evaluation code (Antol et al. 2015; GT-Vision-Lab/VQA): the true answers lose their
-    punctuation only where people disagree, and never their articles.
+    This is VQAEval of the VQA v2 evaluation code (Antol et al. 2015; GT-Vision-Lab/VQA): the true answers
+    lose their punctuation only where people disagree, and never their articles.
 
     >>> vqa_accuracy("Two!", ["2"] * 2 + ["3"] * 8)
     0.6
@@ -55,7 +55,7 @@ def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
 
 
 def textvqa_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """Return VQA accuracy with the true answers normalised too, as TextVQA's challenge does (Singh et al. 2019; MMF).
+    """Return VQA accuracy with the true answers normalised too, as TextVQA does (Singh et al. 2019; MMF).
 
     TextVQA's annotators wrote freely; VQA v2's answers were normalised before they were published.
     """
@@ -70,7 +70,7 @@ def _leave_one_out(answer: str, truths: Sequence[str]) -> float:
 
 
 def normalise(answer: str) -> str:
-    """Return the answer after VQA's official clean-up of punctuation, case, number words, articles and contractions.
+    """Return the answer after VQA's clean-up of punctuation, case, number words, articles, contractions.
 
     >>> normalise("The  two dogs, arent they?")
     "2 dogs aren't they"
@@ -91,10 +91,11 @@ def _without_punctuation(text: str) -> str:
 
 
 def anls(answer: str, truths: Sequence[str]) -> float:
-    """Return the average normalised Levenshtein similarity to the nearest true answer, 0 below 0.5 (Biten et al. 2019).
+    """Return the normalised Levenshtein similarity to the nearest true answer, 0 below 0.5 (Biten et al.
+    2019).
 
-    As in the script of the DocVQA challenge (rrc.cvc.uab.es), case and runs of spaces do not count, and a similarity of exactly
-    0.5 does, where the paper's formula has 0.
+    As in the script of the DocVQA challenge (rrc.cvc.uab.es), case and runs of spaces do not count, and a
+    similarity of exactly 0.5 does, where the paper's formula has 0.
 
     >>> anls("Recieved", ["received", "sent"])
     0.75
@@ -109,9 +110,10 @@ def anls(answer: str, truths: Sequence[str]) -> float:
 
 
 def relaxed_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """Return 1 if a number is within 5 % of the true one, or a text equals the true one in any case (Masry et al. 2022).
+    """Return 1 if a number is within 5 % of the true one, or a text equals it in any case (Masry et al.
+    2022).
 
-    As in pix2struct's `relaxed_correctness`, a percentage is read as a fraction, and zero has to be met exactly.
+    As in pix2struct's `relaxed_correctness`, a percentage is read as a fraction, and zero is met exactly.
 
     >>> relaxed_accuracy("10.4", ["10"]), relaxed_accuracy("4%", ["0.04"]), relaxed_accuracy("1", ["0"])
     (1.0, 1.0, 0.0)
@@ -134,7 +136,7 @@ def _number(text: str) -> float | None:
 
 
 def choice_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """Return 1 if the answer names the right choice by its letter or its text; `truths` are both, the letter first.
+    """Return 1 if the answer names the right choice by its letter or its text, `truths` in this order.
 
     ScienceQA's own form is "The answer is B." (Lu et al. 2022); a bare or bracketed letter counts too.
 
@@ -152,7 +154,8 @@ def choice_accuracy(answer: str, truths: Sequence[str]) -> float:
 def yes_no_accuracy(answer: str, truths: Sequence[str]) -> float:
     """Return 1 if the answer's first word is the true yes or no.
 
-    POPE's script (Li et al. 2023) counts every answer but no as yes, so that a broken model scores a half; here it scores 0.
+    POPE's script (Li et al. 2023) counts every answer but no as yes, so that a broken model scores a half;
+    here it scores 0.
 
     >>> yes_no_accuracy("No, there is not.", ["no"]), yes_no_accuracy("", ["yes"])
     (1.0, 0.0)
@@ -162,7 +165,7 @@ def yes_no_accuracy(answer: str, truths: Sequence[str]) -> float:
 
 
 def character_errors(answer: str, truths: Sequence[str]) -> tuple[int, int]:
-    """Return the edits that turn the answer into the nearest true one, and the true one's length; sums of both give the CER.
+    """Return the edits to the nearest true answer, and that one's length; sums of both give the CER.
 
     >>> character_errors("AB12", ["A812"])
     (1, 4)
@@ -172,7 +175,7 @@ def character_errors(answer: str, truths: Sequence[str]) -> tuple[int, int]:
 
 
 def levenshtein(a: str, b: str) -> int:
-    """Return the fewest insertions, deletions and substitutions between two texts (Wagner and Fischer 1974)."""
+    """Return the fewest insertions, deletions and substitutions between texts (Wagner and Fischer 1974)."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i

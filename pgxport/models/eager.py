@@ -67,8 +67,8 @@ class Eager:
         whole = to_float32(self.source.rows(path, 0, self.source.shape(path)[0]))
         return (whole if transform is None else transform(whole)).astype(self.dtype)
 
-    def layer(self, x: np.ndarray, write: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        return write(x)
+    def layer(self, x: np.ndarray, write: Callable[["Eager", np.ndarray], np.ndarray]) -> np.ndarray:
+        return write(self, x)
 
     def linear(self, x: np.ndarray, name: str, *, bias: bool = False, gain: float = 1.0) -> np.ndarray:
         with self.scope(name):

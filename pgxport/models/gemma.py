@@ -19,7 +19,7 @@ def decoder_step(g: Writer, spec: ModelSpec) -> None:
     with g.scope("language_model.model"):
         for i in range(t.depth):
             with g.scope(f"layers.{i}"):
-                x = g.layer(x, partial(block, g, layer=i, t=t))
+                x = g.layer(x, partial(block, layer=i, t=t))
         # A prefix needs the logits of its last token only; at 896 px the others would take 4 GB.
         x = stream_norm(g, g.op("Slice", x, [-1], [2**31 - 1], [1]), "norm", t)
     x = softcap(g, g.lm_head(x, TOKEN_TABLE), t.logit_softcap)

@@ -32,8 +32,8 @@ class Writer(Protocol):
 
     def op(self, kind: str, *inputs: Value, outputs: int = 1, **attributes: Any) -> Any: ...
 
-    def layer(self, x: Value, write: Callable[[Value], Value]) -> Value:
-        """What `write` makes of the stream x [B, T, H]: a layer of the decoder, which may be written for prefixes and steps apart."""
+    def layer(self, x: Value, write: Callable[["Writer", Value], Value]) -> Value:
+        """A layer of the decoder: `write` of a writer and the residual stream x [B, T, H]; prefixes and steps may be written apart."""
 
     def linear(self, x: Value, name: str, *, bias: bool = False, gain: float = 1.0) -> Value:
         """x [..., in] times the matrix `name`.weight [out, in], plus `name`.bias, both times `gain`."""

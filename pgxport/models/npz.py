@@ -186,17 +186,39 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, An
     Raises:
         CheckpointError: shapes do not say it all. Gemma 2's attention scale is not one of them, and is known for published sizes.
     """
-    patch, _, _, vision_width = shapes["img/embedding/kernel"]
+    patch, _, _, width = shapes["img/embedding/kernel"]
     _, patches, _ = shapes["img/pos_embedding"]
-    vision_depth, _, vision_mlp = shapes[f"{BLOCK}/MlpBlock_0/Dense_0/kernel"]
-    vision_heads = shapes[f"{BLOCK}/MultiHeadDotProductAttention_0/query/kernel"][2]
+    depth, _, mlp = shapes[f"{BLOCK}/MlpBlock_0/Dense_0/kernel"]
     side = math.isqrt(patches)
     if side * side != patches:
         raise CheckpointError(f"{file}: 'img/pos_embedding' has {patches} positions, which are no square of patches")
+    text = _text_config(shapes, file)
+    return {
+        "model_type": "paligemma",
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "image_token_index": min(text["vocab_size"], IMAGE_TOKEN),
+        "projection_dim": text["hidden_size"],
+        "text_config": text,
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": width,
+            "num_hidden_layers": depth,
+            "intermediate_size": mlp,
+            "num_attention_heads": shapes[f"{BLOCK}/MultiHeadDotProductAttention_0/query/kernel"][2],
+            "image_size": side * patch,
+            "patch_size": patch,
+            "hidden_act": "gelu_pytorch_tanh",
+            "projection_dim": text["hidden_size"],
+            "vision_use_head": False,
+        },
+    }
+
+
+def _text_config(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, Any]:
+    """The decoder's part of config.json."""
     vocab, width = shapes["llm/embedder/input_embedding"]
     depth, heads, _, head_dim = shapes["llm/layers/attn/q_einsum/w"]
-    kv_heads = shapes["llm/layers/attn/kv_einsum/w"][2]
-    mlp = shapes["llm/layers/mlp/linear"][1]
+    kv_heads, mlp = shapes["llm/layers/attn/kv_einsum/w"][2], shapes["llm/layers/mlp/linear"][1]
     gemma2 = POST_NORM in shapes
     text: dict[str, Any] = {
         "model_type": "gemma2" if gemma2 else "gemma",
@@ -209,34 +231,16 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, An
         "vocab_size": vocab,
         "hidden_activation": "gelu_pytorch_tanh",
     }
-    if gemma2:
-        size = (width, depth, mlp, heads, kv_heads, head_dim)
-        scales = [t.query_scale for t in TEXT.values() if size == (t.width, t.depth, t.mlp, t.heads, t.kv_heads, t.head_dim)]
-        if not scales:
-            raise CheckpointError(
-                f"{file}: a Gemma 2 of width {width} and {depth} layers was not published, and an npz does not say its "
-                f"query_pre_attn_scalar and sliding_window; put the npz and a config.json into a folder and give that"
-            )
-        text["query_pre_attn_scalar"] = round(scales[0] ** -2)
-    return {
-        "model_type": "paligemma",
-        "architectures": ["PaliGemmaForConditionalGeneration"],
-        "image_token_index": min(vocab, IMAGE_TOKEN),
-        "projection_dim": width,
-        "text_config": text,
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            "hidden_size": vision_width,
-            "num_hidden_layers": vision_depth,
-            "intermediate_size": vision_mlp,
-            "num_attention_heads": vision_heads,
-            "image_size": side * patch,
-            "patch_size": patch,
-            "hidden_act": "gelu_pytorch_tanh",
-            "projection_dim": width,
-            "vision_use_head": False,
-        },
-    }
+    if not gemma2:
+        return text
+    size = (width, depth, mlp, heads, kv_heads, head_dim)
+    scales = [t.query_scale for t in TEXT.values() if size == (t.width, t.depth, t.mlp, t.heads, t.kv_heads, t.head_dim)]
+    if not scales:
+        raise CheckpointError(
+            f"{file}: a Gemma 2 of width {width} and {depth} layers was not published, and an npz does not say its "
+            f"query_pre_attn_scalar and sliding_window; put the npz and a config.json into a folder and give that"
+        )
+    return text | {"query_pre_attn_scalar": round(scales[0] ** -2)}
 
 
 def _members(file: Path) -> dict[str, Member]:

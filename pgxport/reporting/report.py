@@ -11,7 +11,7 @@ from typing import Any
 
 from pgxport import __version__
 from pgxport.benchmarking.bench import bench, labels, measurement_json
-from pgxport.benchmarking.throughput import Batches
+from pgxport.benchmarking.measure import Batches
 from pgxport.benchmarking.worker import Measurement, Progress
 from pgxport.bundle.reader import Bundle
 from pgxport.data.loader import DataOptions, DataSet, load

@@ -10,7 +10,8 @@ import numpy as np
 from pgxport.errors import EngineError, NumericError, PgxError
 
 OUT_OF_MEMORY, NO_DEVICE = 2, 100  # cudaErrorMemoryAllocation, cudaErrorNoDevice
-# After these codes nothing more works in this process: a kernel failed or ran too long, or the hardware reported an error.
+# After these codes nothing more works in this process: a kernel failed or ran too long, or the hardware
+# failed.
 LOST = {214, 220, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719}
 REMEDIES = {
     35: "update the driver, or install a CUDA that it knows",  # cudaErrorInsufficientDriver
@@ -80,7 +81,7 @@ class Cuda:
 
 
 class CudaMemory:
-    """Device memory, or pinned memory of the host, that grows when more is asked for and then loses its contents."""
+    """Device memory, or pinned memory of the host, that grows on demand and then loses its contents."""
 
     def __init__(self, cuda: Cuda, *, pinned: bool = False):
         self._cuda = cuda

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache of compiled engines: a private folder for each bundle and machine.
 
-A plan is code, so pgx loads only what it put there. It refuses an entry that belongs to another user, that others may use, that
-holds a link or a file it does not list, whose plan has another sha256, or that another cache sealed: the seal is an HMAC whose
-secret never leaves this cache.
+A plan is code, so pgx loads only what it put there. It refuses an entry that belongs to another user, that
+others may use, that holds a link or a file it does not list, whose plan has another sha256, or that another
+cache sealed: the seal is an HMAC whose secret never leaves this cache.
 """
 
 import hashlib
@@ -23,7 +23,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pgxport.bundle.manifest import FileInfo, FileName
 from pgxport.errors import EngineError, IntegrityError
 from pgxport.files import StagedFolder, disk_errors, write_new
-from pgxport.interrupts import check_interrupted
 
 FOLDER_VARIABLE = "PGX_ENGINE_CACHE"
 REMEDY = f"free some space, or choose another folder with {FOLDER_VARIABLE}"
@@ -50,7 +49,7 @@ class EngineKey:
 
 
 class Entry(BaseModel):
-    """An entry of the cache: its files, the bundle they were made of, and the machine and flags they were made for."""
+    """An entry of the cache: its files, the bundle they come from, and the machine and flags they are for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     bundle: Digest
@@ -80,12 +79,12 @@ def cache_folder(folder: Path | None = None) -> Path:
 
 
 def entry_folder(cache: Path, bundle: str, machine: EngineKey) -> Path:
-    """The folder of a bundle on a machine. Other flags share it and replace its plans, which take gigabytes."""
+    """The folder of a bundle on a machine; other flags replace the plans in it, which take gigabytes."""
     return cache / _sha256({"bundle": bundle, "machine": asdict(machine)})[:32]
 
 
 def read_entry(folder: Path) -> Entry:
-    """Read the list of a complete entry that pgx wrote into this cache on this machine; its plans are not read yet.
+    """Read the list of a complete entry that pgx wrote into this cache on this machine, without its plans.
 
     Raises:
         IntegrityError: the folder is anything else.
@@ -119,7 +118,8 @@ def open_plan(file: Path, *, drop: bool = False) -> Iterator[mmap.mmap]:
     """Map a plan of an entry: the bytes whose sha256 was verified are the bytes that are loaded.
 
     Args:
-        drop: Let the page cache forget the plan afterwards. On a board it shares the memory of the device, which has the weights by then.
+        drop: Let the page cache forget the plan afterwards. On a board it shares the memory of the device,
+            which has the weights by then.
 
     Raises:
         IntegrityError: the file is not a plan that pgx compiled here.
@@ -139,7 +139,7 @@ def open_plan(file: Path, *, drop: bool = False) -> Iterator[mmap.mmap]:
 
 
 class EntryWriter:
-    """Write an entry's plans one by one. `commit` gives the entry its name; leaving the block without it leaves nothing.
+    """Write an entry's plans one by one; without `commit` nothing is left of them.
 
     with EntryWriter(cache, bundle, machine, flags) as writer:
         writer.write("decoder_step.plan", plan)
@@ -158,7 +158,7 @@ class EntryWriter:
         with disk_errors(f"cannot write {self.staging}", REMEDY):
             self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check_private(self._cache, is_folder=True)
-            if self.staging.is_dir() and not self.staging.is_symlink():  # of one that was killed
+            if self.staging.is_dir() and not self.staging.is_symlink():  # of a process that was killed
                 _check_private(self.staging, is_folder=True)
             self._folder.open()
         return self
@@ -194,10 +194,9 @@ class EntryWriter:
         """Seal the entry and give it its name, in place of one that had it.
 
         Raises:
-            KeyboardInterrupt: a signal arrived that the engine swallowed; what it built since is not to be kept.
+            KeyboardInterrupt: SIGINT arrived, and the engine swallowed it; what it built since is not kept.
             DiskError: there is no room, or no permission.
         """
-        check_interrupted()
         with disk_errors(f"cannot finish {self.path}", REMEDY):
             unsealed = Entry(
                 bundle=self._bundle, machine=self._machine, flags=self._flags, files=dict(self._files), seal="0" * 64
@@ -214,7 +213,8 @@ def _secret(cache: Path, *, make: bool = False) -> bytes:
     if make and not os.path.lexists(file):
         staged = file.with_name(f"{KEY}.{os.getpid()}")
         write_new(staged, [os.urandom(KEY_BYTES)], 0o600)
-        staged.replace(file)  # of two processes at once the later secret counts, and the other's entry is made again
+        # Of two processes at once the later secret counts, and the other's entry is made again.
+        staged.replace(file)
     if (size := _check_private(file)) != KEY_BYTES:
         raise IntegrityError(_refusal(file, f"it has {size} bytes"))
     return file.read_bytes()
@@ -250,7 +250,7 @@ def _refusal(path: Path, why: str) -> str:
 
 
 def not_compiled(bundle: Path, machine: EngineKey) -> EngineError:
-    """The error for a bundle without an entry. pgx compiles nothing unasked, for that takes minutes and gigabytes."""
+    """The error for a bundle without an entry: compiling takes minutes and gigabytes, never implicitly."""
     return EngineError(
         f"{bundle} is not compiled for {machine.engine} {machine.version}, SM {machine.sm}, CUDA {machine.cuda}, "
         f"driver {machine.driver}: run `pgx compile {bundle} --engine {machine.engine}` on this machine first"

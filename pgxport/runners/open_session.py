@@ -36,7 +36,7 @@ def open_session(engine: str, graph: Path, *, threads: int | None = None, low_me
 
 
 def graph_files(engine: str, bundle: Bundle) -> dict[str, Path]:
-    """The files that `open_session` loads, by graph: the bundle's graphs, or the plans that `pgx compile` made of them here.
+    """The files that `open_session` loads, by graph: the bundle's own, or those that `pgx compile` made here.
 
     Raises:
         EngineError: the bundle was written for another engine, or is not compiled.

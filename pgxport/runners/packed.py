@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the weights that `pgx compile` packed for this CPU, which ONNX Runtime maps in place of packing them at every start.
+"""Find the weights that `pgx compile` packed for this CPU, which ONNX Runtime maps instead of packing them.
 
-The graphs compute the same numbers. The weights are pages of a file instead of private memory: all processes that run the bundle
-share them, and the kernel drops them where memory is short.
+The graphs compute the same numbers. The weights are pages of a file instead of private memory: all processes
+that run the bundle share them, and the kernel drops them where memory is short.
 """
 
 from pathlib import Path
@@ -23,12 +23,12 @@ def engine_key() -> EngineKey:
 
 
 def flags() -> Flags:
-    """What decides how weights are packed besides the machine: int8 matrices are packed as uint8 where products are of uint8."""
+    """What else decides how weights are packed: int8 matrices become uint8 where products are of uint8."""
     return {"x64quantprecision": int(overflows_in_16_bits())}
 
 
 def packed(bundle: Bundle) -> dict[str, Path]:
-    """The packed graphs of a bundle, verified; the bundle's own graphs where it was not compiled on this machine with these flags.
+    """The packed graphs of a bundle, verified; its own where it was not compiled here with these flags.
 
     Raises:
         IntegrityError: the cache holds something that `pgx compile` did not put there.
@@ -40,7 +40,7 @@ def packed(bundle: Bundle) -> dict[str, Path]:
 
 
 def is_current(entry: Entry, bundle: Bundle) -> bool:
-    """Whether an entry was packed from this bundle with this machine's flags. Entries of earlier versions of pgx name no flags."""
+    """Whether an entry is of this bundle and this machine's flags; older entries name no flags."""
     return entry.key == entry_key(bundle.digest(), engine_key(), flags())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A session of TensorRT, or of TensorRT for RTX: a plan that `pgx compile` made here, on the first CUDA device.
+"""A session of TensorRT or TensorRT for RTX: a plan that `pgx compile` made here, on the first CUDA device.
 
 An engine has one profile or two (prefill, step), each with a context and buffers of its own.
 """
@@ -42,7 +42,7 @@ class TensorrtSession:
         self._plan = plan
         self._loaded = LoadedPlan(plan, engine)
         self.cuda = self._loaded.cuda
-        # TensorRT-RTX compiles kernels as shapes come up, and records graphs by itself once it has the last one.
+        # TensorRT-RTX compiles kernels as shapes come up, and records graphs by itself after the last.
         wanted = os.environ.get(RECORDING_VARIABLE) != "0"
         self._recorded = wanted and engine == "tensorrt"
         self._profiles: list[ProfileContext] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load TensorRT, or TensorRT for RTX, which has the same interface; CUDA's runtime; and a plan that `pgx compile` made here."""
+"""Load TensorRT or TensorRT for RTX (one interface), CUDA's runtime, and a plan of the engine cache."""
 
 import importlib.util
 from collections import deque
@@ -62,8 +62,9 @@ def engine_key(engine: str, trt: ModuleType, cuda: Callable[[], Cuda] = load_cud
     """What a plan for this machine depends on.
 
     Args:
-        sm: A compute capability in place of the device's. TensorRT-RTX finishes its plans when it loads them: it can write them for
-            a device that this machine does not have, and they depend on neither CUDA nor the driver.
+        sm: A compute capability in place of the device's. TensorRT-RTX finishes its plans when it loads them:
+            it can write them for a device that this machine does not have, and they depend on neither CUDA
+            nor the driver.
 
     Raises:
         EngineError: there is no device, or it has another compute capability and the engine needs it.
@@ -119,7 +120,7 @@ def logger(trt: ModuleType) -> Any:
                 self._interrupt = error
 
         def check(self) -> None:
-            """Raise the interrupt that arrived while TensorRT logged. Call this after every call of TensorRT that logs."""
+            """Raise the interrupt that arrived while TensorRT logged; for after each call that may log."""
             interrupt, self._interrupt = self._interrupt, None
             if interrupt is not None:
                 raise interrupt
@@ -199,7 +200,7 @@ class LoadedPlan:
         self.cuda.call("cudaStreamSynchronize", self.stream)
 
     def refusal(self, what: str) -> PgxError:
-        """The error for a call that TensorRT refused. It refuses by returning nothing, and logs the reason."""
+        """The error for a call that TensorRT refused: it returns nothing then, and logs the reason."""
         reason = self.log.take_errors()
         message = f"{self.trt.__name__} {self.trt.__version__} cannot {what} ({self.plan}): {reason}"
         if "memory" in reason.lower() and ("out of" in reason.lower() or "allocat" in reason.lower()):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One profile of a TensorRT engine: its context, its buffers on the device, and the CUDA graph of its step.
 
-Inputs lie side by side in pinned memory and go up in one copy. Results stay on the device until they are asked for, but for small
-ones. A step of unchanged shapes is recorded once as a CUDA graph and then replayed: the copy up, the engine, the copy down.
+Inputs lie side by side in pinned memory and go up in one copy. Results stay on the device until they are
+asked for, but for small ones. A step of unchanged shapes is recorded once as a CUDA graph and then replayed:
+the copy up, the engine, the copy down.
 """
 
 from collections.abc import Iterator, Mapping
@@ -76,7 +77,7 @@ class TensorrtCache:
 
 
 class Results(Mapping[str, np.ndarray]):
-    """Outputs on the device, each fetched when it is first asked for; they stand until the session's next run."""
+    """Outputs on the device, each fetched when it is read; they stand until the session's next run."""
 
     def __init__(self, loaded: LoadedPlan, profile: "ProfileContext"):
         self._loaded, self._profile, self._run = loaded, profile, loaded.runs
@@ -132,7 +133,7 @@ class ProfileContext:
         )
 
     def bind(self, feeds: Mapping[str, np.ndarray], cache: TensorrtCache | None) -> None:
-        """Give the context the address of every tensor where one changed, and write the inputs to the pinned memory."""
+        """Tell the context all addresses if one changed, and write the inputs to the pinned memory."""
         on_device = {name: feeds.tensor(name) for name in feeds} if isinstance(feeds, Results) else {}
         shapes = tuple((name, shape_of(feeds, name)) for name in feeds)
         addresses = tuple(tensor.address for tensor in on_device.values())
@@ -166,7 +167,7 @@ class ProfileContext:
             self._accept(self._context.set_tensor_address(name, tensor.address), f"use the memory of {name}")
 
     def _outputs(self, cache: TensorrtCache | None) -> dict[str, DeviceTensor]:
-        """Small results first, then large ones, then new rows for the cache at the distances that the copy needs."""
+        """Place small results, then large ones, then the cache's new rows as far apart as the copy needs."""
         dtypes = self._loaded.outputs
         shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in dtypes}
         rows = {} if cache is None else {name.replace(PAST, PRESENT): cache.tensor(name, cache.shape) for name in cache.names}
@@ -188,7 +189,11 @@ class ProfileContext:
         return self.results | rows
 
     def execute(self, *, record: bool) -> None:
-        """Queue one run. With `record`, the first with what is bound warms the engine up, the second is recorded, later ones replay it."""
+        """Queue one run.
+
+        With `record`, the first run with what is bound warms the engine up, the second is recorded, later
+        ones replay it.
+        """
         if not record or not self._warm:
             self._queue()
         elif self._graph is None:
@@ -251,7 +256,7 @@ class ProfileContext:
             self.unbind()
 
     def _past(self, feeds: Mapping[str, np.ndarray], cache: TensorrtCache) -> tuple[int, ...]:
-        """The shape to bind the cache with: all its rows, or, where new keys stand behind the past, the mask's columns less those."""
+        """The cache's shape as bound: all rows, or where new keys follow the past, the other mask columns."""
         if self._loaded.in_place:
             return cache.shape
         *_, tokens, columns = shape_of(feeds, "visible" if "visible" in feeds else "local_visible")

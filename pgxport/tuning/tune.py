@@ -17,7 +17,7 @@ from pgxport.exporter.export import ExportOptions, check_weights
 from pgxport.exporter.recipe import RECIPES, Recipe
 from pgxport.exporter.targets import TARGETS, Target
 from pgxport.files import check_output, disk_errors, write_whole
-from pgxport.hub.locate import locate
+from pgxport.hub.locate import ModelChoice, locate
 from pgxport.machine.conditions import describe_machine, versions
 from pgxport.machine.driver import ask_driver
 from pgxport.metrics.sample import Sample
@@ -38,11 +38,10 @@ VERSIONS = ("pgxport", "numpy", "onnxruntime")
 
 
 @dataclass(frozen=True)
-class TuneOptions:
+class TuneOptions(ModelChoice):
     """What to tune. Names are those of `pgx tune`'s flags.
 
     Attributes:
-        source: A checkpoint in hub layout, or a hub id; None where `size` says which.
         data: Samples to judge by, a file or a folder (docs/tune.md); None: the embedded scenes.
         format: Of the samples, where their content does not tell.
         samples: How many records, evenly spaced; of the scenes: of each task.
@@ -58,13 +57,6 @@ class TuneOptions:
     """
 
     output: str | Path = "recipe.toml"
-    source: str | Path | None = None
-    size: str | None = None
-    res: int | None = None
-    family: str = "paligemma2"
-    variant: str = "pt"
-    adapter: str | Path | None = None
-    masks: str | Path | None = None
     data: str | Path | None = None
     format: str | None = None
     samples: int = 50
@@ -156,9 +148,9 @@ class RecipeMeter:
 
 def tuned_model(o: TuneOptions) -> TunedModel:
     """Open the checkpoint, the calibration and the samples that the options name."""
-    if (o.source is None) == (o.size is None):
+    if (o.checkpoint is None) == (o.size is None):
         raise UsageError("name one model: a checkpoint, or --size tiny --res 224")
-    found = locate(o.size, o.res, o.family, o.variant, o.source, precision="fp32")
+    found = locate(o, precision="fp32")
     checkpoint = Checkpoint.open(found.path, Path(o.adapter) if o.adapter else None)
     spec = read_config(checkpoint.config)
     check_weights(checkpoint, spec)
@@ -264,7 +256,7 @@ def _facts(subject: TunedModel, bundles: Bundles, o: TuneOptions) -> dict[str, A
     for sample in subject.samples:
         tasks[sample.task] = tasks.get(sample.task, 0) + 1
     return {
-        "checkpoint": str(o.source or f"--size {o.size}" + (f" --res {o.res}" if o.res else "")), "calibration": str(o.calibration) if o.calibration else None,
+        "checkpoint": str(o.checkpoint or f"--size {o.size}" + (f" --res {o.res}" if o.res else "")), "calibration": str(o.calibration) if o.calibration else None,
         "output": str(o.output), "samples": tasks, "answer_tokens": bundles.answer_tokens, "engine": o.target,
         "reference": {"recipe": "fp32", "bytes": bundles.reference_bytes, "ms": bundles.reference_ms},
         "key": subject.common, "machine": describe_machine(),

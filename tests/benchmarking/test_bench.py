@@ -18,14 +18,15 @@ from pgxport import cli
 from pgxport.benchmarking import measure
 from pgxport.benchmarking.bench import Bench, bench, render
 from pgxport.benchmarking.intervals import T, paired_ratio, verdict
-from pgxport.benchmarking.measure import Answers, Steps, lengths, open_bundle
+from pgxport.benchmarking.measure import Steps, WholeAnswers, lengths, open_bundle
 from pgxport.benchmarking.worker import Measurement, Worker, interleave, turns
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import InputError, UsageError
+from pgxport.machine.cpu import processor_name, vectors
 from pgxport.machine.memory import process_memory
 
 pytest.importorskip("onnxruntime")
-SHORT = Answers(prompt_tokens=4, new_tokens=3)
+SHORT = WholeAnswers(prompt_tokens=4, new_tokens=3)
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's memory")
 
 # A worker that needs no bundle: it writes what it does to a file, and takes the seconds it was given.
@@ -215,14 +216,14 @@ def test_the_decoder_alone_steps_where_it_was_told_to(a_bundle: Path, monkeypatc
 
 def test_the_decoder_alone_begins_with_a_cache_of_finite_random_numbers(a_bundle: Path):
     subject: Any = open_bundle({"bundle": str(a_bundle), "engine": "cpu", "threads": 1, "Steps": {"pasts": [50]}})
-    for array in subject._decoder.cache.arrays.values():
+    for array in subject.decoder.cache.arrays.values():
         assert np.isfinite(array).all()
         assert array.std() == pytest.approx(1, abs=0.1)
 
 
 def test_a_cache_of_integers_is_filled_too():
     arrays = {"key": np.zeros((1, 2, 300, 4), np.int8), "value": np.zeros((1, 2, 300, 4), np.float16)}
-    measure._fill(arrays, np.random.default_rng(0))
+    measure.fill(arrays, np.random.default_rng(0))
     assert all(array.std() > 0.9 for array in arrays.values())
 
 
@@ -238,7 +239,7 @@ def test_what_does_not_fit_the_bundle_is_refused(a_bundle: Path):
 
 @pytest.mark.parametrize("text", ["x", "1,,2", "0", "-5", "1.5"])
 def test_a_past_that_is_no_length_is_refused(text: str):
-    with pytest.raises(UsageError, match="whole numbers"):
+    with pytest.raises(UsageError, match="give integers"):
         lengths(text)
 
 
@@ -271,13 +272,14 @@ def test_there_is_a_row_for_every_stage(measured: Bench):
     assert "2 repetitions" in text
     assert "cpu, threads: 1" in text
     assert "onnxruntime " in text
+    assert f"cores of {processor_name()} ({vectors()})" in text
     assert text.count("A and C") + text.count("than A") + text.count("than C") == 3
 
 
 def test_the_json_says_everything(measured: Bench):
     found = json.loads(json.dumps(measured.to_json()))
     assert found.keys() == {"machine", "engine", "threads", "repetitions", "work", "spread", "bundles", "comparisons"}
-    assert found["machine"].keys() == {"processor", "cores", "system", "load_average", "versions"}
+    assert found["machine"].keys() == {"processor", "vectors", "cores", "system", "load_average", "versions"}
     assert found["work"] == {"kind": "Answers", "prompt_tokens": 4, "new_tokens": 3, "images": []}
     first, broken, second = found["bundles"]
     assert (first["status"], broken["status"]) == ("ok", "failed")
@@ -353,6 +355,6 @@ def test_nothing_measured_ends_with_the_first_reasons_code(tmp_path: Path):
 def test_the_decoder_alone_is_measured_at_its_default_past(a_bundle: Path):
     work = Steps(steps=2)
     (found,) = bench([a_bundle], work, repetitions=1, threads=1).measurements
-    past = found.facts["image_tokens"] + Answers.prompt_tokens
+    past = found.facts["image_tokens"] + WholeAnswers.prompt_tokens
     assert found.seconds.keys() == {"verify", "load", f"step@{past}", f"overhead@{past}"}
     assert f"decode step after {past}" in render(Bench([found], work, 1, "cpu", 1, bench([], work).machine))

@@ -35,7 +35,7 @@ FAMILIES = ("paligemma", "paligemma2")
 
 
 class Killed(BaseException):
-    """What no handler expects."""
+    """An exception that no handler catches."""
 
 
 def data(folder: Path, *samples: tuple[str, str | None]) -> Path:
@@ -51,7 +51,7 @@ def data(folder: Path, *samples: tuple[str, str | None]) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without the search that takes half of the time here."""
+    """Replace the entropy search, which takes half of the time here."""
     monkeypatch.setitem(observe.OBSERVER, "entropy", observe.minmax)
 
 
@@ -80,8 +80,8 @@ def random(request, tmp_path_factory) -> tuple[Path, Any]:
 def hooked(
     folder: Path, model: Any, samples: tuple[tuple[str, str | None], ...]
 ) -> tuple[dict[str, np.ndarray], list[Any], np.ndarray]:
-    """What each linear of transformers is given, [tokens, K], by the weight's published name; the caches of each sample; and
-    which tokens an answer is read from."""
+    """The inputs of transformers' linears, [tokens, K], by the weight's published name; the caches of each
+    sample; and which tokens an answer is read from."""
     import torch
 
     config = Checkpoint.open(folder).config
@@ -126,7 +126,7 @@ def apart(a: Any, b: Any) -> float:
 @pytest.mark.usefixtures("quick")
 def test_statistics_are_those_of_transformers_linears(random, tmp_path):
     folder, model = random
-    made = calibrate(CalibrateOptions(tmp_path / "c", folder, data=data(tmp_path / "data", *SAMPLES)))
+    made = calibrate(CalibrateOptions(tmp_path / "c", checkpoint=folder, data=data(tmp_path / "data", *SAMPLES)))
     expected, caches, read = hooked(folder, model, SAMPLES)
     assert made.about.inputs.keys() == expected.keys()
     assert made.about.suffix_tokens > 5
@@ -167,7 +167,7 @@ def test_what_shares_an_input_is_stored_once(random, tmp_path):
 def test_the_ranges_are_those_of_an_export_on_the_same_scenes(random, tmp_path):
     folder, _ = random
     scenes = [("caption en", caption(draw("calibration", i))) for i in range(2)]
-    made = calibrate(CalibrateOptions(tmp_path / "c", folder, data=data(tmp_path / "data", *scenes)))
+    made = calibrate(CalibrateOptions(tmp_path / "c", checkpoint=folder, data=data(tmp_path / "data", *scenes)))
     checkpoint = Checkpoint.open(folder)
     words = folder / "tokenizer.json"
     expected = measure_ranges(
@@ -185,7 +185,7 @@ def test_the_ranges_are_those_of_an_export_on_the_same_scenes(random, tmp_path):
 
 def test_a_checkpoint_in_numpy_and_its_bundle_in_onnxruntime_give_the_same_statistics(tiny_112, tmp_path):
     by_layer = calibrate(CalibrateOptions(tmp_path / "a", size="tiny", res=112, samples=5))
-    whole = calibrate(CalibrateOptions(tmp_path / "b", tiny_112, samples=5))
+    whole = calibrate(CalibrateOptions(tmp_path / "b", checkpoint=tiny_112, samples=5))
     assert by_layer.about.inputs == whole.about.inputs
     assert (by_layer.tokens, by_layer.about.samples_sha256) == (whole.tokens, whole.about.samples_sha256)
     assert (by_layer.about.engine, whole.about.engine) == ("numpy", "onnxruntime")
@@ -207,7 +207,7 @@ def test_a_checkpoint_in_numpy_and_its_bundle_in_onnxruntime_give_the_same_stati
 @pytest.mark.parametrize("where", ["image patches", "vision layer 2 of 2", "projector", "text layer 2 of 3", "final norm"])
 def test_a_killed_run_goes_on_with_the_layer_it_was_in_and_gives_the_same_bytes(random_checkpoint, tmp_path, where):
     def options(name: str) -> CalibrateOptions:
-        return CalibrateOptions(tmp_path / name, random_checkpoint, samples=3)
+        return CalibrateOptions(tmp_path / name, checkpoint=random_checkpoint, samples=3)
 
     calibrate(options("whole"))
     labels: list[str] = []
@@ -231,7 +231,7 @@ def test_a_killed_run_goes_on_with_the_layer_it_was_in_and_gives_the_same_bytes(
 
 @pytest.mark.usefixtures("quick")
 def test_work_that_was_begun_for_something_else_is_not_used(random_checkpoint, tmp_path):
-    options = CalibrateOptions(tmp_path / "c", random_checkpoint, samples=2)
+    options = CalibrateOptions(tmp_path / "c", checkpoint=random_checkpoint, samples=2)
 
     def kill(label: str, done: int, total: int) -> None:
         if label.startswith("text"):
@@ -257,7 +257,7 @@ def test_a_bundle_whose_products_are_not_in_float_is_refused(tiny_112, tmp_path)
     spec = bundle.manifest.spec
     rounded = export(ExportOptions(tmp_path / "int8", size="tiny", res=112, precision="int8")).path
     with pytest.raises(UsageError, match=r"\(int8\) does not multiply by .* in float.*calibrate the checkpoint"):
-        calibrate(CalibrateOptions(tmp_path / "c", rounded, samples=1))
+        calibrate(CalibrateOptions(tmp_path / "c", checkpoint=rounded, samples=1))
     deeper = {**spec, "text": {**spec["text"], "depth": spec["text"]["depth"] + 1}}
     changed = replace(bundle, manifest=bundle.manifest.model_copy(update={"spec": deeper}))
     with pytest.raises(UsageError, match=r"does not multiply by 'language_model\.model\.layers\.4.*--precision fp32"):
@@ -271,20 +271,22 @@ def test_a_bundle_whose_products_are_not_in_float_is_refused(tiny_112, tmp_path)
 def test_second_moments_that_do_not_fit_are_refused_with_what_they_take(tiny_112, tmp_path, monkeypatch):
     monkeypatch.setattr(bundle_pass, "available_memory", lambda: 20_000_000)
     with pytest.raises(NumericError, match=r"second moments of all layers of .* are free; give the checkpoint"):
-        calibrate(CalibrateOptions(tmp_path / "c", tiny_112, samples=1))
-    assert calibrate(CalibrateOptions(tmp_path / "c", tiny_112, samples=1, moments=False)).samples == 1
+        calibrate(CalibrateOptions(tmp_path / "c", checkpoint=tiny_112, samples=1))
+    assert calibrate(CalibrateOptions(tmp_path / "c", checkpoint=tiny_112, samples=1, moments=False)).samples == 1
 
 
 def test_options_that_name_nothing_or_too_much_are_refused(tmp_path, random_checkpoint):
     with pytest.raises(UsageError, match="name one model"):
         calibrate(CalibrateOptions(tmp_path / "c"))
     with pytest.raises(UsageError, match="name one model"):
-        calibrate(CalibrateOptions(tmp_path / "c", random_checkpoint, size="tiny"))
+        calibrate(CalibrateOptions(tmp_path / "c", checkpoint=random_checkpoint, size="tiny"))
     (tmp_path / "c").write_text("mine")
     with pytest.raises(UsageError, match="--overwrite"):
-        calibrate(CalibrateOptions(tmp_path / "c", random_checkpoint))
+        calibrate(CalibrateOptions(tmp_path / "c", checkpoint=random_checkpoint))
     with pytest.raises(InputError, match=r"samples\.jsonl:2"):
-        calibrate(CalibrateOptions(tmp_path / "d", random_checkpoint, data=data(tmp_path / "x", ("ocr", None), ("", None))))
+        calibrate(
+            CalibrateOptions(tmp_path / "d", checkpoint=random_checkpoint, data=data(tmp_path / "x", ("ocr", None), ("", None)))
+        )
 
 
 def test_the_command_writes_the_file_and_says_what_to_do_with_it(tmp_path):

@@ -40,7 +40,7 @@ def x(request) -> np.ndarray:
 
 
 def histogram_of(x: np.ndarray, parts: int = 7) -> RangeHistogram:
-    """Of numbers that arrive in parts, the smallest first, so that the range grows."""
+    """A histogram to which the numbers are added in parts, the smallest first, so that its range grows."""
     histogram = RangeHistogram()
     for part in np.array_split(x[np.argsort(np.abs(x))], parts):
         histogram.add(part)
@@ -81,7 +81,7 @@ def test_a_percentile_is_numpys_within_a_bin(x):
 
 
 def divergence(x: np.ndarray, reach: float, end: float) -> float:
-    """KL of x in bins against x in 128 levels of ±end, what lies outside being put at the ends (Migacz, 2017)."""
+    """The KL divergence of x in 128 levels of ±end from x in bins; values outside are clipped (Migacz, 2017)."""
     width = 2 * reach / ENTROPY_BINS
     half = round(end / width)
     counts, _ = np.histogram(x, ENTROPY_BINS, range=(-reach, reach))

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pgx compile`: what is refused, what an entry of the engine cache must be, and real builds by TensorRT-RTX, which needs no GPU."""
+"""`pgx compile`: refusals, entries of the engine cache, and real builds by TensorRT-RTX without a GPU."""
 
+import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -37,13 +40,13 @@ has_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, r
 @pytest.fixture(scope="module")
 def for_10(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("bundle") / "b10"
-    return export(ExportOptions(output=output, size="tiny", res=112, target="tensorrt", trt="10.3")).path
+    return export(ExportOptions(output=output, size="tiny", res=112, target="tensorrt", trt="10.3", parity=0)).path
 
 
 @pytest.fixture(scope="module")
 def for_11(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("bundle") / "b11"
-    return export(ExportOptions(output=output, size="tiny", res=112, target="tensorrt", trt="11")).path
+    return export(ExportOptions(output=output, size="tiny", res=112, target="tensorrt", trt="11", parity=0)).path
 
 
 @pytest.fixture
@@ -52,21 +55,37 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "engines"
 
 
-@pytest.fixture
-def trt(cache: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTensorrt:
+def install(patch: pytest.MonkeyPatch) -> FakeTensorrt:
+    """A TensorRT to import."""
     fake = FakeTensorrt(FakeCudart())
-    monkeypatch.setitem(sys.modules, "tensorrt", fake)
-    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
-    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=fake.cudart))
+    patch.setitem(sys.modules, "tensorrt", fake)
+    patch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    patch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=fake.cudart))
     return fake
 
 
 @pytest.fixture
-def made(trt: FakeTensorrt, for_10: Path) -> Compiled:
-    return compile_bundle(CompileOptions(for_10))
+def trt(cache: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTensorrt:
+    return install(monkeypatch)
 
 
-def test_the_second_compile_finds_what_the_first_built(made: Compiled, trt: FakeTensorrt, for_10: Path):
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory, for_10: Path) -> Compiled:
+    """An entry that tests only copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch)
+        return compile_bundle(CompileOptions(for_10, cache=tmp_path_factory.mktemp("made") / "engines"))
+
+
+@pytest.fixture
+def made(made_once: Compiled, cache: Path, trt: FakeTensorrt) -> Compiled:
+    """A compiled bundle in the test's own cache."""
+    shutil.copytree(made_once.folder.parent, cache)
+    return replace(made_once, folder=cache / made_once.folder.name)
+
+
+def test_the_second_compile_finds_what_the_first_built(trt: FakeTensorrt, for_10: Path):
+    made = compile_bundle(CompileOptions(for_10))
     assert sorted(trt.builds) == GRAPHS
     assert (made.built, sorted(made.entry.files)) == (True, [f"{g}.plan" for g in GRAPHS])
     again = compile_bundle(CompileOptions(for_10))
@@ -75,12 +94,13 @@ def test_the_second_compile_finds_what_the_first_built(made: Compiled, trt: Fake
 
 def test_other_flags_replace_the_plans(made: Compiled, trt: FakeTensorrt, for_10: Path):
     other = compile_bundle(CompileOptions(for_10, workspace=64))
-    assert (other.built, other.folder, len(trt.builds)) == (True, made.folder, 8)
+    assert (other.built, other.folder, len(trt.builds)) == (True, made.folder, 4)
     assert other.entry.flags["workspace"] == 64 << 20
     assert os.listdir(made.folder.parent).count(made.folder.name) == 1
 
 
-def test_float32_is_not_rounded_to_the_ten_bits_that_tensorrt_would_take(made: Compiled, trt: FakeTensorrt):
+def test_float32_is_not_rounded_to_the_ten_bits_that_tensorrt_would_take(trt: FakeTensorrt, for_10: Path):
+    made = compile_bundle(CompileOptions(for_10))
     assert trt.flags == [set()] * len(GRAPHS)
     assert made.entry.flags["tf32"] == 0
 
@@ -131,11 +151,9 @@ def _flip(entry: Path) -> None:
 
 def _foreign(entry: Path) -> None:
     (entry / "decoder_step.plan").write_bytes(b"{}")
-    found = json.loads((entry / "entry.json").read_text())
-    import hashlib
-
-    found["files"]["decoder_step.plan"] = {"sha256": hashlib.sha256(b"{}").hexdigest(), "size": 2}
-    (entry / "entry.json").write_text(json.dumps(found))
+    content = json.loads((entry / "entry.json").read_text())
+    content["files"]["decoder_step.plan"] = {"sha256": hashlib.sha256(b"{}").hexdigest(), "size": 2}
+    (entry / "entry.json").write_text(json.dumps(content))
 
 
 def _linked(entry: Path) -> None:
@@ -396,20 +414,22 @@ def test_profiles_hold_what_the_runner_feeds(fixture: str, request: pytest.Fixtu
 # TensorRT-RTX: NVIDIA's parser and builder, without a GPU
 
 
-# `pgx` with a signal that the process sends to itself: in a function that TensorRT calls from C++, or in our own code between two graphs.
+# `pgx` sends a signal to itself: in a function that TensorRT calls, or in our own code between two graphs.
 SIGNALLED = """
 import signal, sys
+from dataclasses import replace
 import tensorrt_rtx as trt
 from pgxport import cli
+from pgxport.bundle.reader import Bundle
 from pgxport.compile import tensorrt as compiling
 from pgxport.runners.engine_cache import EntryWriter
 
 number, point = signal.Signals[sys.argv.pop()], sys.argv.pop()
 arrived, parsing = [], []
 
-def arrive(here):
-    if here == point and not arrived:
-        arrived.append(here)
+def arrive(place):
+    if place == point and not arrived:
+        arrived.append(place)
         signal.raise_signal(number)
 
 def logger(trt, real=compiling.logger):
@@ -431,6 +451,12 @@ def write(self, name, plan, real=EntryWriter.write):
     real(self, name, plan)
     arrive("between graphs")
 
+def small_graphs_first(cls, path, real=Bundle.open):
+    bundle = real(path)
+    graphs = dict(sorted(bundle.manifest.graphs.items(), key=lambda item: bundle.manifest.files[f"{item[0]}.data"].size))
+    return replace(bundle, manifest=bundle.manifest.model_copy(update={"graphs": graphs}))
+
+Bundle.open = classmethod(small_graphs_first)
 monitor = compiling.build_monitor
 compiling.logger, trt.OnnxParser, EntryWriter.write = logger, Parser, write
 compiling.build_monitor = lambda trt, graph, progress: monitor(trt, graph, lambda *step: arrive("monitor"))

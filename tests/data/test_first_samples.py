@@ -124,6 +124,11 @@ def test_an_error_names_the_line(folder, line, says):
         first_samples(write(folder, GOOD, line), 5)
 
 
+def test_a_slip_in_the_first_line_is_named_too(folder):
+    with pytest.raises(InputError, match=r"samples\.jsonl:1: 'promt' is no key of a record; did you mean 'prompt'"):
+        first_samples(write(folder, {"image": "a.png", "promt": "x"}), 5)
+
+
 def test_what_is_not_there_or_empty_or_not_text_is_refused(folder):
     with pytest.raises(UsageError, match="no such file"):
         first_samples(folder / "nowhere", 5)

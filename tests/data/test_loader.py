@@ -680,7 +680,7 @@ WRONG = (None, [], {}, "", "x", -1, 1e400, True, [None], [[]], {"a": 1}, "../../
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_spoilt_document_is_refused_and_never_a_bug(name, tmp_path):
-    """Any value in any place: samples, or an error of ours."""
+    """A record with any value in any place gives samples, or an error of ours."""
     WRITERS[name](tmp_path)
     files = [f for f in sorted(tmp_path.rglob("*")) if f.suffix in (".json", ".jsonl")]
     rng, refused = random.Random(0), 0

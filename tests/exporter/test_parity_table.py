@@ -35,9 +35,9 @@ from pgxport.bundle.reader import Bundle
 from pgxport.calib import observe
 from pgxport.errors import GateError, UsageError
 from pgxport.exporter.calibration_file import Calibration
-from pgxport.exporter.export import ExportOptions, Job, export, prepare, rescaled_for
+from pgxport.exporter.export import ExportOptions, PreparedExport, export, fit, prepare
 from pgxport.exporter.graphs import write_graphs
-from pgxport.exporter.parity import FIRST_SCENE, Run, StoredWeights, parity
+from pgxport.exporter.parity import FIRST_SCENE, EagerModel, StoredWeights, parity
 from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import DataLayout
@@ -84,18 +84,18 @@ def options(case: Case, name: str, folder: Path, **more: Any) -> ExportOptions:
     )  # fmt: skip
 
 
-def simulated(made: ExportOptions, bundle: Bundle) -> tuple[Job, Run]:
+def simulated(made: ExportOptions, bundle: Bundle) -> tuple[PreparedExport, EagerModel]:
     """A bundle's files, to be run in numpy."""
     job = prepare(replace(made, output=bundle.path.with_name("not written")))
     assert job.calibration
-    source, statistics = rescaled_for(job, job.spec, job.calibration)
-    graphs, table = write_graphs(source, job.spec, job.masks, job.recipe, job.target, job.context, statistics)
+    model = fit(job)
+    graphs, table = write_graphs(model.source, model.spec, job.masks, job.recipe, job.target, job.context, model.statistics)
     files = {name: (bundle.path / f"{name}.data", DataLayout(g.lazy_tensors.values())) for name, g in graphs.items()}
     files["token_table"] = (bundle.path / "token_table.bin", table)
-    return job, Run(StoredWeights(source, graphs, files), job.spec, job.recipe, statistics)
+    return job, EagerModel(StoredWeights(model.source, graphs, files), model.spec, job.recipe, model.statistics)
 
 
-def logits(run: Run, given: TokenizedSample) -> np.ndarray:
+def logits(run: EagerModel, given: TokenizedSample) -> np.ndarray:
     return run.logits(given)
 
 
@@ -160,7 +160,7 @@ def test_without_a_recipe_a_run_is_transformers(case):
     given = sample(case.folder)
     job = prepare(ExportOptions(checkpoint=case.folder, output=case.folder / "not written"))
     expected = transformers_logits(case.model, given)
-    assert np.abs(logits(Run(job.checkpoint, job.spec), given) - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(logits(EagerModel(job.checkpoint, job.spec), given) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_divergence_is_that_of_torch():

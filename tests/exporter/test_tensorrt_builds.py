@@ -20,7 +20,7 @@ from tensorrt_builder import build
 
 from pgxport.compile.lint import check_file
 from pgxport.errors import InputError, UsageError
-from pgxport.exporter.export import ExportOptions, export, named
+from pgxport.exporter.export import ExportOptions, export, find_recipe
 from pgxport.exporter.graphs import TABLE_FILE, serialized, write_graphs
 from pgxport.exporter.recipe import RECIPES
 from pgxport.exporter.stream import DataLayout
@@ -105,7 +105,7 @@ def test_two_profiles_are_built_on_one_network(tmp_path, trt):
 def test_a_recipe_that_no_version_runs_is_refused_with_what_to_write():
     for name, says in (("int4-small", "symmetric = false; take that out"), ("int8-kv8", "does not exist")):
         with pytest.raises(UsageError, match=says):
-            named(name, None, TARGETS["tensorrt"])
+            find_recipe(name, None, TARGETS["tensorrt"])
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])

@@ -23,7 +23,7 @@ from huggingface_hub import constants
 
 from pgxport.errors import CheckpointError, HubError, IntegrityError, UsageError
 from pgxport.hub import fetch as hub
-from pgxport.hub.locate import locate, published_name, revisions
+from pgxport.hub.locate import ModelChoice, locate, published_name, revisions
 
 REPOSITORY = "google/paligemma2-3b-pt-448"
 COMMIT = "c0ffee" * 6 + "abcd"
@@ -54,7 +54,7 @@ class Hub:
     branches: tuple[str, ...] = ("main",)
     refuse: tuple[int, str] | None = None  # for everything: a status, and the hub's name of the error
     gated: int | None = None  # for files only: 401 or 403
-    break_after: list[int] = field(default_factory=list)  # bytes after which the next requests for the weights are cut off
+    break_after: list[int] = field(default_factory=list)  # bytes that the next requests get
     corrupt: str | None = None
     ranges: bool = True
     asked: list[tuple[str, str | None]] = field(default_factory=list)  # file and Range of every GET
@@ -165,7 +165,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def fetch(checkpoint: str | None = REPOSITORY) -> Path:
-    return locate(None, None, "paligemma2", "pt", checkpoint).path
+    return locate(ModelChoice(checkpoint=checkpoint)).path
 
 
 def blobs(tmp_path: Path) -> Path:
@@ -177,18 +177,18 @@ def partial(tmp_path: Path) -> Path:
 
 
 def test_a_published_model_is_downloaded_and_then_found_in_the_cache(server: Hub, capfd: pytest.CaptureFixture[str]):
-    found = locate("3b", 448, "paligemma2", "pt", None)
+    found = locate(ModelChoice(size="3b", res=448))
     assert (found.name, found.revision) == ("paligemma2-3b-pt-448", COMMIT)
     assert sorted(p.name for p in found.path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert (found.path / "model.safetensors").read_bytes() == WEIGHTS
     assert capfd.readouterr() == ("", "")
     server.refuse = (500, "InternalError")
-    assert locate("3b", 448, "paligemma2", "pt", None) == found
+    assert locate(ModelChoice(size="3b", res=448)) == found
 
 
 def test_progress_counts_every_byte(server: Hub):
     seen: list[tuple[str, int, int]] = []
-    locate(None, None, "paligemma2", "pt", REPOSITORY, progress=lambda *now: seen.append(now))
+    locate(ModelChoice(checkpoint=REPOSITORY), progress=lambda *now: seen.append(now))
     total = sum(len(CONTENT[name]) for name in ("config.json", "tokenizer.json", "model.safetensors"))
     assert seen[-1][1:] == (total, total)
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
@@ -365,7 +365,7 @@ def test_what_was_published_has_a_name(family: str, size: str, res: int, variant
 )  # fmt: skip
 def test_what_was_not_published_is_refused_with_what_was(family: str, size: str, res: int, variant: str):
     with pytest.raises(UsageError, match=rf"no {family} {size} .* there are: pt at 224/448/896, mix at 224/448"):
-        locate(size, res, family, variant, None)
+        locate(ModelChoice(size=size, res=res, family=family, variant=variant))
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_what_was_not_published_is_refused_with_what_was(family: str, size: str,
 )
 def test_a_model_that_does_not_exist_is_refused(size: str, res: int, family: str):
     with pytest.raises(UsageError, match=r"published|does not exist"):
-        locate(size, res, family, "pt", None)
+        locate(ModelChoice(size=size, res=res, family=family))
 
 
 def test_only_bf16_begins_from_the_rounded_revision():

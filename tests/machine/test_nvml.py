@@ -11,7 +11,7 @@ from fake_nvml import FakeGpu, FakeNvml
 from made_up_report import device, row
 
 from pgxport.benchmarking import bench
-from pgxport.benchmarking.measure import Answers
+from pgxport.benchmarking.measure import WholeAnswers
 from pgxport.machine.nvml import INSUFFICIENT_SIZE, LIBRARY, NOT_AVAILABLE, REASONS, SM_CLOCK, Nvml, ProcessInfo, find_nvml
 from pgxport.reporting import asking, files, tables
 from pgxport.reporting.asking import BundleSubject
@@ -132,6 +132,6 @@ def test_pgx_bench_looks_at_the_worker(tiny_112: Path, monkeypatch: pytest.Monke
             return 42
 
     monkeypatch.setattr(bench, "find_nvml", lambda engine: Told(holding([])))
-    done = bench.bench([tiny_112], Answers(4, 2), repetitions=1, threads=1)
+    done = bench.bench([tiny_112], WholeAnswers(4, 2), repetitions=1, threads=1)
     assert done.measurements[0].facts["peak_vram"] == 42
     assert len(asked) == 1
