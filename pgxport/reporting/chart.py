@@ -37,7 +37,7 @@ def require_charts() -> None:
 
 def svg(report: Report) -> str:
     """Draw all devices, one under the other, on white, as SVG."""
-    return _converter().vegalite_to_svg(_spec(report.devices, background="white"), vl_version=VERSION)
+    return _converter().vegalite_to_svg(spec(report.devices, background="white"), vl_version=VERSION)
 
 
 def png(drawn: str) -> bytes:
@@ -53,7 +53,7 @@ def device_svg(device: Device) -> str | None:
     """Draw one device for a page of either colour; None where nothing was measured."""
     if not points(device):
         return None
-    return _converter().vegalite_to_svg(_spec([device], background="transparent"), vl_version=VERSION)
+    return _converter().vegalite_to_svg(spec([device], background="transparent"), vl_version=VERSION)
 
 
 def points(device: Device) -> list[dict[str, Any]]:
@@ -95,7 +95,8 @@ def metric_title(row: Row) -> str:
     return f"mean of {len(deciding)} tasks' deciding metrics"
 
 
-def _spec(devices: Any, *, background: str) -> dict[str, Any]:
+def spec(devices: Any, *, background: str) -> dict[str, Any]:
+    """Return the chart of devices as a Vega-Lite specification."""
     alt = require("altair", "the chart of a report")
     charts = [_layers(alt, device, titled=len(devices) > 1) for device in devices]
     charts = [chart for chart in charts if chart is not None]
@@ -110,8 +111,8 @@ def _spec(devices: Any, *, background: str) -> dict[str, Any]:
         .configure_view(stroke=None)
         .configure_title(color=GREY)
     )
-    spec: dict[str, Any] = styled.to_dict(validate=False)  # a test validates it; here it costs as much as all the rest
-    return spec
+    made: dict[str, Any] = styled.to_dict(validate=False)  # a test validates it; here that costs as much as all the rest
+    return made
 
 
 def _layers(alt: Any, device: Device, *, titled: bool) -> Any:

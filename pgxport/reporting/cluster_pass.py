@@ -21,7 +21,7 @@ from pgxport.machine.conditions import describe_machine
 from pgxport.metrics.sample import Sample
 from pgxport.reporting import schema
 from pgxport.reporting.environment import board, environment
-from pgxport.reporting.measured import Place, ReportLine, Results
+from pgxport.reporting.measured import Place, ReportLine, SubjectResults
 from pgxport.reporting.shared_pass import (
     Asker,
     ReportSubject,
@@ -88,7 +88,7 @@ class OpenSubjects:
         for subject, digest in zip(self.subjects, self.digests, strict=True):
             path = context.fetch(digest) if digest else None
             subject = replace(subject, request={**subject.request, "bundle": str(path)})
-            asker = Asker(subject, Results(), meters, nvml, place)
+            asker = Asker(subject, SubjectResults(), meters, nvml, place)
             if path:
                 context.stack.enter_context(asker.process())
                 asker.open(about)
@@ -108,7 +108,7 @@ class OpenSubjects:
                 result.lines.append(asker.results.added)
                 failure = asker.failure if not asker.failed else None
                 result.failures.append((str(failure), failure.exit_code) if failure else None)
-                asker.results = Results()  # the driver keeps them
+                asker.results = SubjectResults()  # the driver keeps them
             return result
 
         return measure

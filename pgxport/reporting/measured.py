@@ -91,7 +91,7 @@ ReportLine = Opened | Asked | TeacherForced
 LINES: TypeAdapter[ReportLine] = TypeAdapter(Annotated[ReportLine, Field(discriminator="kind")])
 
 
-class Results:
+class SubjectResults:
     """The measurements of one subject, in memory and, where a file is given, on disk."""
 
     def __init__(self, file: ResultFile[ReportLine] | None = None):

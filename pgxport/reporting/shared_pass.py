@@ -23,7 +23,7 @@ from pgxport.machine.energy import Meter, find_meters
 from pgxport.machine.nvml import Nvml, find_nvml
 from pgxport.metrics.sample import Sample
 from pgxport.reporting.asking import picture_of
-from pgxport.reporting.measured import LINES, Asked, Conditions, Opened, Place, Results, TeacherForced
+from pgxport.reporting.measured import LINES, Asked, Conditions, Opened, Place, SubjectResults, TeacherForced
 from pgxport.reporting.schema import Memory
 from pgxport.reporting.store import ResultFile
 from pgxport.text import duration
@@ -102,9 +102,9 @@ def shared_pass(
         return [asker.run(reference) for asker in askers]
 
 
-def results_of(subject: ReportSubject, folder: Path) -> Results | None:
+def results_of(subject: ReportSubject, folder: Path) -> SubjectResults | None:
     """Read what a folder of measurements holds of a subject; None where it cannot be opened."""
-    return Results(ResultFile(folder, asdict(subject.conditions), LINES)) if subject.conditions else None
+    return SubjectResults(ResultFile(folder, asdict(subject.conditions), LINES)) if subject.conditions else None
 
 
 def instruments(engine: str, stack: ExitStack) -> tuple[list[Meter], Nvml | None]:
@@ -174,7 +174,7 @@ class Asker:
     def __init__(
         self,
         subject: ReportSubject,
-        results: Results | None,
+        results: SubjectResults | None,
         meters: Sequence[Meter] = (),
         nvml: Nvml | None = None,
         place: Place | None = None,

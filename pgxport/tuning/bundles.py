@@ -55,7 +55,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRecipe:
     """A recipe as a bundle: its size, the time of one answer, and what it lost to the float32 bundle.
 
     Attributes:
@@ -177,7 +177,7 @@ class Bundles:
         """Whether a recipe was measured before."""
         return self._kept(recipe, self._places(probe=probe)) is not None
 
-    def measure(self, label: str, recipe: Recipe, *, probe: bool = False) -> Measured:
+    def measure(self, label: str, recipe: Recipe, *, probe: bool = False) -> MeasuredRecipe:
         """Export a recipe and run it, or take the kept result.
 
         Args:
@@ -195,7 +195,7 @@ class Bundles:
         score, stages = line.score, line.stages
         samples, expected = [self._samples[i] for i in places], [self._expected[i] for i in places]
         lost = loss(samples, self._answers(places, score.ids), expected)
-        return Measured(
+        return MeasuredRecipe(
             label, recipe, line.nbytes, self._ms(stages), stages, score.kl, score.kl_worst, score.agreement, loss=lost
         )
 

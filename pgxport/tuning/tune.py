@@ -27,7 +27,7 @@ from pgxport.reporting.measured import keys
 from pgxport.reporting.store import alone, digest
 from pgxport.runners.session import ENGINES
 from pgxport.text import duration
-from pgxport.tuning.bundles import Bundles, Measured, Say, TunedModel
+from pgxport.tuning.bundles import Bundles, MeasuredRecipe, Say, TunedModel
 from pgxport.tuning.candidates import FLOAT, Group, chosen, groups, options, recipe
 from pgxport.tuning.result import Limits, Mix, Probe, Tuning, toml
 from pgxport.tuning.search import Choice, Option, front, spread
@@ -134,7 +134,7 @@ class RecipeMeter:
     say: Say
     seconds: list[float] = field(default_factory=list)
 
-    def __call__(self, label: str, recipe: Recipe, *, left: int = 0, probe: bool = False) -> Measured:
+    def __call__(self, label: str, recipe: Recipe, *, left: int = 0, probe: bool = False) -> MeasuredRecipe:
         start, known = time.perf_counter(), self.bundles.known(recipe, probe=probe)
         if not known:
             recent = self.seconds[-10:]
@@ -174,7 +174,7 @@ def tuned_model(o: TuneOptions) -> TunedModel:
     return TunedModel(export, spec, data.samples, common, o.threads)
 
 
-def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tuple[Measured, ...], list[str]]:
+def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tuple[MeasuredRecipe, ...], list[str]]:
     """The named recipes as the target has them, and why some are not among them."""
     measured, skipped = [], []
     for i, name in enumerate(RECIPES):
@@ -189,7 +189,9 @@ def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tup
     return tuple(measured), skipped
 
 
-def _probes(meter: RecipeMeter, found: Sequence[Group], names: Sequence[str], skipped: list[str]) -> tuple[Measured, list[Probe]]:
+def _probes(
+    meter: RecipeMeter, found: Sequence[Group], names: Sequence[str], skipped: list[str]
+) -> tuple[MeasuredRecipe, list[Probe]]:
     """The model in floats, and each group by itself in each candidate."""
     base = meter(FLOAT, recipe("tuned", found, {}))
     wanted = [(group, name) for group in found for name in options(group, names) if name != FLOAT]
@@ -207,7 +209,12 @@ def _probes(meter: RecipeMeter, found: Sequence[Group], names: Sequence[str], sk
 
 
 def _search(
-    meter: RecipeMeter, found: Sequence[Group], base: Measured, probes: Sequence[Probe], named: Sequence[Measured], limits: Limits
+    meter: RecipeMeter,
+    found: Sequence[Group],
+    base: MeasuredRecipe,
+    probes: Sequence[Probe],
+    named: Sequence[MeasuredRecipe],
+    limits: Limits,
 ) -> list[Mix]:
     """Measure proposals: at each named recipe's size, and by halving down to the smallest within the limits."""
     table = {group.name: [Option(FLOAT, 0, 0.0, 0.0)] for group in found}
