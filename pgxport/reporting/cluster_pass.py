@@ -30,7 +30,7 @@ from pgxport.reporting.shared_pass import (
     Turn,
     demand,
     instruments,
-    lacking,
+    not_compared,
     results_of,
     take_turns,
 )
@@ -183,7 +183,7 @@ def _tasks(askers: Sequence[Asker], work: ReportWork) -> Iterator[SampleTask]:
 
 
 def _is_lacking(askers: Sequence[Asker], work: ReportWork, turn: Turn) -> bool:
-    return any(asker.lacks(turn.key) for asker in askers) or bool(lacking(askers, askers[work.reference], turn))
+    return any(asker.lacks(turn.key) for asker in askers) or bool(not_compared(askers, askers[work.reference], turn))
 
 
 def travelling(sample: Sample) -> Sample:

@@ -91,8 +91,8 @@ def shared_pass(
         askers = [Asker(subject, results_of(subject, folder), meters, nvml) for subject in subjects]
         reference, needed = askers[work.reference], demand(askers, work)
         clock = PassClock(sum(asks for asks, _ in needed) + needed[work.reference][1], progress)
-        for asker, lacking in zip(askers, needed, strict=True):
-            if any(lacking):
+        for asker, missing in zip(askers, needed, strict=True):
+            if any(missing):
                 clock.say(f"opening {asker.label}")
                 stack.enter_context(asker.process())
                 asker.open()
@@ -127,7 +127,7 @@ def demand(askers: "Sequence[Asker]", work: ReportWork) -> list[tuple[int, int]]
     return list(zip(asks, forced, strict=True))
 
 
-def lacking(askers: "Sequence[Asker]", reference: "Asker", turn: Turn) -> "list[Asker]":
+def not_compared(askers: "Sequence[Asker]", reference: "Asker", turn: Turn) -> "list[Asker]":
     """Return the subjects, in their order, that were not compared with the reference on the sample."""
     digest = reference.digest
     return [asker for asker in askers if turn.teacher_forced and asker is not reference and asker.lacks(turn.key, digest)]
@@ -151,7 +151,7 @@ def take_turns(
         if asker.lacks(turn.key):
             with lap(asker.label):
                 asker.ask(turn.key, turn.sample, turn.max_new_tokens)
-    if not lacking(order, reference, turn):
+    if not not_compared(order, reference, turn):
         return
     with lap("along the reference's answer"):
         theirs = reference.results.asked.get(turn.key) if reference.results else None
@@ -160,7 +160,7 @@ def take_turns(
         ids = theirs.answer["token_ids"]
         request = {"image": picture_of(turn.sample), "prompt": turn.sample.prompt, "teacher_force": ids}
         if reference.request(request | {"write": str(logits)}) == {}:  # neither refused nor failed
-            for asker in lacking(order, reference, turn):
+            for asker in not_compared(order, reference, turn):
                 asker.compare(turn.key, reference.digest, request | {"read": str(logits)})
         logits.unlink(missing_ok=True)
 
