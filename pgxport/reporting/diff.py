@@ -88,11 +88,11 @@ def diff(options: DiffOptions, *, progress: Progress | None = None) -> Diff:
         if wrong := [flag for flag, value in asked.items() if value is not None]:
             raise UsageError(f"{wrong[0]} asks bundles, and {options.first} is a report")
         return _reports(options)
-    found = Diff(str(options.first), str(options.second), list(_manifests(options)))
+    result = Diff(str(options.first), str(options.second), list(_manifests(options)))
     if options.data is None and options.limit is None:
         if options.gate is not None:
             raise UsageError("--gate needs answers to judge; add --limit 20 for the drawn scenes, or --data")
-        return found
+        return result
     with tempfile.TemporaryDirectory(prefix="pgx-diff-") as scratch:
         given = ReportOptions(
             (str(options.first), str(options.second)), options.output or Path(scratch) / "report",
@@ -100,10 +100,10 @@ def diff(options: DiffOptions, *, progress: Progress | None = None) -> Diff:
             threads=options.threads, first_is_reference=True,
         )  # fmt: skip
         device = report(given, progress=progress).devices[0]
-    found.changes.extend(_answers(device))
+    result.changes.extend(_answers(device))
     if options.gate is not None:
-        found.failures.extend(gate_failures(device))
-    return found
+        result.failures.extend(gate_failures(device))
+    return result
 
 
 def _manifests(options: DiffOptions) -> Iterator[DiffEntry]:

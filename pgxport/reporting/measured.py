@@ -146,14 +146,14 @@ def measured_folder(output: Path) -> Iterator[Path]:
 def keys(samples: Sequence[Sample]) -> list[str]:
     """Return the key of each sample: samples with the same picture and prompt have one answer."""
     digests: dict[Path | bytes | Drawn, str] = {}
-    found = []
+    sample_keys = []
     for sample in samples:
         if sample.image not in digests:
             drawn = isinstance(sample.image, Drawn)
             digests[sample.image] = repr(sample.image) if drawn else hashlib.sha256(sample.content()).hexdigest()
         text = json.dumps([digests[sample.image], sample.prompt])
-        found.append(hashlib.sha256(text.encode()).hexdigest()[:32])
-    return found
+        sample_keys.append(hashlib.sha256(text.encode()).hexdigest()[:32])
+    return sample_keys
 
 
 def answer_of(asked: Asked) -> Answer:

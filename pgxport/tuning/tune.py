@@ -39,7 +39,7 @@ VERSIONS = ("pgxport", "numpy", "onnxruntime")
 
 @dataclass(frozen=True)
 class TuneOptions(ModelChoice):
-    """What to tune. Names are those of `pgx tune`'s flags.
+    """The model to tune and the limits. Names are those of `pgx tune`'s flags.
 
     Attributes:
         data: Samples to judge by, a file or a folder (docs/tune.md); None: the embedded scenes.
@@ -90,7 +90,7 @@ def tune(options: TuneOptions, *, progress: Say | None = None) -> Tuning:
         raise UsageError(f"--max-loss {options.max_loss:g}: give points from 0 on, as in 1%")
     names = chosen(options.candidates, calibrated=options.calibration is not None)
     subject = tuned_model(options)
-    found = groups(subject.spec)
+    model_groups = groups(subject.spec)
     limits = Limits(options.max_loss, options.max_latency, None if options.max_size is None else round(options.max_size * 1e6))
     work = Path(options.work) if options.work else output.with_name(output.name + ".work")
     say = progress or (lambda text: None)
@@ -98,8 +98,8 @@ def tune(options: TuneOptions, *, progress: Say | None = None) -> Tuning:
     with alone(work, "--work"), cluster or nullcontext(), Bundles(subject, work, say, cluster) as bundles:
         meter = RecipeMeter(bundles, say)
         named, skipped = _named(meter, target, calibrated=options.calibration is not None)
-        base, probes = _probes(meter, found, names, skipped)
-        mixes = _search(meter, found, base, probes, named, limits)
+        base, probes = _probes(meter, model_groups, names, skipped)
+        mixes = _search(meter, model_groups, base, probes, named, limits)
         tuning = Tuning(_facts(subject, bundles, options), limits, named, base, tuple(probes), tuple(mixes), tuple(skipped))
     if tuning.winner:
         with disk_errors(f"cannot write {output}"):
@@ -150,23 +150,23 @@ def tuned_model(o: TuneOptions) -> TunedModel:
     """Open the checkpoint, the calibration and the samples that the options name."""
     if (o.checkpoint is None) == (o.size is None):
         raise UsageError("name one model: a checkpoint, or --size tiny --res 224")
-    found = locate(o, precision="fp32")
-    checkpoint = Checkpoint.open(found.path, Path(o.adapter) if o.adapter else None)
+    located = locate(o, precision="fp32")
+    checkpoint = Checkpoint.open(located.path, Path(o.adapter) if o.adapter else None)
     spec = read_config(checkpoint.config)
     check_weights(checkpoint, spec)
     sha256 = checkpoint_sha256(checkpoint.files())
     calibration = Calibration.open(o.calibration) if o.calibration else None
     if calibration:
-        calibration.check(sha256, found.name)
+        calibration.check(sha256, located.name)
     data = load(DataOptions(data=Path(o.data) if o.data else None, format=o.format, limit=o.samples))
     common = {
         "checkpoint": sha256, "calibration": calibration.digest if calibration else None, "samples": _digest(data.samples),
-        "masks": bool(o.masks or found.masks), "target": o.target, "threads": o.threads, "versions": versions(VERSIONS),
+        "masks": bool(o.masks or located.masks), "target": o.target, "threads": o.threads, "versions": versions(VERSIONS),
     }  # fmt: skip
     export = ExportOptions(
-        checkpoint=found.path,
+        checkpoint=located.path,
         adapter=o.adapter,
-        masks=o.masks or found.masks,
+        masks=o.masks or located.masks,
         calibration=o.calibration,
         target=o.target,
         parity=0,
@@ -175,7 +175,7 @@ def tuned_model(o: TuneOptions) -> TunedModel:
 
 
 def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tuple[MeasuredRecipe, ...], list[str]]:
-    """The named recipes as the target has them, and why some are not among them."""
+    """Measure the named recipes as the target has them; returns also why some were skipped."""
     measured, skipped = [], []
     for i, name in enumerate(RECIPES):
         try:
@@ -190,12 +190,12 @@ def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tup
 
 
 def _probes(
-    meter: RecipeMeter, found: Sequence[Group], names: Sequence[str], skipped: list[str]
+    meter: RecipeMeter, model_groups: Sequence[Group], names: Sequence[str], skipped: list[str]
 ) -> tuple[MeasuredRecipe, list[Probe]]:
-    """The model in floats, and each group by itself in each candidate."""
-    base = meter(FLOAT, recipe("tuned", found, {}))
-    wanted = [(group, name) for group in found for name in options(group, names) if name != FLOAT]
-    recipes = [recipe("tuned", found, {group.name: name}) for group, name in wanted]
+    """Measure the model in floats, and each group by itself in each candidate."""
+    base = meter(FLOAT, recipe("tuned", model_groups, {}))
+    wanted = [(group, name) for group in model_groups for name in options(group, names) if name != FLOAT]
+    recipes = [recipe("tuned", model_groups, {group.name: name}) for group, name in wanted]
     unknown = [not meter.bundles.known(r, probe=True) for r in recipes]
     probes = []
     for i, ((group, name), tried) in enumerate(zip(wanted, recipes, strict=True)):
@@ -210,21 +210,21 @@ def _probes(
 
 def _search(
     meter: RecipeMeter,
-    found: Sequence[Group],
+    model_groups: Sequence[Group],
     base: MeasuredRecipe,
     probes: Sequence[Probe],
     named: Sequence[MeasuredRecipe],
     limits: Limits,
 ) -> list[Mix]:
     """Measure proposals: at each named recipe's size, and by halving down to the smallest within the limits."""
-    table = {group.name: [Option(FLOAT, 0, 0.0, 0.0)] for group in found}
+    table = {group.name: [Option(FLOAT, 0, 0.0, 0.0)] for group in model_groups}
     for p in probes:
         m = p.measured
         table[p.group].append(Option(p.candidate, m.nbytes - base.nbytes, m.ms - base.ms, max(0.0, m.kl - base.kl)))
     mixes: dict[str, Mix] = {}
 
     def measured(choice: Choice) -> Mix:
-        made = recipe("tuned", found, choice.names)
+        made = recipe("tuned", model_groups, choice.names)
         key = digest(dict(choice.names))
         if key not in mixes:
             label = f"mix {len(mixes) + 1}"
@@ -250,7 +250,7 @@ def _search(
 
 
 def _smallest(ladder: Sequence[Choice], holds: Callable[[Choice], bool]) -> Choice:
-    """The first that holds, if all after one that holds do; the last, where none does."""
+    """Return the first choice that holds, if all after one that holds do; the last, where none does."""
     low, high = 0, len(ladder) - 1
     while low < high:
         middle = (low + high) // 2
