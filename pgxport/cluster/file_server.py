@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfer bundles to nodes: each is named by the sha256 of its manifest, fetched once and verified before use. Knows no Ray."""
+"""Transfer bundles to nodes, each named by its manifest's sha256 and verified before use. Knows no Ray."""
 
 import os
 import shutil
@@ -70,10 +70,10 @@ def temporary_folder(folder: Path) -> Path:
 
 
 def fetch(digest: str, transfer: Transfer, folder: Path) -> Path:
-    """Return the bundle of that digest below `folder`, fetched where no sound copy is there; others who want it wait.
+    """Return the bundle of that digest below `folder`; one process at a time fetches it, unless it is there.
 
     Raises:
-        IntegrityError: the received bytes are not what the digest promises, or the folder is not this user's alone.
+        IntegrityError: the bundle is not the one of that digest, or the folder is not this user's alone.
         DiskError: the bundle cannot be written.
     """
     path = folder / digest

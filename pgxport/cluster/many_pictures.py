@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask one prompt about many pictures on a cluster: the rows of runners/many.py in the same order, each with its node."""
+"""Ask one prompt about many pictures on a cluster: the rows of runners/many.py, each with its node."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,9 @@ class PictureTask:
 def ask_each(
     bundle: str, pictures: Sequence[Path | EmbeddedPicture], question: PictureQuestion, address: str
 ) -> Iterator[PictureAnswer]:
-    """Answer as `many.ask_each` does, spread over a cluster. A picture that three processes or nodes lost is a failed row.
+    """Answer as `many.ask_each` does, spread over a cluster.
+
+    A picture that three processes or nodes lost is a failed row.
 
     Raises:
         IntegrityError: the bundle is not sound.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spread tasks over the nodes of a Ray cluster: workers pull tasks from one queue, and a dead worker's task is done again.
+"""Spread tasks over a Ray cluster: workers pull from one queue, and a dead worker's task is done again.
 
-The only file that knows Ray, and it knows nothing of what the tasks are. Ray moves arguments and results between processes
-that all run this package; nothing from a bundle or a disk is unpickled.
+The only file that knows Ray, and it knows nothing of what the tasks are. Ray moves arguments and results
+between processes that all run this package; nothing from a bundle or a disk is unpickled.
 """
 
 import os
@@ -74,7 +74,7 @@ class WorkerSetup(Protocol[Task_contra, Result_co]):
     """What every worker does. It travels to the nodes, so it holds plain data."""
 
     def start(self, context: WorkerContext) -> Callable[[Task_contra], Result_co]:
-        """Get ready on a node. A PgxError from here, or from the function that it returns, ends everything."""
+        """Get ready on a node. A PgxError, also of the returned function, ends everything."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,10 @@ class Cluster:
         return self._file_server
 
     def nodes(self) -> list[Node]:
-        """Return the living nodes. A node is called as its `ray start --node-name` says, else as its machine."""
+        """Return the living nodes.
+
+        A node is called as its `ray start --node-name` says, else as its machine.
+        """
         alive = []
         for about in self.ray.nodes():
             if about["Alive"]:
@@ -151,7 +154,9 @@ class Cluster:
     def spread(
         self, setup: WorkerSetup[Task, Result], tasks: Iterable[Task], workers: Workers
     ) -> Iterator[TaskResult[Task, Result]]:
-        """Yield each task's result as it comes. A task is taken when a worker is free, so it may depend on earlier results.
+        """Yield each task's result as it comes.
+
+        A task is taken when a worker is free, so it may depend on earlier results.
 
         Raises:
             EngineError: no node has room for a worker.

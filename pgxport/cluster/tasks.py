@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a caller of the cluster gives and gets: how many workers a node has, and the result of a task. Knows no Ray."""
+"""How many workers a node has, and the result of a task. Knows no Ray."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Workers:
     Attributes:
         threads: CPUs of a worker; None: all of its node's.
         gpu: Whether a worker needs a GPU.
-        many: Start as many workers as a node's CPUs allow. Where time is measured there is one, undisturbed by others of ours.
+        many: Start as many as a node's CPUs allow. Where time is measured one runs, undisturbed by others.
     """
 
     threads: int | None
@@ -44,7 +44,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class TaskResult(Generic[Task, Result]):
-    """A task, its result and the node that gave it; or, with `lost`, why it was given up after its workers died TRIES times."""
+    """A task, its result and its node; or, with `lost`, why it was given up after TRIES workers had died."""
 
     task: Task
     node: str

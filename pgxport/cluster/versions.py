@@ -10,7 +10,7 @@ from pgxport.machine.conditions import PACKAGES
 
 
 def survey(packages: tuple[str, ...] = PACKAGES) -> Callable[[], dict[str, str]]:
-    """Return a function that lists the installed versions of the packages; it also runs on a node without pgxport."""
+    """Return a function that lists the installed versions, also on a node without pgxport."""
 
     # Ray sends a nested function by value, so the node need not import this module.
     def installed() -> dict[str, str]:

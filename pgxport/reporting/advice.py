@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The advice of a report, in sentences: which bundle to take, what each costs, and what is not certain. Reads the rows alone.
+"""The advice of a report, in sentences: which bundle to take, what each costs, and what is uncertain.
 
 Two rows are ranked only where the interval of their difference leaves no doubt.
 """
@@ -162,7 +162,7 @@ def _gate(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
 
 
 def _too_few(row: Row, gate: float) -> bool:
-    """Whether a loss that the gate forbids may have hit none of the samples: resampling cannot show what no sample has."""
+    """Whether a forbidden loss may have hit no sample at all: resampling cannot show what no sample has."""
     kept = row.kept
     return kept is not None and kept.low is not None and kept.low >= gate and _unseen(row.measured) > 1 - gate
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask a loaded bundle a sample, and feed it the reference's answer (teacher forcing) to compare what it would say next.
+"""Ask a loaded bundle, and compare it with the reference along the reference's answer (teacher forcing).
 
-`pgx tune` calls these functions in its own process. `pgx report` has a process for each bundle, which this module is when it is run:
-python -m pgxport.reporting.asking, then a line of JSON a request (worker.py)
+`pgx tune` calls these functions in its own process. `pgx report` runs this module as a process for each
+bundle: python -m pgxport.reporting.asking, then a line of JSON a request (worker.py)
 """
 
 import base64
@@ -35,7 +35,7 @@ WARM_UP_PROMPT = "caption en"
 
 @dataclass
 class TokenAgreement:
-    """How far two models agree about the next token, at every position of one answer and at its end, or of several answers."""
+    """How far two models agree about the next token, summed over the positions of answers and their ends."""
 
     positions: int = 0
     agreed: int = 0  # positions where the same token is likeliest to both
@@ -88,10 +88,10 @@ def compare(logits: Iterable[np.ndarray], reference: np.ndarray, ids: TokenIds) 
 def compare_and_answer(
     pipeline: Pipeline, prefix: np.ndarray, ids: Sequence[int], reference: np.ndarray
 ) -> tuple[TokenAgreement, list[int]]:
-    """Feed a bundle the reference's answer; returns the agreement, and the answer that the bundle gives by itself.
+    """Feed a bundle the reference's answer; returns the agreement, and the bundle's own answer.
 
-    Both cost one prefill. As long as the bundle's likeliest tokens are the reference's, they are its own answer; at the first other
-    token the cache is wound back, and the bundle goes on alone.
+    Both cost one prefill. As long as the bundle's likeliest tokens are the reference's, they are its own
+    answer; at the first other token the cache is wound back, and the bundle goes on alone.
 
     Args:
         prefix: [1, T, H].
@@ -123,7 +123,7 @@ def compare_and_answer(
 
 
 def write_logits(file: Path, logits: Iterable[np.ndarray], count: int) -> None:
-    """Write `count` rows of logits [V] as a float32 array [count, V], row by row: those of a long answer fill a board's memory."""
+    """Write logits [V] as a float32 array [count, V], row by row: a long answer's fill a board's memory."""
     with disk_errors(f"cannot write {file}"), writing(file) as out:
         for t, row in enumerate(logits):
             if t == 0:
@@ -147,7 +147,7 @@ class BundleSubject:
         return dict(self._runner.answer(Image.new("RGB", (640, 480), "grey"), WARM_UP_PROMPT, max_new_tokens=4).timings)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answer a sample; or, given the reference's answer, write the logits along it or compare them with those in a file."""
+        """Answer a sample; or write the logits along the reference's answer, or compare them with a file's."""
         picture = open_picture(request["image"])
         try:
             if "teacher_force" in request:
@@ -188,7 +188,7 @@ def picture_of(sample: Sample) -> dict[str, Any]:
 
 
 def open_picture(image: dict[str, Any]) -> Picture:
-    """Return what a runner takes: files are decoded inside the measured time, as in use, and scenes are drawn outside of it."""
+    """Return what a runner takes: files are decoded inside the measured time, scenes are drawn outside."""
     if "scene" in image:
         from pgxport.models.tiny.scenes import draw
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chart of a report: an answer's time against its quality, a dot for each bundle, whose area is the bundle's size.
+"""The chart of a report: time against quality, a dot for each bundle, whose area is the bundle's size.
 
-altair describes the chart and vl-convert draws it, both without network. Text from the data is a label, never an expression.
+altair describes the chart and vl-convert draws it, both without network. Text from the data is a label, never
+an expression.
 """
 
 import io
@@ -36,7 +37,7 @@ def require_charts() -> None:
 
 def svg(report: Report) -> str:
     """Draw all devices, one under the other, on white, as SVG."""
-    return _converter().vegalite_to_svg(_spec(report.devices, background="white"), vl_version=VERSION)
+    return _converter().vegalite_to_svg(spec(report.devices, background="white"), vl_version=VERSION)
 
 
 def png(drawn: str) -> bytes:
@@ -52,7 +53,7 @@ def device_svg(device: Device) -> str | None:
     """Draw one device for a page of either colour; None where nothing was measured."""
     if not points(device):
         return None
-    return _converter().vegalite_to_svg(_spec([device], background="transparent"), vl_version=VERSION)
+    return _converter().vegalite_to_svg(spec([device], background="transparent"), vl_version=VERSION)
 
 
 def points(device: Device) -> list[dict[str, Any]]:
@@ -73,7 +74,7 @@ def points(device: Device) -> list[dict[str, Any]]:
 
 
 def gate_line(device: Device) -> float | None:
-    """Return the quality in percent below which a bundle fails the gate; None where the reference has none."""
+    """Return the quality in percent below which a bundle fails the gate; None without a reference's."""
     reference = next(row for row in device.rows if row.label == device.reference)
     return 100 * device.gate * reference.quality.value if reference.quality else None
 
@@ -94,7 +95,8 @@ def metric_title(row: Row) -> str:
     return f"mean of {len(deciding)} tasks' deciding metrics"
 
 
-def _spec(devices: Any, *, background: str) -> dict[str, Any]:
+def spec(devices: Any, *, background: str) -> dict[str, Any]:
+    """Return the chart of devices as a Vega-Lite specification."""
     alt = require("altair", "the chart of a report")
     charts = [_layers(alt, device, titled=len(devices) > 1) for device in devices]
     charts = [chart for chart in charts if chart is not None]
@@ -109,8 +111,8 @@ def _spec(devices: Any, *, background: str) -> dict[str, Any]:
         .configure_view(stroke=None)
         .configure_title(color=GREY)
     )
-    spec: dict[str, Any] = styled.to_dict(validate=False)  # a test validates it; here it costs as much as all the rest
-    return spec
+    made: dict[str, Any] = styled.to_dict(validate=False)  # a test validates it; here that costs as much as all the rest
+    return made
 
 
 def _layers(alt: Any, device: Device, *, titled: bool) -> Any:
@@ -152,7 +154,7 @@ def _layers(alt: Any, device: Device, *, titled: bool) -> Any:
 def _places(
     drawn: list[dict[str, Any]], x_domain: tuple[float, float], y_domain: tuple[float, float], gate: float | None
 ) -> list[int]:
-    """Return how far under its dot each name stands, so that names overlap neither each other nor the gate's."""
+    """Return how far under its dot each name stands, so that no name overlaps another or the gate's."""
     taken: list[tuple[float, float, float]] = []  # left, right, middle
     if gate is not None:
         taken.append((4, 4 + 6 * len(GATE), HEIGHT * (y_domain[1] - gate) / (y_domain[1] - y_domain[0]) + UNDER))

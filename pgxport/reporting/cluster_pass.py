@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shared pass on a cluster: each sample is asked of all bundles on one free node, and times stay that node's.
+"""The shared pass on a cluster: one node asks all bundles a sample, and times stay that node's.
 
-Two times that are compared were then measured on the same machine, one after the other, as `shared_pass` does it alone.
+Two times that are compared were then measured on the same machine, one after the other, as `shared_pass` does
+it alone.
 """
 
 import tempfile
@@ -20,7 +21,7 @@ from pgxport.machine.conditions import describe_machine
 from pgxport.metrics.sample import Sample
 from pgxport.reporting import schema
 from pgxport.reporting.environment import board, environment
-from pgxport.reporting.measured import Place, ReportLine, Results
+from pgxport.reporting.measured import Place, ReportLine, SubjectResults
 from pgxport.reporting.shared_pass import (
     Asker,
     ReportSubject,
@@ -29,7 +30,7 @@ from pgxport.reporting.shared_pass import (
     Turn,
     demand,
     instruments,
-    lacking,
+    not_compared,
     results_of,
     take_turns,
 )
@@ -65,7 +66,7 @@ class SampleResult:
 
 @dataclass(frozen=True)
 class OpenSubjects:
-    """What a worker does: it opens the bundles on its node, each in a process of its own, and asks them sample by sample.
+    """Opens the bundles on a node, each in a process of its own, and asks them sample by sample.
 
     Attributes:
         digests: Of each bundle, the digest by which nodes fetch it; None: nothing is to be asked of it.
@@ -87,7 +88,7 @@ class OpenSubjects:
         for subject, digest in zip(self.subjects, self.digests, strict=True):
             path = context.fetch(digest) if digest else None
             subject = replace(subject, request={**subject.request, "bundle": str(path)})
-            asker = Asker(subject, Results(), meters, nvml, place)
+            asker = Asker(subject, SubjectResults(), meters, nvml, place)
             if path:
                 context.stack.enter_context(asker.process())
                 asker.open(about)
@@ -107,7 +108,7 @@ class OpenSubjects:
                 result.lines.append(asker.results.added)
                 failure = asker.failure if not asker.failed else None
                 result.failures.append((str(failure), failure.exit_code) if failure else None)
-                asker.results = Results()  # the driver keeps them
+                asker.results = SubjectResults()  # the driver keeps them
             return result
 
         return measure
@@ -123,7 +124,9 @@ def cluster_pass(
     threads: int | None,
     progress: Progress | None,
 ) -> list[NodeResults]:
-    """Measure what no node has measured yet. A subject that fails on a node is a run with its reason in the results of every node.
+    """Measure what no node has measured yet.
+
+    A subject that fails on a node is a run with its reason in the results of every node.
 
     Raises:
         UsageError: a node has other versions of the packages, or a subject is a checkpoint.
@@ -180,7 +183,7 @@ def _tasks(askers: Sequence[Asker], work: ReportWork) -> Iterator[SampleTask]:
 
 
 def _is_lacking(askers: Sequence[Asker], work: ReportWork, turn: Turn) -> bool:
-    return any(asker.lacks(turn.key) for asker in askers) or bool(lacking(askers, askers[work.reference], turn))
+    return any(asker.lacks(turn.key) for asker in askers) or bool(not_compared(askers, askers[work.reference], turn))
 
 
 def travelling(sample: Sample) -> Sample:
@@ -202,7 +205,7 @@ def _keep(askers: Sequence[Asker], result: SampleResult) -> None:
 
 
 def _by_node(askers: Sequence[Asker], work: ReportWork, here: schema.Environment) -> list[NodeResults]:
-    """Return the results of each node that timed a sample; where none did, this machine's, which say what failed."""
+    """Return the results of each node that timed a sample; where none did, why, as this machine's."""
     runs = [asker.run(askers[work.reference]) for asker in askers]
     places = {line.place for run in runs for key, line in run.asked.items() if key in work.samples and line.place}
     nodes = []

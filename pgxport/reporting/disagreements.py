@@ -46,7 +46,7 @@ class Album:
 def disagreements(
     samples: Sequence[Sample], answers: Mapping[str, Sequence[Answer]], reference: str, count: int, album: Album
 ) -> tuple[schema.Disagreement, ...]:
-    """Return up to `count` samples on which rows differ from the reference, taking tasks in turn, the largest losses first."""
+    """Return up to `count` samples on which rows differ, taking tasks in turn, the largest losses first."""
     shown_samples: list[schema.Disagreement] = []
     spent = 0.0
     for i in _worst(samples, answers, reference, count):
@@ -61,7 +61,7 @@ def disagreements(
 
 
 def within_budget(devices: Sequence[schema.Device], files: Mapping[str, bytes]) -> tuple[schema.Device, ...]:
-    """Return devices that share one page, each with as many of its disagreements as its part of the page holds."""
+    """Return the devices of one page, each with the disagreements that its part of the page holds."""
     parts = max(1, sum(bool(device.disagreements) for device in devices))
     shortened = []
     for device in devices:

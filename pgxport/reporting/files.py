@@ -39,7 +39,7 @@ def rendered(report: Report, pictures: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def write(report: Report, pictures: Mapping[str, bytes], output: Path) -> None:
-    """Write every file, each whole or not at all, report.json last, and delete the pictures of an earlier report.
+    """Write every file whole or not at all, report.json last, and delete pictures of an earlier report.
 
     Raises:
         DiskError: a file cannot be written.
@@ -76,7 +76,7 @@ def read(path: Path) -> Report:
 
 
 def read_pictures(report: Report, folder: Path) -> dict[str, bytes]:
-    """Read the pictures that a report names, from beside it; one that is missing, a link or no WebP is left out."""
+    """Read the pictures that a report names, without those that are missing, links or no WebP."""
     pictures = {}
     for name in sorted(named([d for device in report.devices for d in device.disagreements])):
         file = folder / PICTURES / name
@@ -104,7 +104,7 @@ def check_output(output: Path) -> None:
 
 
 def results_csv(report: Report) -> str:
-    """Return a row for each bundle, for spreadsheets, in seconds and bytes; a cell that was not measured is empty."""
+    """Return a row for each bundle, in seconds and bytes; a cell that was not measured is empty."""
     rows = [(device.name, row) for device in report.devices for row in device.rows]
     scores = list(dict.fromkeys((s.task, s.metric) for _, row in rows for s in row.scores))
     stages = list(dict.fromkeys(stage for _, row in rows for stage in sorted(row.seconds)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""report.md: the verdict and the tables, to read without a browser. Text from the data is never Markdown or HTML here."""
+"""report.md: the verdict and the tables. Text from the data is never Markdown or HTML here."""
 
 from collections.abc import Sequence
 

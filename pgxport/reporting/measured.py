@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report measures of one subject, a bundle or a checkpoint: the lines of its file, and what they say together."""
+"""The measurements of one subject of a report, a bundle or a checkpoint, as lines of its file."""
 
 import hashlib
 import json
@@ -91,7 +91,7 @@ ReportLine = Opened | Asked | TeacherForced
 LINES: TypeAdapter[ReportLine] = TypeAdapter(Annotated[ReportLine, Field(discriminator="kind")])
 
 
-class Results:
+class SubjectResults:
     """The measurements of one subject, in memory and, where a file is given, on disk."""
 
     def __init__(self, file: ResultFile[ReportLine] | None = None):
@@ -144,16 +144,16 @@ def measured_folder(output: Path) -> Iterator[Path]:
 
 
 def keys(samples: Sequence[Sample]) -> list[str]:
-    """Return the key of each sample: two with the same picture and prompt have one answer. A picture is hashed once."""
+    """Return the key of each sample: samples with the same picture and prompt have one answer."""
     digests: dict[Path | bytes | Drawn, str] = {}
-    found = []
+    sample_keys = []
     for sample in samples:
         if sample.image not in digests:
             drawn = isinstance(sample.image, Drawn)
             digests[sample.image] = repr(sample.image) if drawn else hashlib.sha256(sample.content()).hexdigest()
         text = json.dumps([digests[sample.image], sample.prompt])
-        found.append(hashlib.sha256(text.encode()).hexdigest()[:32])
-    return found
+        sample_keys.append(hashlib.sha256(text.encode()).hexdigest()[:32])
+    return sample_keys
 
 
 def answer_of(asked: Asked) -> Answer:

@@ -34,7 +34,7 @@ class CardOptions:
 
 
 def write_card(options: CardOptions) -> str:
-    """Write README.md of a bundle anew, and return it: the folder is exchanged for one with the new card and the same files.
+    """Write README.md of a bundle anew, and return it; the folder is exchanged for one with the new card.
 
     Killed in the middle, it leaves the old bundle or the new one, either sound.
 
@@ -94,7 +94,7 @@ def _turned(t: tables.Table) -> tables.Table:
 
 
 def _results(rows: list[tuple[Device, Row]]) -> list[Mapping[str, Plain]]:
-    """Return results as the hub's model-index has them: one for each task and data set, from the first device that has it."""
+    """Return results for the hub's model-index, one for each task and data set, of the first device."""
     results: dict[tuple[str, str], Mapping[str, Plain]] = {}
     for device, row in rows:
         kind = NO_NAME.sub("-", device.data.format).strip("-.") or "other"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""report.html: one file, without a script and without a network; a pure function of a report and its pictures.
+"""report.html: one file without scripts and network, a pure function of a report and its pictures.
 
-All text from data passes `esc`; nothing else enters the page but our own constants and the chart's SVG, whose texts
-vl-convert escapes. Should both fail, the page's own policy lets no script run and nothing be fetched.
+All text from data passes `esc`; nothing else enters the page but our own constants and the chart's SVG, whose
+texts vl-convert escapes. Should both fail, the page's own policy lets no script run and nothing be fetched.
 """
 
 import base64

@@ -39,7 +39,7 @@ class ReportOptions:
     Attributes:
         reference: A checkpoint's folder, to be run in transformers.
         gate: The share of the reference's quality that a bundle has to keep.
-        follow: How many samples are compared with the reference token by token, along its answers (teacher forcing).
+        follow: How many samples are compared token by token, along the reference's answers.
         pictures: Disagreements to show.
         batch: Answers at a time, to measure throughput at as well.
         cluster: The address of a Ray cluster, over which the samples are spread (docs/cluster.md).
@@ -65,7 +65,7 @@ def report(options: ReportOptions, *, progress: Progress | None = None) -> schem
     """Measure what is not measured yet, and write the whole report.
 
     Raises:
-        UsageError: the output is something else, an extra is missing, or the format of the data is not certain.
+        UsageError: the output is something else, an extra is missing, or the data's format is uncertain.
         InputError: the data is not sound.
     """
     chart.require_charts()  # before hours of measuring rather than after
@@ -175,7 +175,7 @@ def _measure(
 def _devices(
     options: ReportOptions, data: DataSet, sample_keys: list[str], nodes: list[NodeResults], reference: int
 ) -> tuple[tuple[schema.Device, ...], disagreements.Album]:
-    """Return a device for each node: the first with all that the answers say, those after it of the same answers with other times."""
+    """Return a device for each node: the first is complete, the others have the same answers and their times."""
     first, album = _device(options, data, sample_keys, nodes[0], reference)
     devices = [first]
     for node in nodes[1:]:
@@ -188,7 +188,7 @@ def _devices(
 
 
 def _batched(device: schema.Device, options: ReportOptions, progress: Progress | None) -> schema.Device:
-    """Add the throughput of each bundle that was measured to its end; measured anew each time, for it takes seconds."""
+    """Add the throughput of each complete bundle, measured anew each time, for it takes seconds."""
     named = dict(zip(_labels(options.bundles), options.bundles, strict=True))
     paths = {row.label: named[row.label] for row in device.rows if row.status == "ok" and row.label in named}
     work, engine, threads = Batches(options.batch), options.engine, options.threads

@@ -248,7 +248,7 @@ def spread(values: Sequence[float]) -> schema.Spread:
 
 
 def notes(asked: Sequence[Asked]) -> list[str]:
-    """Describe the clocks: first whether they were held back, not held back or not known, then their range and the heat."""
+    """Describe the clocks: whether they were held back or that is not known, their range, and the heat."""
     texts = []
     if times := sum(a.throttled or 0 for a in asked):
         texts.append(f"throttled {times} times")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask every bundle every sample, in turn, once: the pass that all rows of a report share.
 
-Each bundle has a process; only one works at a time, and the bundle that begins moves on by one with each sample, so that a machine
-whose speed drifts affects all alike. What a folder of earlier measurements holds is not asked again. Knows no metric.
+Each bundle has a process; only one works at a time, and the bundle that begins moves on by one with each
+sample, so that a machine whose speed drifts affects all alike. What a folder of earlier measurements holds is
+not asked again. Knows no metric.
 """
 
 import sys
@@ -22,7 +23,7 @@ from pgxport.machine.energy import Meter, find_meters
 from pgxport.machine.nvml import Nvml, find_nvml
 from pgxport.metrics.sample import Sample
 from pgxport.reporting.asking import picture_of
-from pgxport.reporting.measured import LINES, Asked, Conditions, Opened, Place, Results, TeacherForced
+from pgxport.reporting.measured import LINES, Asked, Conditions, Opened, Place, SubjectResults, TeacherForced
 from pgxport.reporting.schema import Memory
 from pgxport.reporting.store import ResultFile
 from pgxport.text import duration
@@ -55,7 +56,7 @@ class SubjectRun:
 
 @dataclass(frozen=True)
 class ReportWork:
-    """What is asked: samples by key, and the samples whose reference answer the others are fed (teacher forcing)."""
+    """The samples by key, and those along whose reference answer the others are compared."""
 
     samples: Mapping[str, Sample]
     teacher_forced: frozenset[str]
@@ -83,15 +84,15 @@ class Turn:
 def shared_pass(
     subjects: Sequence[ReportSubject], work: ReportWork, folder: Path, *, engine: str = "cpu", progress: Progress | None = None
 ) -> list[SubjectRun]:
-    """Measure what is missing in a folder of measurements. A subject that fails is a run with its reason; the others go on."""
+    """Measure what a folder lacks. A subject that fails is a run with its reason; the others go on."""
     with ExitStack() as stack:
         meters, nvml = instruments(engine, stack)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgx-report-")))
         askers = [Asker(subject, results_of(subject, folder), meters, nvml) for subject in subjects]
         reference, needed = askers[work.reference], demand(askers, work)
         clock = PassClock(sum(asks for asks, _ in needed) + needed[work.reference][1], progress)
-        for asker, lacking in zip(askers, needed, strict=True):
-            if any(lacking):
+        for asker, missing in zip(askers, needed, strict=True):
+            if any(missing):
                 clock.say(f"opening {asker.label}")
                 stack.enter_context(asker.process())
                 asker.open()
@@ -101,9 +102,9 @@ def shared_pass(
         return [asker.run(reference) for asker in askers]
 
 
-def results_of(subject: ReportSubject, folder: Path) -> Results | None:
+def results_of(subject: ReportSubject, folder: Path) -> SubjectResults | None:
     """Read what a folder of measurements holds of a subject; None where it cannot be opened."""
-    return Results(ResultFile(folder, asdict(subject.conditions), LINES)) if subject.conditions else None
+    return SubjectResults(ResultFile(folder, asdict(subject.conditions), LINES)) if subject.conditions else None
 
 
 def instruments(engine: str, stack: ExitStack) -> tuple[list[Meter], Nvml | None]:
@@ -126,7 +127,7 @@ def demand(askers: "Sequence[Asker]", work: ReportWork) -> list[tuple[int, int]]
     return list(zip(asks, forced, strict=True))
 
 
-def lacking(askers: "Sequence[Asker]", reference: "Asker", turn: Turn) -> "list[Asker]":
+def not_compared(askers: "Sequence[Asker]", reference: "Asker", turn: Turn) -> "list[Asker]":
     """Return the subjects, in their order, that were not compared with the reference on the sample."""
     digest = reference.digest
     return [asker for asker in askers if turn.teacher_forced and asker is not reference and asker.lacks(turn.key, digest)]
@@ -150,7 +151,7 @@ def take_turns(
         if asker.lacks(turn.key):
             with lap(asker.label):
                 asker.ask(turn.key, turn.sample, turn.max_new_tokens)
-    if not lacking(order, reference, turn):
+    if not not_compared(order, reference, turn):
         return
     with lap("along the reference's answer"):
         theirs = reference.results.asked.get(turn.key) if reference.results else None
@@ -159,18 +160,21 @@ def take_turns(
         ids = theirs.answer["token_ids"]
         request = {"image": picture_of(turn.sample), "prompt": turn.sample.prompt, "teacher_force": ids}
         if reference.request(request | {"write": str(logits)}) == {}:  # neither refused nor failed
-            for asker in lacking(order, reference, turn):
+            for asker in not_compared(order, reference, turn):
                 asker.compare(turn.key, reference.digest, request | {"read": str(logits)})
         logits.unlink(missing_ok=True)
 
 
 class Asker:
-    """A subject, its process if it has one here, and its results. A subject that failed is not asked again."""
+    """A subject, its process if it has one here, and its results.
+
+    A subject that failed is not asked again.
+    """
 
     def __init__(
         self,
         subject: ReportSubject,
-        results: Results | None,
+        results: SubjectResults | None,
         meters: Sequence[Meter] = (),
         nvml: Nvml | None = None,
         place: Place | None = None,

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results on disk, line by line, so that nothing is measured twice; arrays stand in files of their own beside them.
+"""Results on disk, line by line, so that nothing is measured twice; arrays have files of their own.
 
-A file holds what was measured under the same conditions: the conditions are its first line, and their digest is its name. A line
-that a kill cut off is taken away; any other damage is an error, for results must not be lost in silence.
+A file holds what was measured under the same conditions: the conditions are its first line, and their digest
+is its name. A line that a kill cut off is taken away; any other damage is an error, for results must not be
+lost in silence.
 """
 
 import hashlib

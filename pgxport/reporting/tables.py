@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of a report, cell by cell, the same for every page that shows them. Knows no HTML and no Markdown."""
+"""The tables of a report, cell by cell, the same for every page. Knows no HTML and no Markdown."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

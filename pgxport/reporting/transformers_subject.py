@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoint in transformers, asked like a bundle: the row that everything else is measured against.
 
-transformers' own processor, masks and greedy generation in float32, so that none of our code decides what is right.
+transformers' own processor, masks and greedy generation in float32, so that none of our code decides what is
+right.
 """
 
 import contextlib
@@ -132,7 +133,7 @@ class _Ticks:
 
 
 class _TeacherForcing:
-    """A logits processor that makes `generate` write a given answer, and keeps the logits [V] before each token."""
+    """A logits processor that makes `generate` write a given answer, and keeps the logits of each token."""
 
     def __init__(self, torch: Any, ids: list[int]):
         self._torch, self._ids, self.logits = torch, ids, list[np.ndarray]()

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure recipes of one checkpoint: each is exported whole, run over the samples, and deleted; a kept result is not run again.
+"""Measure recipes of one checkpoint: each is exported whole, run over the samples, and deleted.
 
-A probe, a recipe that quantizes one group, is a whole bundle too: it is what a user would get, and the same for every method.
-Only the image features of a float vision encoder are kept, so that probes of the decoder need not run it.
+A probe, a recipe that quantizes one group, is a whole bundle too: it is what a user would get, and the same
+for every method. Only the image features of a float vision encoder are kept, so that probes of the decoder
+need not run it.
 
-What that costs for 3B at 224 px, estimated for two cores, not measured: an export of 6 GB takes half a minute (minutes more where
-AWQ or GPTQ is solved for a group); a sample, 1.4 TFLOP of prefill, 15 to 20 s, and 0.3 s a token of its answer; timing, a few
-minutes. So 16 samples are some 10 minutes a probe, of which the export is a twentieth: writing only what changed would save no more
-than that. 80 probes (20 groups, 4 candidates) are half a day. On disk: the float32 bundle, 12 GB, and one of 6 GB.
+What that costs for 3B at 224 px, estimated for two cores, not measured: an export of 6 GB takes half a minute
+(minutes more where AWQ or GPTQ is solved for a group); a sample, 1.4 TFLOP of prefill, 15 to 20 s, and 0.3 s
+a token of its answer; timing, a few minutes. So 16 samples are some 10 minutes a probe, of which the export
+is a twentieth: writing only what changed would save no more than that. 80 probes (20 groups, 4 candidates)
+are half a day. On disk: the float32 bundle, 12 GB, and one of 6 GB.
 """
 
 import shutil
@@ -45,15 +47,15 @@ from pgxport.tuning.score import (
     score_on_cluster,
 )
 
-# Samples of a probe. The search goes by KL, which every token of an answer tells something about, not by the metric, which
-# needs hundreds of answers; whole bundles are run over all samples.
+# Samples of a probe. The search goes by KL, which every token of an answer tells something about, not by the
+# metric, which needs hundreds of answers; whole bundles are run over all samples.
 PROBED = 40
 PROMPT_TOKENS = 8  # of the prefill that is timed
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRecipe:
     """A recipe as a bundle: its size, the time of one answer, and what it lost to the float32 bundle.
 
     Attributes:
@@ -81,7 +83,7 @@ class TunedModel:
     """The model and the samples that recipes are tried on.
 
     Attributes:
-        export: Which checkpoint, for which target, with which calibration; output and recipe are set for each bundle.
+        export: The checkpoint, target and calibration; output and recipe are set for each bundle.
         common: What every result depends on, as plain data.
         threads: Of the engine.
     """
@@ -175,7 +177,7 @@ class Bundles:
         """Whether a recipe was measured before."""
         return self._kept(recipe, self._places(probe=probe)) is not None
 
-    def measure(self, label: str, recipe: Recipe, *, probe: bool = False) -> Measured:
+    def measure(self, label: str, recipe: Recipe, *, probe: bool = False) -> MeasuredRecipe:
         """Export a recipe and run it, or take the kept result.
 
         Args:
@@ -193,7 +195,7 @@ class Bundles:
         score, stages = line.score, line.stages
         samples, expected = [self._samples[i] for i in places], [self._expected[i] for i in places]
         lost = loss(samples, self._answers(places, score.ids), expected)
-        return Measured(
+        return MeasuredRecipe(
             label, recipe, line.nbytes, self._ms(stages), stages, score.kl, score.kl_worst, score.agreement, loss=lost
         )
 
@@ -221,7 +223,8 @@ class Bundles:
             if self._cluster:
                 scorer = partial(score_on_cluster, self._cluster, bundle.path, engine, threads)
                 score = self._asked.score(places, vision, scorer, keep=floats)
-            # Times are measured here in any case, when no node of the cluster works for us: those of several would not compare.
+            # Times are measured here in any case, when no node of the cluster works for us: those of several
+            # would not compare.
             with Pipeline(bundle, engine=engine, threads=threads) as pipeline:
                 if not self._cluster:
                     score = self._asked.score(places, vision, partial(score_here, pipeline), keep=floats)
@@ -241,5 +244,5 @@ class Bundles:
 
 
 def rules_text(recipe: Recipe) -> str:
-    """Return a recipe without its name, as text: the same for two that store the same weights in the same way."""
+    """Return a recipe's rules as text, the same for recipes that store weights in the same way."""
     return to_toml(replace(recipe, name="any")).removeprefix(HEADER)

@@ -13,7 +13,8 @@ from pgxport.exporter.recipe import NORMS, PROJECTOR, REST, TABLE, Recipe, Rule,
 from pgxport.models.spec import ModelSpec
 
 FLOAT = "float16"
-# The schemes of the named recipes are among them, so that each of those is a point of the space that is searched.
+# The schemes of the named recipes are among them, so that each of those is a point of the space that is
+# searched.
 CANDIDATES = {
     FLOAT: REST.scheme,
     "w8-dynamic": Scheme(bits=8, activations="dynamic"),
@@ -40,7 +41,7 @@ class Group:
     Attributes:
         patterns: Of the weights' names; {} stands for a layer.
         layers: None where the group belongs to no layer.
-        fixed: The patterns whose input cannot be divided by anything before it: they are never rescaled (scaling.py).
+        fixed: The patterns whose input nothing before can divide: they are never rescaled (scaling.py).
     """
 
     name: str
@@ -52,17 +53,18 @@ class Group:
         scheme = CANDIDATES[candidate]
         if pattern in self.fixed:
             scheme = replace(scheme, scaling="none")
-        # Rows of the table are looked up too, for which a grid has to be symmetric (graphs.py). Only its output can have a shortlist.
+        # Rows of the table are looked up too, for which a grid has to be symmetric (graphs.py). Only its
+        # output can have a shortlist.
         return replace(scheme, symmetric=True) if pattern == TABLE else replace(scheme, shortlist=False)
 
 
 def groups(spec: ModelSpec) -> list[Group]:
-    """Return the groups of a model: one place of a layer, for each layer of a shallow stack and each third of a deep one.
+    """Return the groups of a model: a place of a layer, for each layer or, in a deep stack, each third.
 
-    Linears that share an input stay together: AWQ scales that input once, and integer products round it once. Of the decoder,
-    where nearly all bytes are, every place is a group; of the vision encoder, attention and MLP. Thirds, because it is the
-    first and the last layers that differ from the others (executorch keeps those quarters at 8 bits for the same reason), and
-    a probe of every layer of 3B would be 160 groups.
+    Linears that share an input stay together: AWQ scales that input once, and integer products round it once.
+    Of the decoder, where nearly all bytes are, every place is a group; of the vision encoder, attention and
+    MLP. Thirds, because it is the first and the last layers that differ from the others (executorch keeps
+    those quarters at 8 bits for the same reason), and a probe of every layer of 3B would be 160 groups.
     """
     vision, text = "vision_tower.vision_model.encoder.layers.{}.", "language_model.model.layers.{}."
     made = [Group("token table", (TABLE,), fixed=(TABLE,)), Group("projector", (PROJECTOR,), fixed=(PROJECTOR,))]
@@ -102,7 +104,7 @@ def chosen(names: Sequence[str], *, calibrated: bool) -> list[str]:
 
 
 def options(group: Group, candidates: Sequence[str]) -> list[str]:
-    """Return the candidates that differ for this group: where nothing can be rescaled, AWQ changes nothing."""
+    """Return the candidates that differ for a group: where nothing is rescaled, AWQ changes nothing."""
     different = {tuple(group.scheme(pattern, name) for pattern in group.patterns): name for name in reversed(candidates)}
     return [name for name in candidates if name in different.values()]
 

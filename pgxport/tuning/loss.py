@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of a bundle against the float model, in points of the task metric, and whether the samples are enough to know it.
+"""The loss of a bundle in points of the task metric, and whether the samples are enough to know it.
 
-Points are hundredths of the metric's best value; with several tasks the loss is the mean of theirs, with equal weights.
+Points are hundredths of the metric's best value; with several tasks the loss is the mean of theirs, with
+equal weights.
 """
 
 import math
@@ -36,7 +37,7 @@ class Loss:
     samples: int
 
     def doubt(self, limit: float) -> str | None:
-        """Return why these samples are too few for the limit, and how many would do; None where they are enough."""
+        """Return why the samples are too few for the limit, and how many would do; None where they do."""
         if self.low is None or self.high is None:
             return "one picture has no interval; take more with --samples"
         if self.low == self.high:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pgxport.exporter.recipe_toml import HEADER, to_toml
 from pgxport.text import table
-from pgxport.tuning.bundles import Measured, rules_text
+from pgxport.tuning.bundles import MeasuredRecipe, rules_text
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Limits:
     ms: float | None = None
     nbytes: int | None = None
 
-    def excess(self, m: Measured) -> float:
-        """Return by how much a bundle is over its limits, each as a part of the limit; 0 where it keeps them all."""
+    def excess(self, m: MeasuredRecipe) -> float:
+        """Return by how much a bundle is over its limits, as parts of the limits; 0 where it keeps them."""
         over = [(m.loss.points, self.points), (m.ms, self.ms), (m.nbytes, self.nbytes)]
         return sum(max(0.0, value - limit) / (limit or 1.0) for value, limit in over if limit is not None)
 
@@ -30,14 +30,14 @@ class Probe:
 
     group: str
     candidate: str
-    measured: Measured
+    measured: MeasuredRecipe
 
 
 @dataclass(frozen=True)
 class Mix:
     """A proposal of the search, measured, and the sums that were expected from its probes."""
 
-    measured: Measured
+    measured: MeasuredRecipe
     names: Mapping[str, str]  # group -> candidate
     expected_kl: float
     expected_ms: float
@@ -55,34 +55,34 @@ class Tuning:
 
     facts: Mapping[str, Any]
     limits: Limits
-    named: tuple[Measured, ...]
-    base: Measured
+    named: tuple[MeasuredRecipe, ...]
+    base: MeasuredRecipe
     probes: tuple[Probe, ...]
     mixes: tuple[Mix, ...]
     skipped: tuple[str, ...]
 
     @property
-    def wholes(self) -> list[Measured]:
+    def wholes(self) -> list[MeasuredRecipe]:
         """Named recipes and mixes, the smallest first."""
         return sorted([*self.named, *(mix.measured for mix in self.mixes)], key=lambda m: (m.nbytes, m.kl))
 
     @property
-    def front(self) -> list[Measured]:
-        """The bundles that no other dominates in size, time and loss; of equal losses the smaller KL is better."""
+    def front(self) -> list[MeasuredRecipe]:
+        """The bundles that no other dominates in size, time and loss; of equal losses a smaller KL is better."""
         return [m for m in self.wholes if not any(_dominates(other, m) for other in self.wholes)]
 
     @property
-    def winner(self) -> Measured | None:
+    def winner(self) -> MeasuredRecipe | None:
         """The smallest bundle that keeps every limit, named recipes among them; None where none does."""
         return next((m for m in self.wholes if self.limits.excess(m) == 0), None)
 
     @property
-    def nearest(self) -> Measured:
+    def nearest(self) -> MeasuredRecipe:
         """The bundle that keeps the limits, or is least over them."""
         return min(self.wholes, key=lambda m: (self.limits.excess(m), m.nbytes, m.kl))
 
     def comparisons(self) -> dict[str, str]:
-        """Return for each named recipe a mix that is no larger and no farther from float32, or why there is none."""
+        """Return for each named recipe a mix no larger and no farther from float32, or why there is none."""
         texts = {}
         for m in self.named:
             same = [x for x in self.mixes if rules_text(x.measured.recipe) == rules_text(m.recipe)]
@@ -155,7 +155,7 @@ def toml(tuning: Tuning) -> str:
     return "".join(f"# {' '.join(line.split())}\n" for line in about) + text
 
 
-def points(m: Measured) -> str:
+def points(m: MeasuredRecipe) -> str:
     """Format a loss and its interval.
 
     >>> from pgxport.tuning.loss import Loss
@@ -171,7 +171,7 @@ def _counts(samples: Mapping[str, int]) -> str:
     return f"{sum(samples.values())} samples ({', '.join(f'{task} {count}' for task, count in samples.items())})"
 
 
-def _dominates(a: Measured, b: Measured) -> bool:
+def _dominates(a: MeasuredRecipe, b: MeasuredRecipe) -> bool:
     first, second = ((m.nbytes, m.ms, (m.loss.points, m.kl)) for m in (a, b))
     return first != second and all(x <= y for x, y in zip(first, second, strict=True))  # type: ignore[operator]
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a bundle over the samples beside the reference: its answers, how far it agrees with the reference, and how long it takes.
+"""Run a bundle over the samples beside the reference: its answers, its agreement and its times.
 
-A sample costs one prefill: the bundle is fed the reference's answer (reporting/asking.py), and its own answer is taken from there.
+A sample costs one prefill: the bundle is fed the reference's answer (reporting/asking.py), and its own answer
+is taken from there.
 """
 
 import statistics
@@ -33,7 +34,7 @@ Seconds = dict[str, float]
 
 @dataclass(frozen=True)
 class CandidateScore:
-    """What a bundle did on the samples. KL is of the next token, in nats, over all positions of the reference's answers."""
+    """A bundle's answers, and the KL of the next token in nats over all positions of the reference's answers."""
 
     ids: list[list[int]]  # the answer to each sample
     kl: float
@@ -62,7 +63,7 @@ class ScoreTask:
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """The bundle's own answer to a sample, its agreement with the reference, and the features that were wanted back."""
+    """The bundle's own answer to a sample, its agreement with the reference, and the wanted features."""
 
     ids: list[int]
     agreement: TokenAgreement
@@ -81,7 +82,9 @@ def score_here(pipeline: Pipeline, tasks: Iterable[ScoreTask]) -> Iterator[tuple
 def score_on_cluster(
     cluster: Cluster, bundle: Path, engine: str, threads: int | None, tasks: Iterable[ScoreTask]
 ) -> Iterator[tuple[ScoreTask, ScoreResult]]:
-    """Score the samples on a cluster, in any order, with the results of `score_here` where the processors are of one kind.
+    """Score the samples on a cluster, in any order.
+
+    Results are those of `score_here` on one kind of processor.
 
     Raises:
         NumericError: the bundle's numbers are not finite.
@@ -107,9 +110,10 @@ def _score_on_node(runner: Runner, task: ScoreTask) -> ScoreResult:
 
 
 class ReferenceAnswers:
-    """The samples, the reference's answers and logits, and the image features of float vision encoders; arrays are on disk.
+    """The samples, the reference's answers and logits, and image features; arrays are on disk.
 
-    They take 4 bytes for each logit of an answer and each number of an image's features: 10 MB and 2.4 MB a sample for 3B at 224 px.
+    They take 4 bytes for each logit of an answer and each number of an image's features: 10 MB and 2.4 MB a
+    sample for 3B at 224 px.
     """
 
     def __init__(self, samples: Sequence[Sample], folder: Path, ids: Sequence[Sequence[int]] = ()):
@@ -195,7 +199,7 @@ class ParsedAnswers:
 
 
 def ratios(pipeline: Pipeline, reference: Pipeline, prefix: int) -> tuple[Seconds, Seconds]:
-    """Return how many times as long as the reference a bundle takes, by stage, and the reference's seconds; medians.
+    """Return a bundle's times over the reference's, by stage, and the reference's seconds; medians.
 
     Both run in turns on the same random numbers, so that a machine that slows down affects both alike.
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose one option for each group: the recipes that lose least for every size. Pure functions of numbers.
 
-Losses are assumed to add up, as HAWQ-V2 (Dong et al., 2020, arXiv 1911.03852) assumes of the perturbations of layers and HAWQ-V3
-(Yao et al., 2021, arXiv 2011.10680) of its integer program. The problem is then a multiple-choice knapsack (Kellerer, Pferschy
-and Pisinger, 2004, ch. 11), solved for all sizes at once by dynamic programming, exactly but for the rounding of costs to bins.
-Losses do not really add up, so callers measure what this proposes.
+Losses are assumed to add up, as HAWQ-V2 (Dong et al., 2020, arXiv 1911.03852) assumes of the perturbations of
+layers and HAWQ-V3 (Yao et al., 2021, arXiv 2011.10680) of its integer program. The problem is then a
+multiple-choice knapsack (Kellerer, Pferschy and Pisinger, 2004, ch. 11), solved for all sizes at once by
+dynamic programming, exactly but for the rounding of costs to bins. Losses do not really add up, so callers
+measure what this proposes.
 """
 
 import math
@@ -41,8 +42,8 @@ def front(table: Mapping[str, Sequence[Option]], *, max_ms: float | None = None)
     """Return the choices that lose least for their size, smallest first; each loses less than those before.
 
     Args:
-        max_ms: Leave out choices that change the time by more; times are rounded up to bins. The front is empty where
-            no choice is so fast.
+        max_ms: Leave out choices that change the time by more; times are rounded up to bins. The front is
+            empty where no choice is so fast.
     """
     sizes = [_bins([o.nbytes for o in options], _unit(table, "nbytes", SIZE_BINS, least=1)) for options in table.values()]
     times, most = [[0] * len(options) for options in table.values()], 0
@@ -77,7 +78,7 @@ def front(table: Mapping[str, Sequence[Option]], *, max_ms: float | None = None)
 
 
 def spread(choices: Sequence[Choice], count: int) -> list[Choice]:
-    """Return some of a front, evenly spaced by the logarithm of their losses; the first and the last are among them."""
+    """Return some of a front, evenly spaced by the logarithm of their losses, with both ends."""
     if len(choices) <= count:
         return list(choices)
     low, high = max(choices[-1].loss, choices[0].loss * 1e-6, 1e-12), max(choices[0].loss, 1e-12)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pipeline of `pgx tune`: measure every group by itself, search, measure what the search proposes, and write the best recipe."""
+"""pgx tune: measure every group by itself, search, measure the proposals, and write the best recipe."""
 
 import hashlib
 import time
@@ -27,7 +27,7 @@ from pgxport.reporting.measured import keys
 from pgxport.reporting.store import alone, digest
 from pgxport.runners.session import ENGINES
 from pgxport.text import duration
-from pgxport.tuning.bundles import Bundles, Measured, Say, TunedModel
+from pgxport.tuning.bundles import Bundles, MeasuredRecipe, Say, TunedModel
 from pgxport.tuning.candidates import FLOAT, Group, chosen, groups, options, recipe
 from pgxport.tuning.result import Limits, Mix, Probe, Tuning, toml
 from pgxport.tuning.search import Choice, Option, front, spread
@@ -39,7 +39,7 @@ VERSIONS = ("pgxport", "numpy", "onnxruntime")
 
 @dataclass(frozen=True)
 class TuneOptions(ModelChoice):
-    """What to tune. Names are those of `pgx tune`'s flags.
+    """The model to tune and the limits. Names are those of `pgx tune`'s flags.
 
     Attributes:
         data: Samples to judge by, a file or a folder (docs/tune.md); None: the embedded scenes.
@@ -52,7 +52,8 @@ class TuneOptions(ModelChoice):
         candidates: Names of CANDIDATES; none: all that can be written.
         work: The folder of results, kept for the next time; None: beside the output.
         threads: Of the engine; None: its choice.
-        cluster: The address of a Ray cluster that scores the samples (docs/cluster.md); None: this machine does.
+        cluster: The address of a Ray cluster that scores the samples (docs/cluster.md); None: this machine
+            does.
     """
 
     output: str | Path = "recipe.toml"
@@ -72,7 +73,9 @@ class TuneOptions(ModelChoice):
 
 
 def tune(options: TuneOptions, *, progress: Say | None = None) -> Tuning:
-    """Search the recipe with the smallest bundle within the limits, and write it; what was measured before is not measured again.
+    """Search the recipe with the smallest bundle within the limits, and write it.
+
+    Kept results are not measured again.
 
     Raises:
         UsageError: an option names what does not exist, or the output is there already.
@@ -87,7 +90,7 @@ def tune(options: TuneOptions, *, progress: Say | None = None) -> Tuning:
         raise UsageError(f"--max-loss {options.max_loss:g}: give points from 0 on, as in 1%")
     names = chosen(options.candidates, calibrated=options.calibration is not None)
     subject = tuned_model(options)
-    found = groups(subject.spec)
+    model_groups = groups(subject.spec)
     limits = Limits(options.max_loss, options.max_latency, None if options.max_size is None else round(options.max_size * 1e6))
     work = Path(options.work) if options.work else output.with_name(output.name + ".work")
     say = progress or (lambda text: None)
@@ -95,8 +98,8 @@ def tune(options: TuneOptions, *, progress: Say | None = None) -> Tuning:
     with alone(work, "--work"), cluster or nullcontext(), Bundles(subject, work, say, cluster) as bundles:
         meter = RecipeMeter(bundles, say)
         named, skipped = _named(meter, target, calibrated=options.calibration is not None)
-        base, probes = _probes(meter, found, names, skipped)
-        mixes = _search(meter, found, base, probes, named, limits)
+        base, probes = _probes(meter, model_groups, names, skipped)
+        mixes = _search(meter, model_groups, base, probes, named, limits)
         tuning = Tuning(_facts(subject, bundles, options), limits, named, base, tuple(probes), tuple(mixes), tuple(skipped))
     if tuning.winner:
         with disk_errors(f"cannot write {output}"):
@@ -131,7 +134,7 @@ class RecipeMeter:
     say: Say
     seconds: list[float] = field(default_factory=list)
 
-    def __call__(self, label: str, recipe: Recipe, *, left: int = 0, probe: bool = False) -> Measured:
+    def __call__(self, label: str, recipe: Recipe, *, left: int = 0, probe: bool = False) -> MeasuredRecipe:
         start, known = time.perf_counter(), self.bundles.known(recipe, probe=probe)
         if not known:
             recent = self.seconds[-10:]
@@ -147,23 +150,23 @@ def tuned_model(o: TuneOptions) -> TunedModel:
     """Open the checkpoint, the calibration and the samples that the options name."""
     if (o.checkpoint is None) == (o.size is None):
         raise UsageError("name one model: a checkpoint, or --size tiny --res 224")
-    found = locate(o, precision="fp32")
-    checkpoint = Checkpoint.open(found.path, Path(o.adapter) if o.adapter else None)
+    located = locate(o, precision="fp32")
+    checkpoint = Checkpoint.open(located.path, Path(o.adapter) if o.adapter else None)
     spec = read_config(checkpoint.config)
     check_weights(checkpoint, spec)
     sha256 = checkpoint_sha256(checkpoint.files())
     calibration = Calibration.open(o.calibration) if o.calibration else None
     if calibration:
-        calibration.check(sha256, found.name)
+        calibration.check(sha256, located.name)
     data = load(DataOptions(data=Path(o.data) if o.data else None, format=o.format, limit=o.samples))
     common = {
         "checkpoint": sha256, "calibration": calibration.digest if calibration else None, "samples": _digest(data.samples),
-        "masks": bool(o.masks or found.masks), "target": o.target, "threads": o.threads, "versions": versions(VERSIONS),
+        "masks": bool(o.masks or located.masks), "target": o.target, "threads": o.threads, "versions": versions(VERSIONS),
     }  # fmt: skip
     export = ExportOptions(
-        checkpoint=found.path,
+        checkpoint=located.path,
         adapter=o.adapter,
-        masks=o.masks or found.masks,
+        masks=o.masks or located.masks,
         calibration=o.calibration,
         target=o.target,
         parity=0,
@@ -171,8 +174,8 @@ def tuned_model(o: TuneOptions) -> TunedModel:
     return TunedModel(export, spec, data.samples, common, o.threads)
 
 
-def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tuple[Measured, ...], list[str]]:
-    """The named recipes as the target has them, and why some are not among them."""
+def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tuple[MeasuredRecipe, ...], list[str]]:
+    """Measure the named recipes as the target has them; returns also why some were skipped."""
     measured, skipped = [], []
     for i, name in enumerate(RECIPE_NAMES):
         try:
@@ -186,11 +189,13 @@ def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tup
     return tuple(measured), skipped
 
 
-def _probes(meter: RecipeMeter, found: Sequence[Group], names: Sequence[str], skipped: list[str]) -> tuple[Measured, list[Probe]]:
-    """The model in floats, and each group by itself in each candidate."""
-    base = meter(FLOAT, recipe("tuned", found, {}))
-    wanted = [(group, name) for group in found for name in options(group, names) if name != FLOAT]
-    recipes = [recipe("tuned", found, {group.name: name}) for group, name in wanted]
+def _probes(
+    meter: RecipeMeter, model_groups: Sequence[Group], names: Sequence[str], skipped: list[str]
+) -> tuple[MeasuredRecipe, list[Probe]]:
+    """Measure the model in floats, and each group by itself in each candidate."""
+    base = meter(FLOAT, recipe("tuned", model_groups, {}))
+    wanted = [(group, name) for group in model_groups for name in options(group, names) if name != FLOAT]
+    recipes = [recipe("tuned", model_groups, {group.name: name}) for group, name in wanted]
     unknown = [not meter.bundles.known(r, probe=True) for r in recipes]
     probes = []
     for i, ((group, name), tried) in enumerate(zip(wanted, recipes, strict=True)):
@@ -204,17 +209,22 @@ def _probes(meter: RecipeMeter, found: Sequence[Group], names: Sequence[str], sk
 
 
 def _search(
-    meter: RecipeMeter, found: Sequence[Group], base: Measured, probes: Sequence[Probe], named: Sequence[Measured], limits: Limits
+    meter: RecipeMeter,
+    model_groups: Sequence[Group],
+    base: MeasuredRecipe,
+    probes: Sequence[Probe],
+    named: Sequence[MeasuredRecipe],
+    limits: Limits,
 ) -> list[Mix]:
-    """Propose and measure: at each named recipe's size, and by halving until the smallest that keeps the limits is found."""
-    table = {group.name: [Option(FLOAT, 0, 0.0, 0.0)] for group in found}
+    """Measure proposals: at each named recipe's size, and by halving down to the smallest within the limits."""
+    table = {group.name: [Option(FLOAT, 0, 0.0, 0.0)] for group in model_groups}
     for p in probes:
         m = p.measured
         table[p.group].append(Option(p.candidate, m.nbytes - base.nbytes, m.ms - base.ms, max(0.0, m.kl - base.kl)))
     mixes: dict[str, Mix] = {}
 
     def measured(choice: Choice) -> Mix:
-        made = recipe("tuned", found, choice.names)
+        made = recipe("tuned", model_groups, choice.names)
         key = digest(dict(choice.names))
         if key not in mixes:
             label = f"mix {len(mixes) + 1}"
@@ -240,7 +250,7 @@ def _search(
 
 
 def _smallest(ladder: Sequence[Choice], holds: Callable[[Choice], bool]) -> Choice:
-    """The first that holds, if all after one that holds do; the last, where none does."""
+    """Return the first choice that holds, if all after one that holds do; the last, where none does."""
     low, high = 0, len(ladder) - 1
     while low < high:
         middle = (low + high) // 2

@@ -50,7 +50,7 @@ class Nodes:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 3}
+        quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 8}
         head = {"num_cpus": 0, "object_store_memory": SMALL, "include_dashboard": False, "_system_config": quick}
         self._cluster = RayCluster(initialize_head=True, connect=False, head_node_args=head)
         self.address = self._cluster.address
