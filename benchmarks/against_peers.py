@@ -30,29 +30,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from make_checkpoint import BOS, IMAGE, NEWLINE, Pool, config, distribution, shallow  # noqa: E402
 
-from pgxport.benchmarking.bench import labels, machine, measurement_json, versions  # noqa: E402
+from pgxport.benchmarking.bench import labels, measurement_json  # noqa: E402
 from pgxport.benchmarking.intervals import paired_ratio, verdict  # noqa: E402
-from pgxport.benchmarking.measure import WARM_UP_STEPS, Answers, worker  # noqa: E402
+from pgxport.benchmarking.measure import WARM_UP_STEPS, WholeAnswers, worker  # noqa: E402
 from pgxport.benchmarking.worker import Measurement, Worker, environment, interleave, serve  # noqa: E402
+from pgxport.machine.conditions import describe_machine, versions  # noqa: E402
 from pgxport.models.spec import RESOLUTIONS, TEXT, ModelSpec, published  # noqa: E402
 
-# What decides how fast whole numbers and bfloat16 are multiplied: /proc/cpuinfo's flags, by what people call them.
-VECTORS = {
-    "avx2": "AVX2",
-    "avx512f": "AVX-512",
-    "avx512_vnni": "VNNI",
-    "avx_vnni": "VNNI",
-    "avx512_bf16": "BF16",
-    "amx_int8": "AMX",
-}
 STAGES = ("vision", "prefill", "ttft", "step")
 PEERS = ("transformers-static", "transformers-dynamic", "transformers-float32", "llama")
-
-
-def vectors() -> str:
-    """The widest instructions of this processor."""
-    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
-    return ", ".join(dict.fromkeys(name for flag, name in VECTORS.items() if flag in flags)) or "none known"
 
 
 class Transformers:
@@ -321,9 +307,9 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, peers: list[str]) -> None:
-    conditions = machine() | {"vectors": vectors()}
+    conditions = describe_machine()
     shared = {key: vars(args)[key] for key in ("family", "size", "res", "depth", "threads", "prompt_tokens", "new_tokens")}
-    work, skipped = Answers(args.prompt_tokens, args.new_tokens), []
+    work, skipped = WholeAnswers(args.prompt_tokens, args.new_tokens), []
     with ExitStack() as stack:
         scratch = args.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workers = [

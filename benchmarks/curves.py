@@ -22,10 +22,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from make_checkpoint import shallow, write_checkpoint  # noqa: E402
 
-from pgxport.benchmarking.bench import bench, machine, measurement_json  # noqa: E402
-from pgxport.benchmarking.measure import Answers, Steps, Work, lengths  # noqa: E402
+from pgxport.benchmarking.bench import bench, measurement_json  # noqa: E402
+from pgxport.benchmarking.measure import Steps, WholeAnswers, Work, lengths  # noqa: E402
 from pgxport.benchmarking.worker import Measurement  # noqa: E402
 from pgxport.exporter.export import ExportOptions, export  # noqa: E402
+from pgxport.machine.conditions import describe_machine  # noqa: E402
 from pgxport.models.spec import RESOLUTIONS, TEXT, published  # noqa: E402
 
 STEPS = 16
@@ -97,7 +98,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "what": f"{args.family} {args.size} in {args.precision}, decoders of {args.depths[0]} and {args.depths[1]} layers, random weights",
         "command": "python benchmarks/curves.py " + " ".join(sys.argv[1:]),
-        "machine": machine(), "threads": args.threads, "repetitions": args.repeat,
+        "machine": describe_machine(), "threads": args.threads, "repetitions": args.repeat,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         scratch = args.scratch or Path(folder)
@@ -108,7 +109,7 @@ def main() -> None:
         record["resolutions"] = []
         for res in args.resolutions:
             context = max(*args.lengths, published(args.family, args.size, res).image_tokens + 512)
-            found = measured(made(args, scratch, res, depth, context), Answers(new_tokens=STEPS), args.repeat, args.threads)
+            found = measured(made(args, scratch, res, depth, context), WholeAnswers(new_tokens=STEPS), args.repeat, args.threads)
             record["resolutions"].append(measurement_json(found))
             print(f"{res} px: { ({s: round(statistics.median(v), 4) for s, v in found.seconds.items()}) }", flush=True)
     if args.json:

@@ -10,7 +10,6 @@ counts every private writable mapping, touched or not.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +24,12 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from pgxport.machine.cpu import processor_name  # noqa: E402
+from pgxport.machine.memory import process_memory  # noqa: E402
+
 
 def export(checkpoint: Path, precision: str, target: str, out: Path, *, limit: int | None, parity: int) -> dict:
     """Run the command once, and watch its memory."""
@@ -37,19 +42,16 @@ def export(checkpoint: Path, precision: str, target: str, out: Path, *, limit: i
 
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=confine)
-    peak = {"RssAnon": 0, "VmHWM": 0}
+    private = resident = 0
     while process.poll() is None:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-                key, _, value = line.partition(":")
-                if key in peak:
-                    peak[key] = max(peak[key], int(value.split()[0]) << 10)
+        if now := process_memory(process.pid, peak=True):
+            private, resident = max(private, now.private), max(resident, now.resident)
         time.sleep(0.02)
     seconds = time.perf_counter() - start
     stdout, stderr = process.communicate()
     if process.returncode:
         raise SystemExit(f"export ended with {process.returncode}: {stderr}")
-    return {"seconds": seconds, "private": peak["RssAnon"], "resident": peak["VmHWM"], "bytes": json.loads(stdout)["bytes"]}
+    return {"seconds": seconds, "private": private, "resident": resident, "bytes": json.loads(stdout)["bytes"]}
 
 
 def copy(files: list[Path], out: Path) -> float:
@@ -98,7 +100,7 @@ def main() -> None:
         "what": f"pgx export of {args.checkpoint.name} to {args.precision} for {args.target}"
         + (f", compared on {args.parity} scenes" if args.parity else ""),
         "command": "python benchmarks/export.py " + " ".join(a for a in sys.argv[1:] if not a.startswith("/")),
-        "machine": {"cores": os.cpu_count(), "processor": _processor(), "system": platform.platform()},
+        "machine": {"cores": os.cpu_count(), "processor": processor_name(), "system": platform.platform()},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("pgxport", "numpy", "onnx-ir")}},
         "checkpoint_bytes": sum(f.stat().st_size for f in files),
         "bundle_bytes": runs[-1]["bytes"],
@@ -114,13 +116,6 @@ def main() -> None:
     print(json.dumps(record, indent=1))
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -34,14 +34,17 @@ from against_peers import prefix_ids, ratios, with_ttft  # noqa: E402
 from make_checkpoint import config, distribution, shallow, write_checkpoint  # noqa: E402
 from parity_true_shapes import inputs  # noqa: E402
 
-from pgxport.benchmarking.bench import machine, measurement_json, versions  # noqa: E402
-from pgxport.benchmarking.measure import WARM_UP_STEPS, Answers, worker  # noqa: E402
+from pgxport.benchmarking.bench import measurement_json  # noqa: E402
+from pgxport.benchmarking.measure import WARM_UP_STEPS, WholeAnswers, worker  # noqa: E402
 from pgxport.benchmarking.worker import Measurement, Worker, interleave, serve  # noqa: E402
 from pgxport.bundle.reader import Bundle  # noqa: E402
 from pgxport.calib.calibrate import CalibrateOptions, calibrate  # noqa: E402
-from pgxport.compile.tensorrt import CompileOptions, compile_bundle, weight_bytes  # noqa: E402
+from pgxport.compile.compile import compile_bundle  # noqa: E402
+from pgxport.compile.memory import weight_bytes  # noqa: E402
+from pgxport.compile.options import CompileOptions  # noqa: E402
 from pgxport.errors import PgxError  # noqa: E402
 from pgxport.exporter.export import ExportOptions, export  # noqa: E402
+from pgxport.machine.conditions import describe_machine, versions  # noqa: E402
 from pgxport.machine.driver import ask_driver  # noqa: E402
 from pgxport.models.spec import RESOLUTIONS, ModelSpec, published  # noqa: E402
 from pgxport.models.weights import weight_shapes  # noqa: E402
@@ -377,7 +380,7 @@ def measure(args: argparse.Namespace, res: int, bundles: list[Made], free: Calla
         shared |= {"device": "cuda", "compile": {"mode": "reduce-overhead"}, "bytes": COPIED, "side": SIDE}
     else:
         shared |= {"device": "cpu", "compile": {"backend": "eager"}, "bytes": COPIED >> 8, "side": SIDE >> 5}
-    work = Answers(args.prompt_tokens, args.new_tokens)
+    work = WholeAnswers(args.prompt_tokens, args.new_tokens)
     here = [sys.executable, __file__, "--serve"]
     with ExitStack() as stack:
         whole = [made for made in bundles if made.reason is None]
@@ -440,7 +443,7 @@ def main() -> None:
         "what": f"paligemma2 {args.size}, random weights: an image and {args.prompt_tokens} tokens, then {args.new_tokens} steps",
         "command": "python benchmarks/on_gpu.py " + " ".join(Path(a).name if a.startswith("/") else a for a in sys.argv[1:]),
         "versions": versions(PACKAGES),
-        "gpu": asdict(gpu) if gpu else None, "machine": machine(), "depth": args.depth, "repetitions": args.repeat, "resolutions": [], "parity": [],
+        "gpu": asdict(gpu) if gpu else None, "machine": describe_machine(), "depth": args.depth, "repetitions": args.repeat, "resolutions": [], "parity": [],
     }  # fmt: skip
     name = gpu.name.lower().replace(" ", "-") if gpu else "tried-out"
     out = args.json or (RESULTS if gpu else args.scratch) / f"on-gpu-{args.size}-{name}.json"

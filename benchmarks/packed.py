@@ -25,9 +25,10 @@ sys.path[:0] = [str(ROOT)]
 
 import numpy as np  # noqa: E402
 
-from pgxport.benchmarking.bench import machine  # noqa: E402
 from pgxport.bundle.reader import Bundle  # noqa: E402
 from pgxport.compile.cpu import pack  # noqa: E402
+from pgxport.machine.conditions import describe_machine  # noqa: E402
+from pgxport.machine.memory import process_memory  # noqa: E402
 from pgxport.runners.engine_cache import FOLDER_VARIABLE  # noqa: E402
 from pgxport.runners.runner import Runner  # noqa: E402
 
@@ -36,9 +37,9 @@ NEW_TOKENS = 32
 
 def memory() -> dict[str, int]:
     """Bytes: private and mapped now, and the most resident so far."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    names = {"private": "RssAnon", "mapped": "RssFile", "peak": "VmHWM"}
-    return {name: 1024 * int(lines[field].split()[0]) for name, field in names.items()}
+    now = process_memory(peak=True)
+    assert now, "this needs Linux's /proc"
+    return {"private": now.private, "mapped": now.mapped, "peak": now.resident}
 
 
 def start(path: str, threads: int) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         found = {Path(path).name: measure(path, args.threads, args.repeat, scratch) for path in args.bundles}
     command = "python benchmarks/packed.py " + " ".join(Path(path).name for path in args.bundles)
-    about = {"command": command, "machine": machine(), "threads": args.threads, "repeat": args.repeat}
+    about = {"command": command, "machine": describe_machine(), "threads": args.threads, "repeat": args.repeat}
     text = json.dumps(about | {"bundles": found}, indent=1)
     print(text)
     if args.json:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors pgx raises on purpose, each with the exit code its command ends with (docs/reference/exit-codes.md)."""
+"""The errors pgx raises on purpose, each with its command's exit code (docs/reference/exit-codes.md)."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class CheckpointError(InputError):
 
 
 class IntegrityError(PgxError):
-    """A file is not what its digest, its manifest or its format promises, or it reaches outside its folder."""
+    """A file differs from its digest, its manifest or its format, or reaches outside its folder."""
 
     exit_code = 4
 
@@ -67,25 +68,41 @@ class HubError(PgxError):
 
 
 def choose(option: str, name: str, table: Mapping[str, T]) -> T:
-    """The table's entry of that name.
+    """Return the table's entry of that name.
 
     Raises:
-        UsageError: there is none; the message lists those that are.
+        UsageError: the table has none; the message lists its names.
     """
     if name not in table:
         raise UsageError(f"--{option} {name!r} does not exist; choose {', '.join(table)}")
     return table[name]
 
 
-def require(module: str, what: str) -> Any:
-    """The module.
+@contextmanager
+def needs(extra: str, what: str = "this command") -> Iterator[None]:
+    """Turn a missing package inside into the line that says what to install.
+
+    Args:
+        extra: The extra of pgxport that holds what is imported inside.
+        what: What cannot be done without it, as the message's subject.
+
+    Raises:
+        UsageError: a package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "pgxport"):
+            raise
+        raise UsageError(f'{what} needs {package}: pip install "pgxport[{extra}]"') from error
+
+
+def require(module: str, what: str, extra: str = "report") -> Any:
+    """Import a module of an extra and return it.
 
     Raises:
         UsageError: it is not installed.
     """
-    try:
+    with needs(extra, what):
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
-            raise
-        raise UsageError(f'{what} needs {module.split(".")[0]}: pip install "pgxport[report]"') from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a bundle or a checkpoint holds, told from its manifest or its headers; no weight is read."""
+"""Describe a bundle or a checkpoint from its manifest or its headers; no weight is read."""
 
 from collections import Counter
 from math import prod
@@ -10,15 +10,18 @@ from pgxport.bundle.manifest import MANIFEST, TensorInfo
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import InputError
 
+FACTS = {
+    "name", "family", "resolution", "image_tokens", "context_length", "local_window", "recipe", "target", "parameters",
+}  # fmt: skip
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector"}
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Plain data about a bundle (verified first) or a checkpoint.
+    """Describe a bundle, which is verified first, or a checkpoint as plain data.
 
     Raises:
         InputError: the path is neither.
-        IntegrityError: it is a bundle that is not sound.
+        IntegrityError: the bundle is not sound.
     """
     if (path / MANIFEST).exists():
         return _bundle(Bundle.open(path))
@@ -27,31 +30,31 @@ def describe(path: Path) -> dict[str, Any]:
     raise InputError(f"{path} is neither a bundle (no {MANIFEST}) nor a checkpoint folder")
 
 
-def render(found: dict[str, Any]) -> str:
-    """The same, for people."""
-    if found["kind"] == "checkpoint":
+def render(facts: dict[str, Any]) -> str:
+    """What describe() returns, as lines for people."""
+    if facts["kind"] == "checkpoint":
         lines = [
-            f"{found['name']}: {found['family']} at {found['resolution']} px, {found['parameters']:,} parameters, {found['bytes']:,} bytes"
+            f"{facts['name']}: {facts['family']} at {facts['resolution']} px, {facts['parameters']:,} parameters, {facts['bytes']:,} bytes"
         ]
-        lines += _parts(found)
-        return "\n".join([*lines, f"try: pgx export --checkpoint {found['path']} -o bundle"])
+        lines += _parts(facts)
+        return "\n".join([*lines, f"try: pgx export --checkpoint {facts['path']} -o bundle"])
     lines = [
-        f"{found['name']}: {found['family']} at {found['resolution']} px, {found['parameters']:,} parameters",
-        f"  {found['recipe']} for {found['target']}, {found['bytes']:,} bytes, every file as its manifest says",
-        f"  {found['image_tokens']} image tokens, up to {found['context_length']} tokens of prefix and answer",
+        f"{facts['name']}: {facts['family']} at {facts['resolution']} px, {facts['parameters']:,} parameters",
+        f"  {facts['recipe']} for {facts['target']}, {facts['bytes']:,} bytes, every file as its manifest says",
+        f"  {facts['image_tokens']} image tokens, up to {facts['context_length']} tokens of prefix and answer",
     ]
-    lines += _parts(found)
-    for name, graph in found["graphs"].items():
+    lines += _parts(facts)
+    for name, graph in facts["graphs"].items():
         lines.append(f"  graph {name}: {graph['bytes']:,} bytes with its weights")
         for kind in ("inputs", "outputs"):
             lines += [f"    {kind[:-1]:6} {row}" for row in _fold(graph[kind])]
-    return "\n".join([*lines, f'try: pgx run {found["path"]} --image photo.jpg --prompt "caption en"'])
+    return "\n".join([*lines, f'try: pgx run {facts["path"]} --image photo.jpg --prompt "caption en"'])
 
 
-def _parts(found: dict[str, Any]) -> list[str]:
+def _parts(facts: dict[str, Any]) -> list[str]:
     return [
         f"  {part}: {row['parameters']:,} parameters, {row['bytes']:,} bytes ({row['dtypes']})"
-        for part, row in found["parts"].items()
+        for part, row in facts["parts"].items()
     ]
 
 
@@ -65,30 +68,17 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         }
         for name, graph in m.graphs.items()
     }
-    facts = m.model_dump(
-        include={
-            "name",
-            "family",
-            "resolution",
-            "image_tokens",
-            "context_length",
-            "local_window",
-            "recipe",
-            "target",
-            "parameters",
-        }
-    )
     parts = {
         part: {
             "parameters": sum(counts.values()),
-            # What its file holds: scales, and what stands twice, too.
+            # The file also holds scales, and some weights twice.
             "bytes": m.files[m.token_table.file if part == "token_table" else f"{part}.data"].size,
             "dtypes": ", ".join(sorted(counts)),
         }
         for part, counts in m.stored.items()
     }
     return {
-        "kind": "bundle", "path": str(bundle.path), **facts, "bytes": bundle.nbytes, "parts": parts, "graphs": graphs,
+        "kind": "bundle", "path": str(bundle.path), **m.model_dump(include=FACTS), "bytes": bundle.nbytes, "parts": parts, "graphs": graphs,
         "files": {name: info.size for name, info in m.files.items()}, "spec": m.spec, "provenance": m.provenance.model_dump(),
     }  # fmt: skip
 
@@ -116,7 +106,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _fold(tensors: list[dict[str, Any]]) -> list[str]:
-    """A line for each tensor, and one for all layers of the cache together."""
+    """One line for each tensor, and one for a tensor of the KV cache that every layer has."""
     lines = []
     layers = 1 + max((int(t["name"].split(".")[1]) for t in tensors if t["name"].count(".") == 2), default=-1)
     for tensor in map(TensorInfo.model_validate, tensors):

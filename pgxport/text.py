@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text of any origin made harmless for where it is written: on a line of Markdown, or as a value of YAML."""
+"""Text for people: made safe for a terminal, Markdown or YAML; lists of names, sizes, durations, tables."""
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-# CSI and OSC sequences first, or their letters stay; then every other control, and the marks that reorder a line.
+# CSI and OSC sequences first, or their letters stay; then other controls, and marks that reorder a line.
 CONTROL = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?"
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -21,17 +21,79 @@ def terminal_safe(text: str) -> str:
     return CONTROL.sub("", text)
 
 
-# What Markdown knows anywhere, what it knows at the beginning of a block, and what makes an address of a text.
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first names, then a count of the others.
+
+    >>> listed("abc"), listed("abcdefg")
+    ('a, b, c', 'a, b, c, d, e and 2 more')
+    """
+    every = list(names)
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+
+
+def size(count: float) -> str:
+    """Bytes in three significant digits and decimal units.
+
+    >>> size(999), size(1_750_000_000), size(999_900_000), size(5e12)
+    ('999 B', '1.75 GB', '1 GB', '5000 GB')
+    """
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 0.9995 * scale:  # 999.5 of a unit round to 1000, which is one of the next
+            return f"{count / scale:.3g} {unit}" if count < 999.5 * scale else f"{count / scale:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes, or hours and minutes.
+
+    >>> duration(59), duration(150), duration(9000)
+    ('59 s', '2 min', '2 h 30 min')
+    """
+    minutes = int(seconds // 60)
+    return f"{seconds:.0f} s" if seconds < 60 else f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def table(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:
+    """Rows of cells as lines of plain text, with two spaces between columns.
+
+    Args:
+        rows: Each with the same number of cells.
+        right: The columns, counted from 0, that are aligned on the right, as figures should be.
+
+    >>> print(table([["a", "1"], ["long", "200"]], right=[1]))
+    a       1
+    long  200
+    """
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for column in range(max(map(len, rows), default=0)):
+        grid.add_column(no_wrap=True, overflow="crop", justify="right" if column in right else "left")
+    for row in rows:
+        grid.add_row(*(Text(" ".join(cell.splitlines())) for cell in row))
+    # A character takes at most two columns of a terminal.
+    width = sum(2 + 2 * max(map(len, column)) for column in zip(*rows, strict=True))
+    console = Console(file=StringIO(), width=max(1, width), color_system=None, force_terminal=False, _environ={})
+    with console.capture() as lines:
+        console.print(grid)
+    return "\n".join(line.rstrip() for line in lines.get().splitlines())
+
+
+# Markdown's characters anywhere, those at the beginning of a block, and those that make an address of a text.
 SPECIAL = re.compile(r"([\\`*_\[\]|~$@]|^[#+=-]|(?<=^[0-9])[.)]|:(?=//)|(?<=www)\.)")
-# What JSON leaves as it is in a string, and YAML does not print.
+# Characters that JSON leaves as they are in a string, and YAML does not print.
 UNPRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
-LONE = re.compile("[\ud800-\udfff]")  # half of a character, which UTF-8 has not
+LONE = re.compile("[\ud800-\udfff]")  # half of a character, which UTF-8 cannot encode
 
 Plain = str | int | float | Sequence["Plain"] | Mapping[str, "Plain"]
 
 
 def markdown(text: str) -> str:
-    """A text on one line, each character that Markdown or HTML knows made harmless.
+    """The text on one line, with each character of Markdown's or HTML's syntax escaped.
 
     >>> markdown("<b>|*x*")
     '&lt;b&gt;\\\\|\\\\*x\\\\*'
@@ -42,7 +104,7 @@ def markdown(text: str) -> str:
 
 
 def yaml(value: Plain, indent: int = 0) -> str:
-    """A document of nested lists and objects; every text is quoted, and the keys are our own.
+    """Nested lists and objects as a YAML document; every text is quoted, and the keys are our own.
 
     >>> print(yaml({"tags": ["onnx", "no"], "card": {"kl": 0.5}}), end="")
     tags:
@@ -68,9 +130,10 @@ def yaml(value: Plain, indent: int = 0) -> str:
 
 
 def _scalar(value: str | int | float) -> str:
-    """As JSON, which YAML reads, where both agree on what a character is."""
+    """A value as JSON, which YAML reads, with the characters escaped that YAML does not print."""
     if isinstance(value, float):
         number = repr(value)
-        return number if "." in number else number.replace("e", ".0e")  # without a point YAML 1.1 takes 1e-07 for text
+        # Without a point YAML 1.1 takes 1e-07 for text.
+        return number if "." in number else number.replace("e", ".0e")
     text = json.dumps(LONE.sub("\ufffd", value) if isinstance(value, str) else value, ensure_ascii=False)
-    return UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

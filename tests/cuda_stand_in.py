@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Libraries with the names and symbols of CUDA's that compute nothing: ONNX Runtime's CUDA provider starts on them without a GPU.
+"""Stand-ins for CUDA's libraries, which compute nothing; ONNX Runtime's CUDA provider starts on them.
 
-It sorts nodes by its real kernels, allocates, copies and launches; kernels do nothing, so numbers mean nothing. For the tests of which nodes
-it takes and of what it copies. Needs gcc and nm, and an unpacked onnxruntime-gpu:
+The provider assigns nodes by its real kernels, allocates, copies and launches; kernels do nothing, so numbers
+mean nothing. Tests ask which nodes it takes and what it copies. Needs gcc, nm and an unpacked onnxruntime-gpu:
 
 pip install --no-deps --target SITE onnxruntime-gpu && PGX_ORT_GPU=SITE pytest -m nightly tests/runners/test_ort_cuda_provider.py
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 
 PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
 CUDA_SYMBOL = re.compile(r"(__cuda|cuda|cu[A-Z]|cublas|curand)\w*")
-# Of cuda_runtime_api.h. cudaDeviceProp: totalGlobalMem at 288, maxThreadsPerBlock at 320, major and minor at 360 and 364, multiProcessorCount at 384.
+# As in cuda_runtime_api.h. cudaDeviceProp: totalGlobalMem at 288, maxThreadsPerBlock at 320, major and
+# minor at 360 and 364, multiProcessorCount at 384.
 RUNTIME = r"""
 #include <stdio.h>
 #include <stdlib.h>
@@ -67,7 +68,7 @@ NOTHING = "int {0}(void) {{ return 0; }}\n"
 
 
 def build(site: Path, folder: Path) -> Path:
-    """The libraries, for LD_LIBRARY_PATH."""
+    """Compile the libraries into a folder for LD_LIBRARY_PATH."""
     listed = subprocess.run(["nm", "-D", "--undefined-only", site / PROVIDER], capture_output=True, text=True, check=True).stdout
     wanted = {name.partition("@")[0] for name in re.findall(r" U (\S+)", listed)}
     rest = sorted(name for name in wanted if CUDA_SYMBOL.fullmatch(name) and not re.search(rf"\b{name}\(", RUNTIME))

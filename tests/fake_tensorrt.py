@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A TensorRT and a CUDA runtime without a GPU: memory is numpy's, a stream does its work when it is waited for, and an engine runs the
-bundle's own graph in ONNX Runtime on the addresses that were bound. Stricter than the real ones where these leave things undefined."""
+"""TensorRT and a CUDA runtime without a GPU, stricter than the real ones where these leave things undefined.
+
+Memory is numpy's, a stream does its work when it is waited for, and an engine runs the bundle's own graph in
+ONNX Runtime on the addresses that were bound.
+"""
 
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -38,7 +42,7 @@ class Stream:
 
 
 class FakeCudart(ModuleType):
-    """The calls that pgx makes. `fail` maps a call's name to the code it gives and the occurrences that give it, from 0."""
+    """The calls that pgx makes. `fail` maps a call to an error code and to the occurrences that return it."""
 
     cudaMemcpyKind = SimpleNamespace(
         cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down", cudaMemcpyDeviceToDevice="across"
@@ -61,19 +65,19 @@ class FakeCudart(ModuleType):
         self.down = 0  # bytes copied to the host
 
     def __getattribute__(self, name: str) -> Any:
-        found = super().__getattribute__(name)
-        if not name.startswith("cuda") or not callable(found):
-            return found
+        value = super().__getattribute__(name)
+        if not name.startswith("cuda") or not callable(value):
+            return value
 
         def call(*args: Any) -> tuple[Any, ...]:
             count = self.calls[name]
             self.calls[name] += 1
             code, when = self.fail.get(name, (Code.cudaSuccess, frozenset()))
             if count in when:
-                if name == "cudaStreamEndCapture":  # which ends it all the same
+                if name == "cudaStreamEndCapture":  # a failed call ends the capture too
                     args[0].captured = None
                 return (code, None) if name in GIVES else (code,)
-            return found(*args)
+            return value(*args)
 
         return call
 
@@ -81,7 +85,7 @@ class FakeCudart(ModuleType):
         return not (self.device or self.pinned or self.streams or self.graphs)
 
     def at(self, address: int, nbytes: int) -> np.ndarray:
-        """Device memory, which has to be somebody's."""
+        """Device memory, which must be allocated."""
         for start, memory in self.device.items():
             if start <= address and address + nbytes <= start + memory.nbytes:
                 return memory[address - start : address - start + nbytes]
@@ -97,7 +101,7 @@ class FakeCudart(ModuleType):
                 work()
 
     def _allocate(self, table: dict[int, np.ndarray], nbytes: int) -> tuple[Code, int]:
-        whole = np.full(nbytes + 256, 0xFF, np.uint8)  # NaN, where somebody reads what was never written
+        whole = np.full(nbytes + 256, 0xFF, np.uint8)  # NaN for those who read what was never written
         start = -whole.ctypes.data % 256
         table[whole.ctypes.data + start] = whole[start : start + nbytes]
         return Code.cudaSuccess, whole.ctypes.data + start
@@ -213,7 +217,7 @@ GIVES = {
 
 
 class FakeTensorrt(ModuleType):
-    """`tensorrt`, as far as pgx uses it. `refuse` names the calls that say no, and what is logged then."""
+    """`tensorrt`, as far as pgx uses it. `refuse` maps the calls that fail to what they log."""
 
     __version__ = "11.4.1.2"
 
@@ -221,12 +225,13 @@ class FakeTensorrt(ModuleType):
         super().__init__("tensorrt")
         self.cudart = cudart
         self.refuse: dict[str, str] = {}
-        self.runs: list[dict[str, tuple[int, ...]]] = []  # shapes of each that was queued or recorded
+        self.runs: list[dict[str, tuple[int, ...]]] = []  # the shapes of each run, queued or recorded
         self.spoil: Callable[[dict[str, np.ndarray]], None] = lambda outputs: None
         self.builds: list[str] = []
-        self.pools: list[dict[str, int]] = []  # the limits of each build
-        self.flags: list[set[str]] = []  # those that each build had on
-        self.slowly = 1  # times that a build's first step is done
+        self.pools: list[dict[str, int]] = []  # the memory limits of each build
+        self.flags: list[set[str]] = []  # the flags that each build had on
+        self.swallowed: dict[str, Callable[[], None]] = {}  # point -> a call whose exceptions C++ swallows
+        self.slowly = 1  # how often a build repeats its first step
         self.TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
         self.ExecutionContextAllocationStrategy = SimpleNamespace(ON_PROFILE_CHANGE="profile")
         self.MemoryPoolType = SimpleNamespace(WORKSPACE="workspace", TACTIC_DRAM="tactics")
@@ -254,8 +259,14 @@ class FakeTensorrt(ModuleType):
                 )
 
         self.ILogger, self.IProgressMonitor, self.Runtime = ILogger, IProgressMonitor, Runtime
-        self.Builder = lambda log: Builder(outer, log)
+        self.Builder = lambda log: self.calling("builder", Builder(outer, log))
         self.OnnxParser = lambda network, log: Parser(outer, network, log)
+
+    def calling(self, point: str, result: Any) -> Any:
+        """The result of a C++ function that calls Python at this point."""
+        with suppress(BaseException):
+            self.swallowed.get(point, lambda: None)()
+        return result
 
     def no(self, log: Any, what: str) -> bool:
         if what in self.refuse:
@@ -297,7 +308,7 @@ class Engine:
 class Context:
     def __init__(self, engine: Engine):
         self.engine, self.shapes, self.addresses = engine, {}, {}  # type: ignore[var-annotated]
-        self.ready: object = None  # the shapes it has run with: before that, TensorRT may not be recorded
+        self.ready: object = None  # the shapes it has run with; only those may be recorded
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         assert stream_handle in self.engine.trt.cudart.streams
@@ -375,6 +386,7 @@ class Builder:
         if self.trt.no(self.log, "build"):
             return None
         monitor = config.progress_monitor
+        self.trt.calling("build", None)
         monitor.phase_start("Building", None, 2)
         monitor.phase_start("Timing", "Building", 5)
         monitor.step_complete("Timing", 0)
@@ -387,7 +399,8 @@ class Builder:
         config.timing.content += b"."
         self.trt.pools.append(config.pools)
         self.trt.flags.append(config.on)
-        return json.dumps({"graph": network.graph, "profiles": [p.shapes for p in config.profiles]}).encode()
+        plan = json.dumps({"graph": network.graph, "profiles": [p.shapes for p in config.profiles]}).encode()
+        return self.trt.calling("serialize", plan)
 
 
 class Config:
@@ -396,7 +409,7 @@ class Config:
         self.progress_monitor: Any = None
         self.timing: Any = None
         self.on = {"tf32"}  # as in all versions
-        self.pools = {"workspace": 8 << 30, "tactics": 6 << 30}  # of a board of 8 GiB: all, and three quarters
+        self.pools = {"workspace": 8 << 30, "tactics": 6 << 30}  # a board of 8 GiB
 
     def clear_flag(self, flag: str) -> None:
         self.on.remove(flag)
@@ -437,7 +450,7 @@ class Parser:
     def parse_from_file(self, model: str) -> bool:
         self.network.graph = model
         self.num_errors = int("parse" in self.trt.refuse)
-        return not self.num_errors
+        return self.trt.calling("parser", not self.num_errors)
 
     def get_error(self, index: int) -> Any:
         return SimpleNamespace(

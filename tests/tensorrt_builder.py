@@ -21,22 +21,22 @@ def build(file: Path, *, prefix: int = 0, capacity: int = 0, profiles: Sequence[
     Args:
         prefix: The longest prefix, in tokens; of decoders.
         capacity: Rows of the cache.
-        profiles: "prefill" and "step", in the order they get in the engine; of decoders.
+        profiles: "prefill" and "step", in the engine's order; of decoders.
         sm: A name of trt.ComputeCapability.
 
     Raises:
-        AssertionError: TensorRT refused the graph, and why.
+        AssertionError: TensorRT refused the graph; the message has its reason.
     """
     import tensorrt_rtx as trt
 
-    said: list[str] = []
+    errors: list[str] = []
 
-    class Log(trt.ILogger):  # type: ignore[misc]
+    class ErrorLog(trt.ILogger):  # type: ignore[misc]
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
-                said.append(message)
+                errors.append(message)
 
-    log = Log()
+    log = ErrorLog()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser, start = trt.OnnxParser(network, log), time.perf_counter()
@@ -47,7 +47,7 @@ def build(file: Path, *, prefix: int = 0, capacity: int = 0, profiles: Sequence[
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(trt.ComputeCapability, sm), 0)
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    # Those would have to lie in the host's memory, and runners give addresses on the device.
+    # Shape tensors would have to lie in host memory, and runners give addresses on the device.
     assert not any(tensor.is_shape_tensor for tensor in inputs), [t.name for t in inputs if t.is_shape_tensor]
     for name in profiles:
         profile = builder.create_optimization_profile()
@@ -58,17 +58,17 @@ def build(file: Path, *, prefix: int = 0, capacity: int = 0, profiles: Sequence[
         config.add_optimization_profile(profile)
     start = time.perf_counter()
     engine = builder.build_serialized_network(network, config)
-    assert engine is not None, said
+    assert engine is not None, errors
     return Built(engine.nbytes, time.perf_counter() - start, parse_seconds)
 
 
 def _shapes(tensor: Any, profile: str, prefix: int, capacity: int) -> list[list[int]] | None:
-    """The least, the usual and the largest shape; None where nothing is free."""
+    """The smallest, the usual and the largest shape; None where no axis is free."""
     if -1 not in tuple(tensor.shape):
         return None
-    found = []
+    shapes = []
     for tokens in (1, max(1, prefix - 8), max(1, prefix)) if profile == "prefill" else (1, 1, 1):
         past = 1 if profile == "prefill" else capacity
         sizes = {"batch": 1, "tokens": tokens, "past": past, "keys": past + tokens}
-        found.append([sizes[tensor.get_dimension_name(i)] if d == -1 else d for i, d in enumerate(tensor.shape)])
-    return found
+        shapes.append([sizes[tensor.get_dimension_name(i)] if d == -1 else d for i, d in enumerate(tensor.shape)])
+    return shapes

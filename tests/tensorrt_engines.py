@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a bundle of target `tensorrt` as its runner will, in engines that need no GPU: ONNX Runtime, OpenVINO, and ONNX's own reference."""
+"""Run a bundle of target `tensorrt` without a GPU: ONNX Runtime, OpenVINO, ONNX's reference evaluator."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +13,11 @@ from pgxport.models.eager import TokenizedSample
 
 Arrays = dict[str, np.ndarray]
 Engine = Callable[[Path], Callable[[Arrays], Arrays]]
-STALE = 7.0  # in rows of a cache that nothing has been written to, which nothing may read
+STALE = 7.0  # the value of cache rows that are not written yet, which nothing may read
 
 
 def onnxruntime(file: Path) -> Callable[[Arrays], Arrays]:
-    """Node by node: rewritten, whole numbers would be multiplied in other kernels, which round activations too."""
+    """Run node by node: optimized kernels for integer matrices would round activations too."""
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -36,7 +36,7 @@ def openvino(file: Path) -> Callable[[Arrays], Arrays]:
 
 
 def reference(file: Path) -> Callable[[Arrays], Arrays]:
-    """ONNX's reference implementation: numpy, operator by operator as the standard defines them, bfloat16 and TensorScatter too."""
+    """ONNX's reference evaluator: numpy, operator by operator; it has bfloat16 and TensorScatter."""
     from onnx.reference import ReferenceEvaluator
 
     graph = ReferenceEvaluator(str(file))
@@ -44,7 +44,7 @@ def reference(file: Path) -> Callable[[Arrays], Arrays]:
 
 
 class Decoder:
-    """The decoder graph and its cache, fed as `bundle.Cache` and docs/reference/tensorrt-dialect.md say."""
+    """The decoder graph and its cache, with the inputs that docs/reference/tensorrt-dialect.md describes."""
 
     def __init__(self, run: Callable[[Arrays], Arrays], manifest: Manifest, rows: int):
         self.run, self.manifest, self.length = run, manifest, 0
@@ -55,7 +55,7 @@ class Decoder:
         self.cache = {n: np.full((1, *shape, cache.head_dim), STALE, cache.dtype) for n in names}
 
     def feed(self, embeds: np.ndarray) -> Arrays:
-        """embeds [1, T, H], the whole prefix and later one token -> the graph's outputs, but for the cache"""
+        """embeds [1, T, H], a prefix, then one token at a time -> the graph's outputs but for the cache"""
         tokens, before, kind = embeds.shape[1], self.length, self.manifest.cache.kind
         assert before == 0 or tokens == 1
         feeds: Arrays = {"inputs_embeds": embeds, "positions": np.arange(before, before + tokens)}
@@ -78,7 +78,7 @@ class Decoder:
         return outputs
 
     def _visible(self, tokens: int, window: int | None) -> np.ndarray:
-        """[1, 1, T, keys]: a prefix sees itself; a new token itself and what came before, or so much of it as a window shows."""
+        """[1, 1, T, keys]: a prefix sees itself; a token itself and the keys before it in its window."""
         before = self.length
         if self.manifest.cache.kind == "delta":
             past = np.arange(1 if before == 0 else self.rows)
@@ -93,7 +93,7 @@ class Decoder:
 
 
 def teacher_forced_logits(path: Path, engine: Engine, given: TokenizedSample) -> np.ndarray:
-    """[answer tokens + 1, V]: the prefix at once, then token by token; what comes beside the logits is checked on the way."""
+    """[answer tokens + 1, V], teacher-forced; checks the other outputs beside the logits too."""
     bundle = Bundle.open(path)
     m, table = bundle.manifest, bundle.token_table()
     hidden = engine(bundle.graph("vision_encoder"))({"pixel_values": given.pixels})["image_hidden"]

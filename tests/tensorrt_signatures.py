@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorRT's Python interface as its own bindings have it: classes, their methods with parameters, and enumerations.
+"""Read TensorRT's Python interface from its bindings: classes, methods with their parameters, enumerations.
 
     pip download --no-deps "tensorrt-cu12-bindings==10.3.0" "tensorrt-cu13-bindings==10.16.1.11" "tensorrt-cu13-bindings==11.4.0.106"
     python tests/tensorrt_signatures.py *.whl              writes goldens/tensorrt-signatures.json
 
-The wheels of bindings come without the libraries: a stand-in with the nine functions that they link to makes them importable. Needs gcc.
+The wheels of bindings lack the libraries: a stand-in with the nine functions that they link to makes them
+importable. Needs gcc.
 """
 
 import json
@@ -33,21 +34,21 @@ FUNCTIONS = (
 
 
 def signatures(trt: ModuleType) -> dict[str, list[str]]:
-    """By class, what it has: "set_shape(input, min, opt, max)" of a method, a line for each overload, a name of anything else."""
-    found = {}
+    """Class -> its methods, as "set_shape(input, min, opt, max)", a line an overload, and its other names."""
+    classes = {}
     for name in CLASSES:
         kind = getattr(trt, name, None)
         if kind is not None:
             members = sorted(member for member in vars(kind) if not member.startswith("_") or member == "__init__")
-            found[name] = [line for member in members for line in _lines(member, getattr(kind, member))]
-    return found | {name: sorted(getattr(trt, name).__members__) for name in ENUMERATIONS if hasattr(trt, name)}
+            classes[name] = [line for member in members for line in _lines(member, getattr(kind, member))]
+    return classes | {name: sorted(getattr(trt, name).__members__) for name in ENUMERATIONS if hasattr(trt, name)}
 
 
 def _lines(name: str, member: object) -> list[str]:
     if not callable(member):
         return [name]
-    given = re.findall(rf"^(?:\d+\. )?{name}\(self[^,)]*(?:, )?(.*)\)(?: ->.*)?$", member.__doc__ or "", re.MULTILINE)
-    return [f"{name}({', '.join(_parameters(text))})" for text in given] or [name]
+    overloads = re.findall(rf"^(?:\d+\. )?{name}\(self[^,)]*(?:, )?(.*)\)(?: ->.*)?$", member.__doc__ or "", re.MULTILINE)
+    return [f"{name}({', '.join(_parameters(text))})" for text in overloads] or [name]
 
 
 def _parameters(text: str) -> list[str]:
@@ -55,12 +56,12 @@ def _parameters(text: str) -> list[str]:
     >>> _parameters("name: str, shape: tuple[int, int], flags: typing.SupportsInt = <Kind.A: 0>")
     ['name', 'shape', 'flags=']
     """
-    found = re.findall(r"(?:^|, )(\w+): ((?:\[[^]]*\]|[^,\[])*)", text)
-    return [name + ("=" if " = " in kind else "") for name, kind in found]
+    parameters = re.findall(r"(?:^|, )(\w+): ((?:\[[^]]*\]|[^,\[])*)", text)
+    return [name + ("=" if " = " in kind else "") for name, kind in parameters]
 
 
 def of_wheel(wheel: Path) -> dict[str, list[str]]:
-    """Read by a process of its own: bindings of two versions cannot be loaded into one."""
+    """Read a wheel in a process of its own: one process cannot load bindings of two versions."""
     with tempfile.TemporaryDirectory() as folder:
         zipfile.ZipFile(wheel).extractall(folder)
         code = Path(folder) / "empty.c"
@@ -71,13 +72,13 @@ def of_wheel(wheel: Path) -> dict[str, list[str]]:
                 subprocess.run(["gcc", "-shared", "-fPIC", "-o", f"{folder}/{file}", code, f"-Wl,-soname,{file}"], check=True)
         ask = "import json, tensorrt_bindings as trt; from tensorrt_signatures import signatures; print(json.dumps(signatures(trt)))"
         paths = {"PYTHONPATH": f"{folder}:{Path(__file__).parent}", "LD_LIBRARY_PATH": folder}
-        said = subprocess.run([sys.executable, "-c", ask], env=os.environ | paths, check=True, capture_output=True, text=True)
-    return json.loads(said.stdout)
+        done = subprocess.run([sys.executable, "-c", ask], env=os.environ | paths, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
 
 
 if __name__ == "__main__":
-    read = {wheel.name.split("-")[1]: of_wheel(wheel) for wheel in map(Path, sys.argv[1:])}
+    versions = {wheel.name.split("-")[1]: of_wheel(wheel) for wheel in map(Path, sys.argv[1:])}
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(
-        json.dumps(dict(sorted(read.items(), key=lambda item: [int(n) for n in item[0].split(".")])), indent=1) + "\n"
+        json.dumps(dict(sorted(versions.items(), key=lambda item: [int(n) for n in item[0].split(".")])), indent=1) + "\n"
     )

@@ -19,9 +19,10 @@ import pytest
 from PIL import Image
 
 import pgxport
-from pgxport import cli, errors
+from pgxport import errors, terminal
 from pgxport.bundle.manifest import MANIFEST
 from pgxport.bundle.reader import Bundle
+from pgxport.cli import cli, main
 from pgxport.runners import runner as runner_module
 from pgxport.runners.outputs import Answer, parse
 
@@ -57,7 +58,7 @@ def pgx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         capsys.readouterr()
         code: Any = 0
         try:
-            cli.main()
+            main()
         except SystemExit as stop:
             code = stop.code or 0
         finally:
@@ -79,7 +80,7 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "red.png"
 
 
-COMMANDS = sorted(cli.cli.commands)
+COMMANDS = sorted(cli.commands)
 
 
 # Help
@@ -92,12 +93,12 @@ def test_every_help_has_an_example_that_the_command_accepts(pgx: Pgx, command: s
     assert (done.code, done.err) == (0, "")
     assert examples
     for example in examples:
-        cli.cli.commands[command].make_context(command, shlex.split(example)[2:])
+        cli.commands[command].make_context(command, shlex.split(example)[2:])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_explained(command: str):
-    for option in cli.cli.commands[command].params:
+    for option in cli.commands[command].params:
         assert not isinstance(option, click.Option) or option.name == "family" or option.help, option.name
 
 
@@ -152,6 +153,19 @@ def test_a_failure_is_one_line_without_a_traceback(
     assert "\x07" not in done.err
     assert "Traceback" not in done.err
     assert [line for line in done.err.splitlines() if line][-1].startswith("pgx: ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_ends_every_command_with_130(pgx: Pgx, monkeypatch: pytest.MonkeyPatch, command: str):
+    def interrupt(**options: object) -> None:
+        with terminal.progress_bar(), terminal.stages(), errors.needs("export"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.commands[command], "callback", interrupt)
+    example = next(line.strip() for line in pgx(command, "--help").out.splitlines() if line.strip().startswith(f"pgx {command}"))
+    done = pgx(*shlex.split(example)[1:])
+    assert (done.code, done.out) == (130, "")
+    assert done.err.splitlines()[-1] == "pgx: interrupted"
 
 
 def test_a_bug_of_ours_keeps_its_traceback(pgx: Pgx, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -449,10 +463,3 @@ def test_commands_that_only_run_work_without_the_export_tools(a_bundle: Path, pi
         out, err = process.communicate(timeout=60)
         assert process.returncode == runs[args], err
         assert runs[args] == 0 or 'pip install "pgxport[export]"' in Done(2, out, err).error
-
-
-@pytest.mark.parametrize(
-    ("count", "shown"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_234_567, "1.23 MB"), (5e12, "5e+03 GB")]
-)
-def test_sizes_are_in_decimal_units(count: int, shown: str):
-    assert cli.size(count) == shown

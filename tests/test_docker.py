@@ -112,10 +112,10 @@ def test_only_the_package_goes_to_the_builder():
 
 
 def test_versions_are_those_of_the_board_table():
-    from pgxport.machine.board import ROWS
+    from pgxport.machine.board import SETUPS
 
     jetpack7 = (ROOT / "docker" / "Dockerfile.jetpack7").read_text()
-    rows = {row.name: row for row in ROWS}
+    rows = {row.name: row for row in SETUPS}
     newest, older = (next(c for c in rows[n].commands if "bindings" in c) for n in ("JetPack 7.2 on Thor", "JetPack 7.0 and 7.1"))
     assert re.search(r"ARG TENSORRT=(\S+)", jetpack7)[1] in newest  # type: ignore[index]
     assert re.search(r"--build-arg TENSORRT=([\d.]+\d)", jetpack7)[1] in older  # type: ignore[index]

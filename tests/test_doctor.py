@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doctor believes an engine only once it has run a graph, and advises only what is missing on the machine it looks at."""
+"""The doctor trusts an engine only once it has run a graph, and advises only what this machine lacks."""
 
 import importlib.metadata
 import json
@@ -36,21 +36,21 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def test_a_complete_installation_needs_no_advice(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(doctor, "open_session", lambda engine, graph: Engine([42.0]))
-    found = doctor.examine(tmp_path, load=no_driver)  # whatever the processor here has or lacks
-    assert found["advice"] == []
-    assert found["engines"] == {"cpu": {"works": True, "reason": ""}}
-    assert doctor.render(found).endswith("try: pgx demo")
-    json.dumps(found)
+    facts = doctor.examine(tmp_path, load=no_driver)  # whatever the processor here has or lacks
+    assert facts["advice"] == []
+    assert facts["engines"] == {"cpu": {"works": True, "reason": ""}}
+    assert doctor.render(facts).endswith("try: pgx demo")
+    json.dumps(facts)
 
 
 @pytest.mark.parametrize("extra", doctor.WANTED)
 def test_what_is_missing_is_named_with_the_command_that_installs_it(installed: dict[str, str], extra: str, tmp_path: Path):
     (missing, *_), _ = doctor.EXTRAS[extra]
     del installed[missing]
-    found = doctor.examine(tmp_path, load=no_driver)
-    assert not found["extras"][extra]["complete"]
-    assert [f'pip install "pgxport[{extra}]"' in advice for advice in found["advice"]] == [True]
-    assert f"{missing} MISSING" in doctor.render(found)
+    facts = doctor.examine(tmp_path, load=no_driver)
+    assert not facts["extras"][extra]["complete"]
+    assert [f'pip install "pgxport[{extra}]"' in advice for advice in facts["advice"]] == [True]
+    assert f"{missing} MISSING" in doctor.render(facts)
 
 
 def test_the_gpu_build_serves_the_cpu_too_and_is_not_doubled(installed: dict[str, str], tmp_path: Path):
@@ -68,17 +68,17 @@ def test_an_engine_that_cannot_open_is_reported_with_its_reason(installed: dict[
         raise EngineError("onnxruntime 1.0 is too old")
 
     monkeypatch.setattr(doctor, "open_session", refuse)
-    found = doctor.examine()
-    assert found["engines"]["cpu"] == {"works": False, "reason": "onnxruntime 1.0 is too old"}
-    assert "engine cpu: onnxruntime 1.0 is too old" in doctor.render(found)
-    assert "pgx demo" not in doctor.render(found).splitlines()[-1]
+    facts = doctor.examine()
+    assert facts["engines"]["cpu"] == {"works": False, "reason": "onnxruntime 1.0 is too old"}
+    assert "engine cpu: onnxruntime 1.0 is too old" in doctor.render(facts)
+    assert "pgx demo" not in doctor.render(facts).splitlines()[-1]
 
 
 def test_an_engine_that_computes_something_else_does_not_work(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "open_session", lambda engine, graph: Engine([41.0]))
-    found = doctor.examine()["engines"]["cpu"]
-    assert not found["works"]
-    assert "41.0" in found["reason"]
+    facts = doctor.examine()["engines"]["cpu"]
+    assert not facts["works"]
+    assert "41.0" in facts["reason"]
 
 
 def test_the_probe_is_a_graph_that_the_engine_really_runs():
@@ -105,7 +105,7 @@ def no_driver(name: str) -> Any:
 
 
 def driver(name: str, memory: int, sm: tuple[int, int], integrated: bool, cuda: int = 13000) -> Callable[[str], Any]:
-    """A libcuda with one GPU; attributes 75, 76 and 18 of cuda.h are the compute capability and whether it is integrated."""
+    """A libcuda with one GPU; attributes 75 and 76 of cuda.h: compute capability, 18: integrated."""
     attributes = {75: sm[0], 76: sm[1], 18: int(integrated)}
 
     def put(value: int) -> Callable[..., int]:
@@ -142,18 +142,18 @@ def without(installed: dict[str, str], *names: str) -> None:
 
 def test_an_orin_nano_is_told_what_it_is_and_what_to_install(installed: dict[str, str], tmp_path: Path):
     without(installed, "tensorrt", "cuda-python")
-    found = on("orin-nano", tmp_path, ORIN)
-    text = doctor.render(found)
+    facts = on("orin-nano", tmp_path, ORIN)
+    text = doctor.render(facts)
     assert (
         "Orin Nano Engineering Reference Developer Kit Super, JetPack 6.2 (Jetson Linux 36.4.3); pgx plan --board orin-nano"
         in text
     )
     assert "power mode: 25W (1), clocks moving with the load" in text
     assert "GPU: Orin, compute capability 8.7, shares the system's memory" in text
-    assert "memory: 5.7 GB available, largest free block 4.2 MB, swap 0.0 GB, zram 1.3 GB" in text
+    assert "memory: 5.74 GB available, largest free block 4.19 MB, swap 0 B, zram 1.33 GB" in text
     assert "libraries: cuda 12.6.11, cudnn 9.3.0, tensorrt 10.3.0" in text
     assert "pgx export … --target tensorrt --trt 10.3 --precision fp16, w8a8-static, int4" in text
-    said = "\n".join(found["advice"])
+    advice = "\n".join(facts["advice"])
     for part in (
         '"cuda-python~=12.6"',
         "docker/Dockerfile.jetpack6",
@@ -161,47 +161,47 @@ def test_an_orin_nano_is_told_what_it_is_and_what_to_install(installed: dict[str
         "25W (1) is not the fastest",
         "no swap on a disk",
     ):
-        assert part in said
-    json.dumps(found)
+        assert part in advice
+    json.dumps(facts)
 
 
 def test_a_thor_with_its_memory_in_pieces_is_warned(installed: dict[str, str], tmp_path: Path):
-    found = on("thor", tmp_path, THOR)
-    said = "\n".join(found["advice"])
-    assert "largest free block of memory has 32 KiB" in said
-    assert "being throttled: gpu-throttle-alert" in said
-    assert "jetson_clocks" not in said, "its clocks are held"
-    assert "not the fastest" not in said, "it is MAXN"
-    assert "no swap" not in said
-    assert "--trt 10.3 --precision bf16, fp8, int4" in doctor.render(found)
+    facts = on("thor", tmp_path, THOR)
+    advice = "\n".join(facts["advice"])
+    assert "largest free block of memory has 32 KiB" in advice
+    assert "being throttled: gpu-throttle-alert" in advice
+    assert "jetson_clocks" not in advice, "its clocks are held"
+    assert "not the fastest" not in advice, "it is MAXN"
+    assert "no swap" not in advice
+    assert "--trt 10.3 --precision bf16, fp8, int4" in doctor.render(facts)
 
 
 def test_a_desktop_gpu_is_offered_both_engines(installed: dict[str, str], tmp_path: Path):
     without(installed, "tensorrt", "cuda-python")
-    found = on("desktop", tmp_path, ADA)
-    text = doctor.render(found)
+    facts = on("desktop", tmp_path, ADA)
+    text = doctor.render(facts)
     assert "GPU: NVIDIA GeForce RTX 4090, compute capability 8.9, 25.8 GB" in text
     assert "NVIDIA driver 580.65.06, for CUDA up to 13.0" in text
     assert 'pip install "pgxport[gpu]" "onnxruntime-gpu[cuda,cudnn]"' in text
     assert "no VNNI" in text
     assert "jetson" not in text.lower()
-    assert set(found["engines"]) == {"cpu", "cuda"}
+    assert set(facts["engines"]) == {"cpu", "cuda"}
 
 
 def test_a_server_without_a_gpu_misses_no_gpu(installed: dict[str, str], tmp_path: Path):
     without(installed, "tensorrt", "cuda-python", "ray")
-    found = on("server", tmp_path)
-    assert found["advice"] == []
-    assert "no NVIDIA driver here" in found["driver"]["reason"]
-    assert "--target cpu --precision w8a8" in doctor.render(found)
+    facts = on("server", tmp_path)
+    assert facts["advice"] == []
+    assert "no NVIDIA driver here" in facts["driver"]["reason"]
+    assert "--target cpu --precision w8a8" in doctor.render(facts)
 
 
 def test_tensorrt_of_either_name_counts(installed: dict[str, str], tmp_path: Path):
     without(installed, "tensorrt", "cuda-python")
     installed |= {"tensorrt-cu13-bindings": "10.16.1.11", "cuda-bindings": "13.2.0", "tensorrt-rtx-cu13": "1.7.1.116"}
-    found = on("server", tmp_path)
-    assert found["extras"]["tensorrt"]["complete"]
-    assert (found["libraries"]["tensorrt"], found["libraries"]["tensorrt_rtx"]) == ("10.16.1.11", "1.7.1.116")
+    facts = on("server", tmp_path)
+    assert facts["extras"]["tensorrt"]["complete"]
+    assert (facts["libraries"]["tensorrt"], facts["libraries"]["tensorrt_rtx"]) == ("10.16.1.11", "1.7.1.116")
 
 
 def test_looking_writes_nothing(installed: dict[str, str], tmp_path: Path):
@@ -246,9 +246,9 @@ def trt(monkeypatch: pytest.MonkeyPatch) -> FakeTensorrt:
 
 
 def test_tensorrt_is_believed_once_a_runtime_of_it_starts(trt: FakeTensorrt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    found = on("orin-nano", tmp_path, ORIN)
-    assert found["engines"]["tensorrt"] == {"works": True, "reason": ""}
-    assert "engine tensorrt: starts on the GPU" in doctor.render(found)
+    facts = on("orin-nano", tmp_path, ORIN)
+    assert facts["engines"]["tensorrt"] == {"works": True, "reason": ""}
+    assert "engine tensorrt: starts on the GPU" in doctor.render(facts)
 
     def refuse(log: Any) -> None:
         log.log("error", "CUDA initialization failure with error: 35")

@@ -17,7 +17,8 @@ from tensorrt_engines import onnxruntime, teacher_forced_logits
 
 from pgxport.bundle.reader import Bundle
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
-from pgxport.compile.tensorrt import CompileOptions, compile_bundle
+from pgxport.compile.compile import compile_bundle
+from pgxport.compile.options import CompileOptions
 from pgxport.errors import InputError
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.exporter.parity import scene
@@ -29,7 +30,8 @@ from pgxport.models.eager import TokenizedSample
 from pgxport.models.tiny.scenes import draw
 from pgxport.runners.runner import Runner
 from pgxport.runners.session import ENGINES
-from pgxport.runners.tensorrt import RECORDING_VARIABLE, load_cuda
+from pgxport.runners.tensorrt_library import load_cuda
+from pgxport.runners.tensorrt_profile import RECORDING_VARIABLE
 
 pytestmark = pytest.mark.gpu
 # Of the largest logit, from float32: twice what other engines have on random models (tests/exporter/test_tensorrt.py).

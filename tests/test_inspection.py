@@ -15,8 +15,8 @@ from pgxport.inspection import describe, render
 
 
 def test_a_bundle_is_described_as_its_manifest_has_it(a_bundle: Path):
-    found, manifest = describe(a_bundle), Bundle.open(a_bundle).manifest
-    assert found["kind"] == "bundle"
+    facts, manifest = describe(a_bundle), Bundle.open(a_bundle).manifest
+    assert facts["kind"] == "bundle"
     for name in (
         "name",
         "family",
@@ -28,27 +28,27 @@ def test_a_bundle_is_described_as_its_manifest_has_it(a_bundle: Path):
         "target",
         "parameters",
     ):
-        assert found[name] == getattr(manifest, name)
-    assert found["bytes"] == sum(p.stat().st_size for p in a_bundle.iterdir() if p.name != MANIFEST)
-    assert found["files"] == {p.name: p.stat().st_size for p in a_bundle.iterdir() if p.name != MANIFEST}
-    for name, graph in found["graphs"].items():
+        assert facts[name] == getattr(manifest, name)
+    assert facts["bytes"] == sum(p.stat().st_size for p in a_bundle.iterdir() if p.name != MANIFEST)
+    assert facts["files"] == {p.name: p.stat().st_size for p in a_bundle.iterdir() if p.name != MANIFEST}
+    for name, graph in facts["graphs"].items():
         assert graph["bytes"] == sum(p.stat().st_size for p in a_bundle.glob(f"{name}.*"))
-    for name, graph in json.loads(json.dumps(found))["graphs"].items():  # plain data
+    for name, graph in json.loads(json.dumps(facts))["graphs"].items():  # plain data
         assert [tuple(t["shape"]) for t in graph["inputs"]] == [t.shape for t in manifest.graphs[name].inputs]
 
 
 def test_a_bundles_parts_are_told_by_dtype_and_add_up_to_its_parameters(a_bundle: Path):
-    found = describe(a_bundle)
-    parts = found["parts"]
+    facts = describe(a_bundle)
+    parts = facts["parts"]
     without_masks = sum(row["parameters"] for part, row in parts.items() if part != "mask_decoder")
-    assert without_masks == found["parameters"]
+    assert without_masks == facts["parameters"]
     assert {row["dtypes"] for row in parts.values()} == {"float32"}
     table = Bundle.open(a_bundle).manifest.token_table
-    assert parts["token_table"]["bytes"] == 4 * table.shape[0] * table.shape[1] == found["files"][table.file]
+    assert parts["token_table"]["bytes"] == 4 * table.shape[0] * table.shape[1] == facts["files"][table.file]
     for name in ("vision_encoder", "projector", "decoder_step", "mask_decoder"):
         # The data file holds little else: padding to pages, and the decoder's rotation.
         assert 0 <= parts[name]["bytes"] - 4 * parts[name]["parameters"] < 4096 * 400
-    assert f"{parts['projector']['parameters']:,} parameters" in render(found)
+    assert f"{parts['projector']['parameters']:,} parameters" in render(facts)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int4", "mixed"])
@@ -58,10 +58,10 @@ def test_a_bundle_of_any_precision_is_described(tmp_path: Path, precision: str):
     from pgxport.exporter.export import ExportOptions, export
 
     export(ExportOptions(size="tiny", res=112, precision=precision, output=tmp_path / "b", parity=0))
-    found = describe(tmp_path / "b")
-    assert sum(row["parameters"] for part, row in found["parts"].items() if part != "mask_decoder") == found["parameters"]
-    assert found["parts"]["decoder_step"]["bytes"] == (tmp_path / "b" / "decoder_step.data").stat().st_size
-    assert found["recipe"] in render(found)
+    facts = describe(tmp_path / "b")
+    assert sum(row["parameters"] for part, row in facts["parts"].items() if part != "mask_decoder") == facts["parameters"]
+    assert facts["parts"]["decoder_step"]["bytes"] == (tmp_path / "b" / "decoder_step.data").stat().st_size
+    assert facts["recipe"] in render(facts)
 
 
 def test_the_cache_is_one_line_for_all_layers(a_bundle: Path):
@@ -75,16 +75,16 @@ def test_the_cache_is_one_line_for_all_layers(a_bundle: Path):
 def test_a_checkpoint_is_described_from_its_headers(random_checkpoint: Path, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(random_checkpoint)
-    found = describe(random_checkpoint)
-    assert (found["kind"], found["family"], found["resolution"]) == ("checkpoint", "paligemma2", 42)
-    assert found["parameters"] == sum(p.numel() for p in model.parameters())
-    assert found["bytes"] == 4 * found["parameters"]
-    counts = {part: row["parameters"] for part, row in found["parts"].items()}
+    facts = describe(random_checkpoint)
+    assert (facts["kind"], facts["family"], facts["resolution"]) == ("checkpoint", "paligemma2", 42)
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert facts["bytes"] == 4 * facts["parameters"]
+    counts = {part: row["parameters"] for part, row in facts["parts"].items()}
     assert counts["vision encoder"] == sum(p.numel() for p in model.model.vision_tower.parameters())
     assert counts["projector"] == sum(p.numel() for p in model.model.multi_modal_projector.parameters())
     assert counts["token table"] == model.get_input_embeddings().weight.numel()
-    assert sum(counts.values()) == found["parameters"]
-    assert f"--checkpoint {random_checkpoint}" in render(found)
+    assert sum(counts.values()) == facts["parameters"]
+    assert f"--checkpoint {random_checkpoint}" in render(facts)
 
 
 def test_what_is_neither_is_refused(tmp_path: Path):

@@ -245,7 +245,8 @@ def _fitting(target: str) -> str:
 
 def plan_boards() -> None:
     """Work out benchmarks/results/boards.json anew, with the package as it is."""
-    from pgxport.exporter.plan import BOARDS, PlanOptions, plan
+    from pgxport.exporter.plan import PlanOptions, plan
+    from pgxport.machine.board import BOARDS
 
     models = [("3b", 224), ("3b", 448), ("3b", 896), ("10b", 448), ("28b", 448)]
     rows = {"tensorrt": ("10.16", ("fp16", "w8a8-static", "int4")), "cuda": (None, ("fp16", "int8", "int4"))}

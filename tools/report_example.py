@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pgxport.benchmarking.throughput import sizes
+from pgxport.benchmarking.measure import batch_sizes
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.data.loader import DataOptions
 from pgxport.errors import UsageError
@@ -104,7 +104,7 @@ def main() -> None:
     has_reference = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     made = args.work / "report"
     options = ReportOptions(
-        tuple(bundles(args.work, args.res)), made, DataOptions(limit=args.limit), pictures=args.pictures, threads=1, batch=sizes(args.batch),
+        tuple(bundles(args.work, args.res)), made, DataOptions(limit=args.limit), pictures=args.pictures, threads=1, batch=batch_sizes(args.batch),
         reference=(TINY / f"tiny-{args.res}").relative_to(ROOT) if has_reference else None,
     )  # fmt: skip
     report(options, progress=lambda what: print(f"\r\x1b[K{what}", end="", file=sys.stderr))

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pgx bench: what bundles cost in time and memory, side by side, and which differences are real."""
+"""pgx bench: time and memory of bundles side by side, and which differences are real."""
 
-import importlib.metadata
-import os
-import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -13,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pgxport.benchmarking.intervals import Ratio, paired_ratio, summary, verdict
-from pgxport.benchmarking.measure import Answers, Work, worker
-from pgxport.benchmarking.throughput import Batches, batch_worker
-from pgxport.benchmarking.worker import Measurement, Memory, Progress, Worker, interleave
-from pgxport.machine.nvml import find_vram
+from pgxport.benchmarking.measure import Batches, WholeAnswers, Work, worker
+from pgxport.benchmarking.worker import Measurement, Progress, Worker, interleave
+from pgxport.machine.conditions import describe_machine
+from pgxport.machine.memory import ProcessMemory
+from pgxport.machine.nvml import find_nvml
+from pgxport.text import size, table
 
 STAGES = {
     "verify": "verify (sha256)",
@@ -32,22 +31,21 @@ STAGES = {
     "answer": "whole answer",
 }
 RANKED = ("first_token", "step", "answer")
-PACKAGES = ("pgxport", "numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "tokenizers")
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What one call of `bench` measured, and on what."""
+    """The measurements of one call of `bench`, and the conditions that they hold for."""
 
     measurements: list[Measurement]
-    work: Work | Batches
+    work: Work
     repetitions: int
     engine: str
     threads: int | None
     machine: dict[str, Any]
 
     def comparisons(self) -> list[tuple[str, Measurement, Measurement, Ratio | None]]:
-        """Stage, first, second, and how many times as long the second took, for every two that were measured to the end."""
+        """Stage, first, second, and their ratio, of every two bundles that were measured to the end."""
         whole = [m for m in self.measurements if m.reason is None]
         return [
             (stage, a, b, paired_ratio(a.seconds[stage], b.seconds[stage]))
@@ -57,13 +55,13 @@ class Bench:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; seconds and bytes."""
+        """The bench as plain data, in seconds and bytes."""
         return {
             "machine": self.machine,
             "engine": self.engine,
             "threads": self.threads,  # null: the engine's choice
             "repetitions": self.repetitions,
-            "work": {"kind": type(self.work).__name__, **asdict(self.work)},
+            "work": {"kind": self.work.kind, **asdict(self.work)},
             "spread": "low and high are the least and the most of all repetitions, after one warm-up that is not among them",
             "bundles": [measurement_json(m) for m in self.measurements],
             "comparisons": [
@@ -76,125 +74,95 @@ class Bench:
 
 def bench(
     bundles: Sequence[str | Path],
-    work: Work | Batches | None = None,
+    work: Work | None = None,
     *,
     repetitions: int = 5,
     engine: str = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Bench:
-    """Measure bundles interleaved, each in a process of its own. One that fails is a measurement with its reason."""
-    work, conditions = work or Answers(), machine()
+    """Measure bundles in turn, each in a process of its own. One that fails is a row with its reason."""
+    work, conditions = work or WholeAnswers(), describe_machine()
     with ExitStack() as stack:
         workers = [
-            stack.enter_context(_worker(label, str(bundle), work, engine, threads))
+            stack.enter_context(worker(label, str(bundle), work, engine=engine, threads=threads))
             for label, bundle in zip(labels(map(str, bundles)), bundles, strict=True)
         ]
         measured = interleave(workers, repetitions, progress)
         return Bench(_with_memory(workers, measured, work, engine), work, repetitions, engine, threads, conditions)
 
 
-def _worker(label: str, bundle: str, work: Work | Batches, engine: str, threads: int | None) -> Worker:
-    if isinstance(work, Batches):
-        return batch_worker(label, bundle, work, engine=engine, threads=threads)
-    return worker(label, bundle, work, engine=engine, threads=threads)
-
-
-def _with_memory(
-    workers: Sequence[Worker], measured: Sequence[Measurement], work: Work | Batches, engine: str
-) -> list[Measurement]:
-    """What the GPU holds for each process, and what each batch size took, as facts: they are looked at after the work."""
-    vram, found = find_vram(engine), []
+def _with_memory(workers: Sequence[Worker], measured: Sequence[Measurement], work: Work, engine: str) -> list[Measurement]:
+    """The measurements with the GPU memory of each process and the peaks of batches, read after the work."""
+    nvml, completed = find_nvml(engine), []
     for process, m in zip(workers, measured, strict=True):
         more: dict[str, Any] = {}
         if m.reason is None:
-            more["peak_vram"] = vram.held_by(process.pid) if vram else None
+            more["peak_vram"] = nvml.held_by(process.pid) if nvml else None
         if isinstance(work, Batches) and m.reason is None:
             more |= process.ask({}) or {}
-        found.append(replace(m, facts=m.facts | more))
-    if vram:
-        vram.close()
-    return found
+        completed.append(replace(m, facts=m.facts | more))
+    if nvml:
+        nvml.close()
+    return completed
 
 
 def labels(paths: Iterable[str]) -> list[str]:
-    """A name for each, also where one comes twice: a bundle against itself shows what the machine's noise is.
+    """A unique name for each path; a bundle measured against itself shows the noise of the machine.
 
     >>> labels(["a", "b", "a"])
     ['a', 'b', 'a #2']
     """
-    seen: Counter[str] = Counter()
-    found = []
+    counts: Counter[str] = Counter()
+    names = []
     for path in paths:
-        seen[path] += 1
-        found.append(path if seen[path] == 1 else f"{path} #{seen[path]}")
-    return found
+        counts[path] += 1
+        names.append(path if counts[path] == 1 else f"{path} #{counts[path]}")
+    return names
 
 
 def measurement_json(m: Measurement) -> dict[str, Any]:
     """A measurement as plain data, with the summary of each stage."""
     stages = {stage: asdict(summary(values)) | {"all": values} for stage, values in m.seconds.items()}
-    found: dict[str, Any] = {"label": m.label, "status": "failed" if m.reason else "ok", "reason": m.reason, **m.facts}
-    found |= {"stages": stages}
+    plain: dict[str, Any] = {"label": m.label, "status": "failed" if m.reason else "ok", "reason": m.reason, **m.facts}
+    plain |= {"stages": stages}
     if "step" in m.seconds:
-        found["tokens_per_second"] = asdict(summary([1 / s for s in m.seconds["step"]]))
-    for size in _sizes([m]):
-        rates = {"images_per_second": f"answer/{size}", "tokens_per_second": f"step/{size}"}
-        found.setdefault("batches", {})[str(size)] = {
-            rate: asdict(summary([size / s for s in m.seconds[stage]])) for rate, stage in rates.items()
-        } | {f"peak_{kind}": held for kind, held in m.facts["peaks"][str(size)].items()}
-    return found | {"memory": {"loaded": _memory_json(m.loaded), "peak": _memory_json(m.peak)}}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures hold for."""
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": platform.platform(),
-        "load_average": round(os.getloadavg()[0], 2),  # before; other work makes all of it doubtful
-        "versions": {"python": platform.python_version()} | versions(PACKAGES),
-    }
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of those that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        plain["tokens_per_second"] = asdict(summary([1 / s for s in m.seconds["step"]]))
+    for batch in _sizes([m]):
+        rates = {"images_per_second": f"answer/{batch}", "tokens_per_second": f"step/{batch}"}
+        plain.setdefault("batches", {})[str(batch)] = {
+            rate: asdict(summary([batch / s for s in m.seconds[stage]])) for rate, stage in rates.items()
+        } | {f"peak_{kind}": held for kind, held in m.facts["peaks"][str(batch)].items()}
+    return plain | {"memory": {"loaded": _memory_json(m.loaded), "peak": _memory_json(m.peak)}}
 
 
 def render(b: Bench) -> str:
-    """The same, for people: a row a stage, a column a bundle."""
+    """A bench as text: a row for each stage, a column for each bundle."""
     names = {m.label: chr(ord("A") + i) if i < 26 else f"#{i + 1}" for i, m in enumerate(b.measurements)}
     lines = []
     for m in b.measurements:
-        said = (
-            f"{m.facts['recipe']} for {m.facts['target']}, {_bytes(m.facts['bytes'])}, manifest {m.facts['manifest_sha256'][:12]}"
+        described = (
+            f"{m.facts['recipe']} for {m.facts['target']}, {size(m.facts['bytes'])}, manifest {m.facts['manifest_sha256'][:12]}"
             if m.facts
             else ""
         )
-        lines.append(f"{names[m.label]}: {m.label}: " + (f"FAILED: {m.reason}" if m.reason else said))
+        lines.append(f"{names[m.label]}: {m.label}: " + (f"FAILED: {m.reason}" if m.reason else described))
     whole = [m for m in b.measurements if m.reason is None]
     if whole:
-        lines += ["", *_table(whole, names), ""]
+        lines += ["", _table(whole, names), ""]
         for stage, first, second, ratio in b.comparisons():
             lines.append(f"{_title(stage)}: {verdict(names[first.label], names[second.label], ratio)}")
-    used = b.machine["versions"]
+    here = b.machine
     threads = f"threads: {b.threads or 'as the engine chooses'}"
     lines += [
         f"{_work(b.work)}; {b.repetitions} repetitions after a warm-up: median (least–most); opened once; bundles in turn, every other time backwards",
-        f"{b.engine}, {threads}, {b.machine['cores']} cores of {b.machine['processor']}, load average {b.machine['load_average']} before",
-        ", ".join(f"{package} {version}" for package, version in used.items()),
+        f"{b.engine}, {threads}, {here['cores']} cores of {here['processor']} ({here['vectors']}), load average {here['load_average']} before",
+        ", ".join(f"{package} {version}" for package, version in here["versions"].items()),
     ]
     return "\n".join(lines)
 
 
-def _table(measurements: list[Measurement], names: dict[str, str]) -> list[str]:
+def _table(measurements: list[Measurement], names: dict[str, str]) -> str:
     stages = [s for s in STAGES if any(s in m.seconds for m in measurements)]
     stages += [s for m in measurements[:1] for s in m.seconds if s not in STAGES]
     rows = [["", *(names[m.label] for m in measurements)]]
@@ -206,15 +174,14 @@ def _table(measurements: list[Measurement], names: dict[str, str]) -> list[str]:
     rows += [row for size in _sizes(measurements) for row in _batch_rows(size, measurements)]
     for title, memory in (("loaded", [m.loaded for m in measurements]), ("peak", [m.peak for m in measurements])):
         for kind in ("private", "mapped", "resident"):
-            rows.append([f"{title}: {kind}", *(_bytes(getattr(held, kind)) if held else "not told" for held in memory)])
+            rows.append([f"{title}: {kind}", *(size(getattr(held, kind)) if held else "not told" for held in memory)])
     if any(m.facts.get("target") != "cpu" for m in measurements):
         rows.append(["peak: GPU memory", *(_held(m.facts.get("peak_vram")) for m in measurements)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return table(rows)
 
 
 def _batch_rows(size: int, measurements: list[Measurement]) -> list[list[str]]:
-    """What a batch size gives a second, and takes."""
+    """Rows of what a batch size gives a second and of the memory it takes."""
     rows = []
     for title, stage in ((f"images a second, {size} at a time", "answer"), (f"tokens a second, {size} at a time", "step")):
         rates = [[size / s for s in m.seconds[f"{stage}/{size}"]] for m in measurements]
@@ -232,7 +199,7 @@ def _sizes(measurements: Sequence[Measurement]) -> list[int]:
 
 
 def _held(count: int | None) -> str:
-    return "not measured" if count is None else _bytes(count)
+    return "not measured" if count is None else size(count)
 
 
 def _title(stage: str) -> str:
@@ -245,19 +212,19 @@ def _title(stage: str) -> str:
     return f"prefill of {place}" if kind == "prefill" else f"{STAGES[kind]} after {place}"
 
 
-def _work(work: Work | Batches) -> str:
+def _work(work: Work) -> str:
     if isinstance(work, Batches):
         return (
             f"batches of {', '.join(map(str, work.sizes))} of one image, {work.prompt_tokens} prompt tokens, {work.new_tokens} decode "
             f"steps, eos ignored"
         )
-    if isinstance(work, Answers):
+    if isinstance(work, WholeAnswers):
         return f"images: {len(work.images) or 1}, {work.prompt_tokens} prompt tokens, {work.new_tokens} decode steps, eos ignored"
     return f"the decoder alone on random numbers, {work.steps} steps at each past"
 
 
 def _spread(values: list[float] | None) -> str:
-    """Seconds in the unit that suits their median.
+    """Median, least and most of some seconds, in the unit that suits the median.
 
     >>> _spread([0.0123, 0.012, 0.013])
     '12.3 ms (12.0–13.0)'
@@ -271,17 +238,5 @@ def _spread(values: list[float] | None) -> str:
     return f"{median} {unit}" + (f" ({low}–{high})" if len(values) > 1 else "")
 
 
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _memory_json(memory: Memory | None) -> dict[str, int] | None:
+def _memory_json(memory: ProcessMemory | None) -> dict[str, int] | None:
     return asdict(memory) if memory else None
-
-
-def _processor() -> str:
-    """The CPU's name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What repeated measurements say, and what they cannot tell. Pure functions of numbers."""
+"""Medians and paired ratios with intervals: which differences repeated measurements can tell."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Student's t, 97.5 %, for 1, 2, 3, … degrees of freedom; beyond the table its last value, which errs towards "cannot tell".
+# Student's t, 97.5 %, for 1, 2, 3, … degrees of freedom; beyond the table its last value, which errs towards
+# "cannot tell".
 T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
@@ -15,7 +16,7 @@ T = (
 
 @dataclass(frozen=True)
 class Summary:
-    """The median, and the least and the most: with the few repetitions a benchmark has, quartiles would be invented."""
+    """Median, least and most of some values: a benchmark has too few repetitions for quartiles."""
 
     median: float
     low: float
@@ -24,7 +25,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long the second of two took, with its 95 % interval."""
+    """How many times as long the second of two took, with the 95 % interval."""
 
     value: float
     low: float
@@ -37,7 +38,8 @@ class Ratio:
 
 
 def summary(values: Sequence[float]) -> Summary:
-    """
+    """Median, least and most.
+
     >>> summary([3, 1, 2])
     Summary(median=2, low=1, high=3)
     """
@@ -45,10 +47,10 @@ def summary(values: Sequence[float]) -> Summary:
 
 
 def paired_ratio(first: Sequence[float], second: Sequence[float]) -> Ratio | None:
-    """How many times as long `second` took, from pairs measured one after the other; None where one pair or none is.
+    """How many times as long `second` took, from pairs measured one after the other; None of fewer than two.
 
-    The mean and interval of the logarithms, so that the answer is the same whichever comes first. What disturbs the machine for
-    longer than a pair takes cancels out; what hits one of the two widens the interval.
+    The mean and interval are those of the logarithms, so that the answer is the same whichever comes first. A
+    disturbance longer than a pair cancels out; one that hits one of the two widens the interval.
 
     >>> paired_ratio([1.0, 2.0], [2.0, 4.0])
     Ratio(value=2.0, low=2.0, high=2.0)
@@ -62,7 +64,7 @@ def paired_ratio(first: Sequence[float], second: Sequence[float]) -> Ratio | Non
 
 
 def verdict(first: str, second: str, ratio: Ratio | None) -> str:
-    """What the pairs say about the two, in words.
+    """The result of a comparison in words.
 
     >>> verdict("A", "B", Ratio(0.8, 0.75, 0.9))
     'B is faster than A (×1.25, 1.11–1.33)'

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure in processes that wait to be told, in turn, with an eye on their memory.
+"""Measure pieces of work in turn, each in a process of its own, and watch the memory of those processes.
 
-Each subject has a process of its own, so that its memory is its own; they speak JSON, a line each way, and only one works at a
-time. Knows no bundles: a subject is whatever can be repeated.
+Parent and process exchange JSON, a line each way, and only one process works at a time. This file knows no
+bundles: a piece of work is whatever can be repeated.
 """
 
 import contextlib
@@ -14,18 +14,18 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 from pgxport.errors import PgxError
+from pgxport.machine.memory import ProcessMemory, process_memory
 
 SAMPLE_SECONDS = 0.02  # a look costs 30 µs of another core
 Progress = Callable[[str], None]
 
 
-class Subject(Protocol):
-    """What a worker measures. `facts` describe it; `opening` is the seconds that getting ready took, by stage."""
+class Repeatable(Protocol):
+    """A piece of work. `facts` describe it; `opening` is the seconds that getting ready took, by stage."""
 
     facts: dict[str, Any]
     opening: dict[str, float]
@@ -35,51 +35,39 @@ class Subject(Protocol):
 
 
 @runtime_checkable
-class Askable(Subject, Protocol):
-    """A subject that can be asked something of its own as well."""
+class Askable(Repeatable, Protocol):
+    """A piece of work that also answers requests of its own."""
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Plain data, for plain data."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes resident: private ones (anonymous), and mapped files, which the kernel can drop and read again.
-
-    In a peak each is its own highest, so that the two may add up to more than `resident`.
-    """
-
-    private: int
-    mapped: int
-    resident: int
+        """Plain data in answer to plain data."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of one subject; with a `reason`, why that ended early, and the exit code of the error."""
+    """The seconds and memory of a piece of work; `reason` says why it ended early, with an exit code."""
 
     label: str
     facts: dict[str, Any]
     seconds: dict[str, list[float]]  # by stage, one a repetition, and one of each stage of opening
-    loaded: Memory | None  # at rest after opening; None where the system does not tell
-    peak: Memory | None
+    loaded: ProcessMemory | None  # at rest after opening; None where the system does not tell
+    peak: ProcessMemory | None
     reason: str | None = None
     exit_code: int = 0
 
 
 class WorkerError(PgxError):
-    """A worker said what went wrong, or died."""
+    """A worker failed: with the message it replied, or by its death."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
 
 
-def serve(open_subject: Callable[[dict[str, Any]], Subject]) -> None:
-    """Be a worker: do what stdin says until it ends. Errors are replies, of whatever kind, and the worker carries on."""
+def serve(open_subject: Callable[[dict[str, Any]], Repeatable]) -> None:
+    """Carry out the requests on stdin until it ends. An error of any kind is a reply, and no end."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what an engine prints must not be read as a reply
-    subject: Subject | None = None
+    subject: Repeatable | None = None
     for line in sys.stdin:
         request = json.loads(line)
         reply: dict[str, Any]
@@ -93,7 +81,7 @@ def serve(open_subject: Callable[[dict[str, Any]], Subject]) -> None:
                     reply = {"seconds": subject.repeat(warm_up=request["warm_up"])}
                 case "ask":
                     assert isinstance(subject, Askable), "Bug: what was opened cannot be asked"
-                    reply = {"found": subject.ask(request)}
+                    reply = {"answer": subject.ask(request)}
         except PgxError as error:
             reply = {"error": str(error), "exit_code": error.exit_code}
         except MemoryError as error:
@@ -118,8 +106,8 @@ class Worker:
     request: dict[str, Any]  # of opening
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    loaded: Memory | None = None
-    peak: Memory | None = None
+    loaded: ProcessMemory | None = None
+    peak: ProcessMemory | None = None
     failure: WorkerError | None = None
 
     def __enter__(self) -> Self:
@@ -135,7 +123,7 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The number of the process."""
         return self._process.pid
 
     def open(self) -> None:
@@ -144,7 +132,7 @@ class Worker:
         if not self.failure:
             self.facts = reply["facts"]
             self.seconds = {stage: [seconds] for stage, seconds in reply["seconds"].items()}
-            self.loaded = read_memory(self._process.pid)
+            self.loaded = process_memory(self._process.pid)
             self._ask({"do": "repeat", "warm_up": True})
 
     def repeat(self) -> None:
@@ -156,11 +144,11 @@ class Worker:
             self.seconds.setdefault(stage, []).append(seconds)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """What it finds, or None where something failed, now or before."""
+        """The answer of the work to a request, or None where something failed, now or before."""
         if self.failure:
             return None
-        found: dict[str, Any] | None = self._ask({"do": "ask", **request}).get("found")
-        return found
+        answer: dict[str, Any] | None = self._ask({"do": "ask", **request}).get("answer")
+        return answer
 
     def measurement(self) -> Measurement:
         reason, code = (str(self.failure), self.failure.exit_code) if self.failure else (None, 0)
@@ -192,7 +180,7 @@ class Worker:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """Look at the process's memory, now and then, from here: a thread in there would take the time it measures."""
+        """Read the worker's memory now and then from here: a thread in there would take time it measures."""
         stop = threading.Event()
 
         def watch() -> None:
@@ -211,15 +199,15 @@ class Worker:
             self._look()
 
     def _look(self) -> None:
-        now = read_memory(self._process.pid, peak=True)
+        now = process_memory(self._process.pid, peak=True)
         if now and self.peak:
             before = self.peak
-            now = Memory(max(now.private, before.private), max(now.mapped, before.mapped), max(now.resident, before.resident))
+            now = ProcessMemory(*(max(getattr(m, kind) for m in (now, before)) for kind in ("private", "mapped", "resident")))
         self.peak = now or self.peak
 
 
 def interleave(workers: Sequence[Worker], repetitions: int, progress: Progress | None = None) -> list[Measurement]:
-    """Open all, then repeat in turn, so that a machine that drifts does it to all; a failure ends only its own measurement."""
+    """Open all, then repeat in turn, so that a drifting machine drifts for all; a failure ends its own."""
     for worker in workers:
         if progress:
             progress(f"opening {worker.label}")
@@ -233,7 +221,7 @@ def interleave(workers: Sequence[Worker], repetitions: int, progress: Progress |
 
 
 def turns(subjects: int, repetitions: int) -> list[tuple[int, ...]]:
-    """Who goes when: every other time the other way round, as in A B, B A, A B.
+    """The order of each repetition: every other one backwards, as in A B, B A, A B.
 
     >>> turns(2, 3)
     [(0, 1), (1, 0), (0, 1)]
@@ -243,19 +231,5 @@ def turns(subjects: int, repetitions: int) -> list[tuple[int, ...]]:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that imports what this one would, installed or not."""
+    """The environment of a process that imports what this one would, installed or not."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-
-
-def read_memory(pid: int, *, peak: bool = False) -> Memory | None:
-    """The memory of a process now, or with its highest resident; None where it is gone or the system has no /proc."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return None
-    held = {
-        key: int(value.split()[0]) << 10 for key, _, value in (line.partition(":") for line in lines) if value.endswith(" kB")
-    }
-    if "RssAnon" not in held:  # it has died, or the kernel is older than 4.5
-        return None
-    return Memory(held["RssAnon"], held["RssFile"] + held["RssShmem"], held["VmHWM" if peak else "VmRSS"])

@@ -17,9 +17,6 @@ CARD = "README.md"  # the model card, for people and the hub
 MAX_MANIFEST_BYTES = 16 << 20
 
 
-STAGED = ".partial"  # behind a bundle's name: its files, as long as they are being written
-
-
 def _plain(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", name):
         raise ValueError(f"{name!r} is not a plain file name")

@@ -9,16 +9,15 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgxport.bundle.manifest import CARD, MANIFEST, MAX_MANIFEST_BYTES, STAGED, Manifest, parse_manifest
+from pgxport.bundle.manifest import CARD, MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from pgxport.bundle.onnx_wire import read_signature
 from pgxport.bundle.token_table import Embedding
-from pgxport.errors import DiskError, IntegrityError
-from pgxport.files import hashed
+from pgxport.errors import IntegrityError
+from pgxport.files import CHECK_DISK, STAGED, disk_errors, hashed
+from pgxport.text import listed
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Bundle:
 
     def digest(self) -> str:
         """The sha256 of what this bundle computes: of the manifest without the model card, which may be written again."""
-        with _reading(self.path):
+        with disk_errors("cannot read", CHECK_DISK, path=self.path):
             found = json.loads((self.path / MANIFEST).read_bytes())
         found["files"].pop(CARD, None)
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
@@ -59,30 +58,20 @@ class Bundle:
         return Embedding(self.path / self.manifest.token_table.file, self.manifest.token_table)
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(f"cannot read {error.filename or path}: {error.strerror}; check the permissions and the disk") from error
-
-
 def _read_manifest(path: Path) -> Manifest:
     if not path.is_dir():
         raise IntegrityError(f"{path}: no such folder; `pgx export -o {path}` writes one")
     file = path / MANIFEST
-    try:
+    with disk_errors(f"cannot read {file}", CHECK_DISK):
         if not os.path.lexists(file):
             raise IntegrityError(f"{path} is not a bundle: it has no {MANIFEST}, which is written last; export it again")
         if (size := _plain_size(file)) > MAX_MANIFEST_BYTES:
             raise IntegrityError(f"{file} has {size} bytes; no manifest is longer than {MAX_MANIFEST_BYTES}")
         return parse_manifest(file.read_bytes(), str(file))
-    except OSError as error:
-        raise DiskError(f"cannot read {file}: {error.strerror}") from error
 
 
 def _verify(path: Path, manifest: Manifest) -> None:
-    with _reading(path):
+    with disk_errors("cannot read", CHECK_DISK, path=path):
         _check_files(path, manifest)
         for (name, info), seen in zip(manifest.files.items(), hashed([path / name for name in manifest.files]), strict=True):
             if seen != info.sha256:
@@ -99,7 +88,7 @@ def _check_files(path: Path, manifest: Manifest) -> None:
     if missing := named - set(manifest.files):
         raise IntegrityError(f"{path}: the manifest uses {', '.join(sorted(missing))} without listing it under files")
     if strangers := sorted(set(os.listdir(path)) - {MANIFEST, *manifest.files}):
-        raise IntegrityError(f"{path} holds {', '.join(map(repr, strangers[:5]))}, which its manifest does not list")
+        raise IntegrityError(f"{path} holds {listed(map(repr, strangers))}, which its manifest does not list")
     for name, info in manifest.files.items():
         if (size := _plain_size(path / name)) != info.size:
             raise IntegrityError(f"{path / name} has {size} bytes where the manifest promises {info.size}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibrate on a float bundle: its graphs run by ONNX Runtime, with the input of every linear as one more output.
+"""Calibrate on a float bundle: its graphs run by ONNX Runtime, each linear's input as one more output.
 
-Holds the statistics of all layers at once, and the activations of a sample.
+Memory holds the statistics of all layers at once, and the activations of one sample.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from pgxport.bundle.reader import Bundle
-from pgxport.calib.observe import Statistics
-from pgxport.data.calibration_samples import Encoded, token_weights
+from pgxport.calib.encoding import EncodedSample, token_weights
+from pgxport.calib.observe import InputStatistics
 from pgxport.errors import NumericError, UsageError
 from pgxport.exporter.stream import Progress
-from pgxport.machine.board import available_memory
+from pgxport.machine.memory import available_memory
 from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
 from pgxport.models.weights import weight_shapes
 from pgxport.runners.image import pixel_values
@@ -24,16 +24,19 @@ from pgxport.runners.loop import Decoder
 from pgxport.runners.ort import OrtCache, refusals
 from pgxport.runners.pipeline import Pipeline
 from pgxport.runners.session import Arrays
+from pgxport.text import size
 
 FOLDER = "session.model_external_initializers_file_folder_path"
 GRAPHS = ("vision_encoder", "projector", "decoder_step")
 
 
-def observe_bundle(bundle: Bundle, samples: Sequence[Encoded], *, moments: bool, progress: Progress | None) -> Statistics:
-    """Run image, prefix and answer of every sample, the answer's tokens one by one as they would be generated.
+def observe_bundle(
+    bundle: Bundle, samples: Sequence[EncodedSample], *, moments: bool, progress: Progress | None
+) -> InputStatistics:
+    """Run image, prefix and answer of every sample, the answer's tokens one by one as if generated.
 
     Raises:
-        UsageError: the bundle is for another engine than ONNX Runtime's CPU, or multiplies by whole numbers.
+        UsageError: the bundle is for another engine than ONNX Runtime's CPU, or multiplies by integers.
         NumericError: second moments of all layers do not fit into memory, or activations are not finite.
     """
     m = bundle.manifest
@@ -43,16 +46,16 @@ def observe_bundle(bundle: Bundle, samples: Sequence[Encoded], *, moments: bool,
     if moments:
         _check_memory(bundle, shapes)
     sessions = {name: _ObservedSession(bundle, name, shapes) for name in GRAPHS}
-    seen = {path for session in sessions.values() for paths in session.observed.values() for path in paths}
-    if hidden := sorted(shapes.keys() - seen):
+    observed = {path for session in sessions.values() for paths in session.observed.values() for path in paths}
+    if hidden := sorted(shapes.keys() - observed):
         raise UsageError(
             f"{bundle.path} ({m.recipe}) does not multiply by {hidden[0]!r} in float, nor by {len(hidden) - 1} others; "
             f"calibrate the checkpoint, or a bundle of it with --precision fp32"
         )
-    statistics = Statistics(moments=moments)
-    pipeline = Pipeline(bundle, low_memory=True)  # which loads no graph until it is asked for one
+    statistics = InputStatistics(moments=moments)
+    pipeline = Pipeline(bundle, low_memory=True)  # for embeddings: it loads no graph until one is run
     for number, (sample, weights) in enumerate(zip(samples, token_weights(samples, m.image_tokens), strict=True), 1):
-        pixels = pixel_values(sample.sample.picture(), m.resolution)[None]
+        pixels = pixel_values(sample.sample.open(), m.resolution)[None]
         hidden_states = sessions["vision_encoder"].run({"pixel_values": pixels})["image_hidden"]
         features = sessions["projector"].run({"image_hidden": hidden_states})["image_features"]
         decoder = Decoder(sessions["decoder_step"], m, features.shape[1] + len(sample.prompt) + len(sample.answer))
@@ -60,7 +63,7 @@ def observe_bundle(bundle: Bundle, samples: Sequence[Encoded], *, moments: bool,
         for token in sample.answer:
             decoder.feed(pipeline.embed([token]))
         for name, session in sessions.items():
-            session.give(statistics, weights if name == "decoder_step" else None)
+            session.hand_over(statistics, weights if name == "decoder_step" else None)
         for layer in range(m.cache.layers):
             for part in ("key", "value"):
                 statistics.add_cache(layer, part, decoder.cache.arrays[f"past_key_values.{layer}.{part}"])
@@ -70,16 +73,16 @@ def observe_bundle(bundle: Bundle, samples: Sequence[Encoded], *, moments: bool,
 
 
 class _ObservedSession:
-    """A graph of a bundle, loaded with more outputs than it has; a `Session` to whoever runs it."""
+    """A `Session` of a bundle's graph, with the inputs of its linears as further outputs."""
 
     def __init__(self, bundle: Bundle, name: str, linears: Mapping[str, Any]):
         self._file = bundle.graph(name)
         model = ir.load(self._file)
-        self.observed = _inputs_of(model.graph, linears)  # a value's name, and the weights it is multiplied by
+        self.observed = _inputs_of(model.graph, linears)  # the weights that a value is multiplied by, by the value's name
         known = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
         values = {value.name: value for node in model.graph for value in node.outputs}
         for value in (values[name] for name in self.observed if name not in known):
-            value.dtype = ir.DataType.FLOAT  # as every activation of a bundle for the CPU
+            value.dtype = ir.DataType.FLOAT  # the type of every activation of a bundle for the CPU
             model.graph.outputs.append(value)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors; they are raised as well
@@ -88,7 +91,7 @@ class _ObservedSession:
             data = ir.to_proto(model).SerializeToString()
             self._session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         self._outputs = [output.name for output in self._session.get_outputs()]
-        self._taken: dict[str, list[np.ndarray]] = {name: [] for name in self.observed}
+        self._collected: dict[str, list[np.ndarray]] = {name: [] for name in self.observed}
 
     def run(self, feeds: Mapping[str, np.ndarray], cache: Any = None) -> Arrays:
         with refusals(f"run {self._file}"):
@@ -97,13 +100,13 @@ class _ObservedSession:
             else:
                 for name, array in feeds.items():
                     cache.binding.bind_cpu_input(name, array)
-                for name in cache.results:  # anew, for ONNX Runtime would keep to the shapes of the prefix
+                for name in cache.results:  # at every call: ONNX Runtime would keep the shapes of the prefix
                     cache.binding.bind_output(name, "cpu")
                 self._session.run_with_iobinding(cache.binding)
                 values = cache.binding.get_outputs_as_ortvaluevector()
                 results = {name: values[i].numpy().copy() for i, name in enumerate(cache.results)}
-        for name, taken in self._taken.items():
-            taken.append(feeds[name] if name in feeds else results[name])
+        for name, arrays in self._collected.items():
+            arrays.append(feeds[name] if name in feeds else results[name])
         return results
 
     def new_cache(self, shapes: Mapping[str, tuple[int, ...]]) -> OrtCache:
@@ -112,19 +115,19 @@ class _ObservedSession:
     def close(self) -> None:
         del self._session
 
-    def give(self, statistics: Statistics, weights: np.ndarray | None) -> None:
-        """Count in what was observed since the last time, x [1, T, K] of the prefix and of each step, by tokens' weights [T]."""
-        for name, taken in self._taken.items():
-            x = np.concatenate(taken, 1)
-            # The output matrix is only seen at the tokens that an answer is read from.
-            every = weights is not None and x.shape[1] == len(weights)
-            statistics.add_input(self.observed[name], x, weights if every else None)
-            taken.clear()
+    def hand_over(self, statistics: InputStatistics, weights: np.ndarray | None) -> None:
+        """Add the inputs observed since the last call, x [1, T, K], each token by its weight [T]."""
+        for name, arrays in self._collected.items():
+            x = np.concatenate(arrays, 1)
+            # The input of the output matrix is observed only at the tokens that an answer is read from.
+            all_tokens = weights is not None and x.shape[1] == len(weights)
+            statistics.add_input(self.observed[name], x, weights if all_tokens else None)
+            arrays.clear()
 
 
 def _inputs_of(graph: ir.Graph, linears: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The values that are multiplied by a weight of the checkpoint, each with those weights."""
-    found: dict[str, list[str]] = {}
+    """The weights of the checkpoint that each value is multiplied by, by the value's name."""
+    weights_of: dict[str, list[str]] = {}
     for node in graph:
         if node.op_type not in ("MatMul", "FusedMatMul"):
             continue
@@ -134,12 +137,12 @@ def _inputs_of(graph: ir.Graph, linears: Mapping[str, Any]) -> dict[str, list[st
         if x is None or weight is None or not weight.is_initializer():
             continue
         if x.name and weight.name and weight.name in linears:
-            found.setdefault(x.name, []).append(weight.name)
-    return found
+            weights_of.setdefault(x.name, []).append(weight.name)
+    return weights_of
 
 
 def _linears(bundle: Bundle) -> dict[str, tuple[int, ...]]:
-    """The matrices that a bundle of this model multiplies by, [out, in]."""
+    """The shapes [out, in] of the matrices that a bundle of this model multiplies by, by weight."""
     spec = bundle.manifest.spec
     try:
         model = ModelSpec(spec["family"], VisionSpec(**spec["vision"]), TextSpec(**spec["text"]))
@@ -151,12 +154,12 @@ def _linears(bundle: Bundle) -> dict[str, tuple[int, ...]]:
 
 
 def _check_memory(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse second moments that would not fit: triangles while they are summed, and once more as they are written."""
+    """Refuse second moments that do not fit into memory: triangles, and once more as they are written."""
     # q, k and v share their input, and so do gate and up.
     sites = [s[1] for n, s in shapes.items() if not n.endswith(("k_proj.weight", "v_proj.weight", "up_proj.weight"))]
     needed, available = sum(4 * k * k for k in sites) + bundle.nbytes, available_memory()
     if available is not None and needed > available:
         raise NumericError(
-            f"second moments of all layers of {bundle.path} take {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB "
+            f"second moments of all layers of {bundle.path} take {size(needed)} of memory, and {size(available)} "
             f"are free; give the checkpoint, which is calibrated layer by layer, or --no-moments"
         )

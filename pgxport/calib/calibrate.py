@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pipeline of `pgx calibrate`: find the model, read the samples, run them observed, write the calibration file."""
+"""The pipeline of `pgx calibrate`: find the model, read the samples, run them observed, write the file."""
 
-import fcntl
 import importlib.metadata
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pgxport import __version__
 from pgxport.bundle.manifest import MANIFEST
 from pgxport.bundle.reader import Bundle
-from pgxport.data.calibration_samples import Encoded, digest, encode, read_samples
+from pgxport.calib.encoding import EncodedSample, digest, encode
+from pgxport.data.loader import first_samples
 from pgxport.errors import CheckpointError, EngineError, UsageError
-from pgxport.exporter.calibration_file import About, Array, Calibration, check_output, checkpoint_sha256, disk, write_calibration
+from pgxport.exporter.calibration_file import About, Array, Calibration, checkpoint_sha256, write_calibration
 from pgxport.exporter.stream import Progress
+from pgxport.files import check_output, disk_errors, locked
 from pgxport.hub.locate import ModelChoice, locate
 from pgxport.models.safetensors import Tensor
 from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
 
-RUN = "run.json"  # of a folder of work: what it was begun for
+RUN = "run.json"  # in a folder of work: the calibration that it belongs to
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class CalibrateOptions(ModelChoice):
 
     Attributes:
         checkpoint: A bundle, a checkpoint in hub layout, or a hub id; None where `size` says which.
-        data: A JSONL file or a folder of samples; None draws scenes.
-        samples: How many to take, from the beginning.
+        data: A data set's file or folder (docs/reference/data.md); None draws scenes.
+        samples: How many samples to take, from the first on.
         moments: Whether to keep the second moments E[x xᵀ], which GPTQ needs.
     """
 
@@ -43,12 +43,12 @@ class CalibrateOptions(ModelChoice):
 
 
 @dataclass(frozen=True)
-class Job:
+class CalibrationJob:
     """A calibration that has passed every check that needs no activation."""
 
     name: str
     model_sha256: str
-    samples: list[Encoded]
+    samples: list[EncodedSample]
     samples_sha256: str
     image_tokens: int
     layers: int
@@ -56,22 +56,32 @@ class Job:
 
     def about(self, **findings: object) -> About:
         o = self.options
-        words = ["pgx calibrate", *([self.name] if o.checkpoint else ["--size", o.size])]
-        words += ["--res", o.res] if o.res else []
-        words += ["--data", Path(o.data).name] if o.data else []
-        words += ["--samples", o.samples, "--moments" if o.moments else "--no-moments"]
+        command = ["pgx calibrate", *([self.name] if o.checkpoint else ["--size", o.size])]
+        command += ["--res", o.res] if o.res else []
+        command += ["--data", Path(o.data).name] if o.data else []
+        command += ["--samples", o.samples, "--moments" if o.moments else "--no-moments"]
         versions = {p: importlib.metadata.version(p) for p in ("numpy", "onnxruntime")}
-        return About.model_validate({
-            "model": self.name, "model_sha256": self.model_sha256, "samples": len(self.samples), "samples_sha256": self.samples_sha256,
-            "prefix_tokens": sum(self.image_tokens + len(s.prompt) for s in self.samples), "suffix_tokens": sum(len(s.answer) for s in self.samples),
-            "moments": o.moments, "layers": self.layers, "versions": {"pgxport": __version__, **versions}, "command": " ".join(map(str, words)), **findings,
-        })  # fmt: skip
+        return About.model_validate(
+            {
+                "model": self.name,
+                "model_sha256": self.model_sha256,
+                "samples": len(self.samples),
+                "samples_sha256": self.samples_sha256,
+                "prefix_tokens": sum(self.image_tokens + len(s.prompt) for s in self.samples),
+                "suffix_tokens": sum(len(s.answer) for s in self.samples),
+                "moments": o.moments,
+                "layers": self.layers,
+                "versions": {"pgxport": __version__, **versions},
+                "command": " ".join(map(str, command)),
+                **findings,
+            }
+        )
 
 
 def calibrate(options: CalibrateOptions, *, progress: Progress | None = None) -> Calibration:
-    """Run samples through a model and write what the inputs of its linears were.
+    """Run samples through a model and write statistics of the inputs of its linears.
 
-    A checkpoint is run layer by layer, and a run that was stopped goes on where it was; a bundle is run whole.
+    A checkpoint is run layer by layer, and a stopped run goes on with its layer; a bundle is run whole.
 
     Raises:
         UsageError: an option names what does not exist, or the output is there already.
@@ -80,7 +90,7 @@ def calibrate(options: CalibrateOptions, *, progress: Progress | None = None) ->
         DiskError: the file cannot be written; nothing is left at its name.
     """
     try:
-        import onnxruntime.quantization.calibrate  # noqa: F401  finds the ranges of the entropy observer
+        import onnxruntime.quantization.calibrate  # noqa: F401  the entropy observer's search
     except ImportError as error:
         raise EngineError(f'pgx calibrate needs ONNX Runtime: pip install "pgxport[cpu]" ({error})') from error
     check_output(Path(options.output), overwrite=options.overwrite)
@@ -95,42 +105,39 @@ def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None
     from pgxport.calib.bundle_pass import observe_bundle
 
     m = bundle.manifest
-    words = PromptTokenizer(bundle.path / "tokenizer.json", m.token_ids)
-    samples = read_samples(Path(options.data) if options.data else None, options.samples)
-    job = Job(
-        m.name, m.provenance.checkpoint_sha256, [encode(s, words) for s in samples], digest(samples), m.image_tokens, m.cache.layers, options
-    )  # fmt: skip
-    found = observe_bundle(bundle, job.samples, moments=options.moments, progress=progress)
+    tokenizer = PromptTokenizer(bundle.path / "tokenizer.json", m.token_ids)
+    samples = first_samples(Path(options.data) if options.data else None, options.samples)
+    encoded, checkpoint = [encode(s, tokenizer) for s in samples], m.provenance.checkpoint_sha256
+    job = CalibrationJob(m.name, checkpoint, encoded, digest(samples), m.image_tokens, m.cache.layers, options)
+    statistics = observe_bundle(bundle, job.samples, moments=options.moments, progress=progress)
     # Scores and variances are inside of fused operators, so activation ranges cannot be measured.
-    about = job.about(engine="onnxruntime", inputs=found.inputs, ranges=None)
-    tensors = {name: Array(values) for name, values in found.tensors().items()}
+    about = job.about(engine="onnxruntime", inputs=statistics.inputs, ranges=None)
+    tensors = {name: Array(values) for name, values in statistics.tensors().items()}
     return write_calibration(Path(options.output), about, tensors, overwrite=options.overwrite)
 
 
 def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibration:
     from pgxport.calib.checkpoint_pass import observe_checkpoint, step_findings
     from pgxport.exporter.activation_ranges import ActivationRanges
-    from pgxport.exporter.export import check_weights as check_weights
+    from pgxport.exporter.export import check_weights
     from pgxport.models.checkpoint import Checkpoint
     from pgxport.models.config import read_config
     from pgxport.models.safetensors import read_header
 
-    found = locate(options, progress=progress)
-    checkpoint = Checkpoint.open(found.path, Path(options.adapter) if options.adapter else None)
+    model = locate(options, progress=progress)
+    checkpoint = Checkpoint.open(model.path, Path(options.adapter) if options.adapter else None)
     spec = read_config(checkpoint.config)
     check_weights(checkpoint, spec)
-    tokenizer = checkpoint.file("tokenizer.json")
-    if tokenizer is None:
+    tokenizer_file = checkpoint.file("tokenizer.json")
+    if tokenizer_file is None:
         raise CheckpointError(
-            f"{found.name}: tokenizer.json is missing; download it beside the weights, from the same repository"
+            f"{model.name}: tokenizer.json is missing; download it beside the weights, from the same repository"
         )
-    words = PromptTokenizer(tokenizer, read_token_ids(tokenizer, checkpoint.config))
-    samples = read_samples(Path(options.data) if options.data else None, options.samples)
-    job = Job(
-        found.name, checkpoint_sha256(checkpoint.files()), [encode(s, words) for s in samples], digest(samples), spec.image_tokens,
-        spec.text.depth, options,
-    )  # fmt: skip
-    # Of another version of pgx or numpy, finished steps are not those that this one would have made.
+    tokenizer = PromptTokenizer(tokenizer_file, read_token_ids(tokenizer_file, checkpoint.config))
+    samples = first_samples(Path(options.data) if options.data else None, options.samples)
+    encoded, sha256 = [encode(s, tokenizer) for s in samples], checkpoint_sha256(checkpoint.files())
+    job = CalibrationJob(model.name, sha256, encoded, digest(samples), spec.image_tokens, spec.text.depth, options)
+    # The key names versions: another pgx or numpy would have computed finished steps differently.
     key = job.about(engine="numpy", inputs={}, ranges=None).model_dump_json()
     output, activation_ranges = Path(options.output), ActivationRanges(spec)
     inputs: dict[str, str] = {}
@@ -148,23 +155,17 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibra
 
 @contextmanager
 def _workplace(folder: Path, key: str) -> Iterator[Path]:
-    """A folder of unfinished work for one run; what another run left there is deleted.
+    """A folder of unfinished work for one run; the files of another run are deleted.
 
     Raises:
         UsageError: another pgx works there, or the folder is something else.
     """
-    with disk(f"cannot use {folder}"):
-        folder.mkdir(exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process dies
-        with disk(f"cannot use {folder}"):
+    with ExitStack() as stack:
+        with disk_errors(f"cannot use {folder}"):
+            folder.mkdir(exist_ok=True)
+            stack.enter_context(locked(folder, f"another pgx works in {folder}; wait for it, or choose another -o"))
             _claim(folder, key)
         yield folder
-    except BlockingIOError:
-        raise UsageError(f"another pgx works in {folder}; wait for it, or choose another -o") from None
-    finally:
-        os.close(lock)
 
 
 def _claim(folder: Path, key: str) -> None:

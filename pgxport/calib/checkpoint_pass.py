@@ -1,73 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibrate on a checkpoint: all samples through one layer before the next, in numpy, from a folder of work that outlives a kill.
+"""Calibrate on a checkpoint: all samples pass one layer before the next, in numpy; a killed run can go on.
 
-Holds one layer's statistics, a few row blocks of its weights and one sample's activations; all others wait in files.
+Memory holds one layer's statistics, a few row blocks of its weights and one sample's activations; all others
+wait in files.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from pgxport.calib.observe import Statistics
-from pgxport.data.calibration_samples import Encoded, token_weights
+from pgxport.calib.encoding import EncodedSample, token_weights
+from pgxport.calib.observe import InputStatistics
+from pgxport.calib.steps import PIXELS, ModelSteps, Step
 from pgxport.exporter.activation_ranges import ActivationRanges
-from pgxport.exporter.calibration_file import Array, disk, read_metadata, write_tensors
+from pgxport.exporter.calibration_file import Array, read_metadata, write_tensors
 from pgxport.exporter.stream import Progress
-from pgxport.models import gemma, siglip
+from pgxport.files import disk_errors
 from pgxport.models.checkpoint import TensorSource
-from pgxport.models.eager import Eager, inputs_embeds
-from pgxport.models.layers import layer_norm
-from pgxport.models.projector import projector
+from pgxport.models.eager import Eager
 from pgxport.models.spec import ModelSpec
 from pgxport.runners.image import pixel_values
 
-VISION, TEXT = "vision_tower.vision_model", "language_model.model"
-PIXELS = "image patches"  # the first step
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A part of the model that all samples go through before the next begins.
-
-    Attributes:
-        shape: Of what a sample brings into it.
-        run: Computes what the sample takes to the next one; None after the last.
-    """
-
-    name: str
-    shape: Callable[[Encoded], Shape]
-    run: Callable[[Eager, Encoded, np.ndarray], np.ndarray | None]
-    layer: int | None = None  # of the decoder
-
 
 def observe_checkpoint(
-    source: TensorSource, spec: ModelSpec, samples: Sequence[Encoded], work: Path, *, moments: bool, progress: Progress | None
+    source: TensorSource,
+    spec: ModelSpec,
+    samples: Sequence[EncodedSample],
+    work: Path,
+    *,
+    moments: bool,
+    progress: Progress | None,
 ) -> list[Path]:
     """Run every step that has no file in `work` yet, and return the files, in order.
 
-    Each is written when its step is done: the step's tensors, and beside them its activation ranges and which linears share an input.
+    Each is written when its step is done: the step's tensors, and beside them its activation ranges and which
+    linears share an input.
 
     Raises:
         NumericError: activations are not finite.
         DiskError: the folder of work cannot be written.
     """
-    steps = _steps(source, spec)
+    steps = ModelSteps(source, spec).all()
     files = [work / f"step-{i:03}.safetensors" for i in range(len(steps))]
     sizes = [sum(4 * prod(step.shape(sample)) for sample in samples) for step in steps]
     weights = token_weights(samples, spec.image_tokens)
     done = next((i for i, file in enumerate(files) if not file.exists()), len(files))
     for i in range(done, len(steps)):
         arriving, leaving = work / f"stream-{i:03}", work / f"stream-{i + 1:03}"
-        statistics, activation_ranges = Statistics(moments=moments), ActivationRanges(spec)
+        statistics, activation_ranges = InputStatistics(moments=moments), ActivationRanges(spec)
         before, count = sum(sizes[:i]), 0
-        with disk(f"cannot write {leaving}"), open(leaving, "wb") as out:
+        with disk_errors(f"cannot write {leaving}"), open(leaving, "wb") as out:
             for sample, x, w in zip(samples, _arrivals(arriving, steps[i], samples, spec), weights, strict=True):
                 prefix = spec.image_tokens + len(sample.prompt)
                 g = Eager(source, {}, prefix=prefix, observe=_Observer(statistics, activation_ranges, steps[i].layer, w))
@@ -79,14 +65,17 @@ def observe_checkpoint(
                     progress(steps[i].name, before + count, sum(sizes))
             out.flush()
             os.fsync(out.fileno())
-        about = {"census": json.dumps([activation_ranges.largest, activation_ranges.where]), "inputs": json.dumps(statistics.inputs)}
+        about = {
+            "census": json.dumps([activation_ranges.largest, activation_ranges.where]),
+            "inputs": json.dumps(statistics.inputs),
+        }
         write_tensors(files[i], {name: Array(values) for name, values in statistics.tensors().items()}, about)
         arriving.unlink(missing_ok=True)  # from here on, the step is done
     return files
 
 
 def step_findings(file: Path, activation_ranges: ActivationRanges) -> dict[str, str]:
-    """Count the activation ranges of a step in, and return its linears, each with the one that its input is stored under."""
+    """Add a step's activation ranges; return its linears, each with the one its input is stored under."""
     metadata = read_metadata(file)
     largest, where = json.loads(metadata["census"])
     for kind, top in largest.items():
@@ -97,14 +86,14 @@ def step_findings(file: Path, activation_ranges: ActivationRanges) -> dict[str, 
 class _Observer:
     """Sorts what an Eager shows into statistics and activation ranges."""
 
-    def __init__(self, statistics: Statistics, activation_ranges: ActivationRanges, layer: int | None, weights: np.ndarray):
+    def __init__(self, statistics: InputStatistics, activation_ranges: ActivationRanges, layer: int | None, weights: np.ndarray):
         self._statistics, self._ranges, self._layer = statistics, activation_ranges, layer
         self._weights = weights if layer is not None else None
         self._input: tuple[str, np.ndarray] | None = None
 
     def __call__(self, kind: str, where: str, values: np.ndarray) -> None:
         if kind == "linear input":
-            if self._input and self._input[1] is values:  # as q, k and v have one
+            if self._input and self._input[1] is values:  # q, k and v have one input
                 self._statistics.inputs[where] = self._input[0]
             else:
                 self._statistics.add_input([where], values, self._weights)
@@ -116,67 +105,13 @@ class _Observer:
             self._ranges(kind, where, values)
 
 
-def _arrivals(file: Path, step: Step, samples: Sequence[Encoded], spec: ModelSpec) -> Iterator[np.ndarray]:
-    """What each sample brings into a step: pixels into the first, later what the step before it wrote."""
+def _arrivals(file: Path, step: Step, samples: Sequence[EncodedSample], spec: ModelSpec) -> Iterator[np.ndarray]:
+    """The array that each sample brings into a step: pixels, later what the step before wrote."""
     if step.name == PIXELS:
         for sample in samples:
-            yield pixel_values(sample.sample.picture(), spec.resolution)[None]
+            yield pixel_values(sample.sample.open(), spec.resolution)[None]
         return
-    with disk(f"cannot read {file}"), open(file, "rb") as stream:
+    with disk_errors(f"cannot read {file}"), open(file, "rb") as stream:
         for sample in samples:
             shape = step.shape(sample)
             yield np.fromfile(stream, np.float32, prod(shape)).reshape(shape)
-
-
-def _steps(source: TensorSource, spec: ModelSpec) -> list[Step]:
-    """The model, cut where only one array goes from part to part."""
-    v, t = spec.vision, spec.text
-
-    def pixels(sample: Encoded) -> Shape:
-        return 1, 3, v.resolution, v.resolution
-
-    def image(sample: Encoded) -> Shape:
-        return 1, v.image_tokens, v.width
-
-    def tokens(sample: Encoded) -> Shape:
-        return 1, spec.image_tokens + len(sample.prompt) + len(sample.answer), t.width
-
-    def embeddings(g: Eager, sample: Encoded, x: np.ndarray) -> np.ndarray:
-        with g.scope(VISION):
-            return siglip.embeddings(g, x, v)
-
-    def vision_layer(i: int) -> Step:
-        def run(g: Eager, sample: Encoded, x: np.ndarray) -> np.ndarray:
-            with g.scope(VISION), g.scope(f"encoder.layers.{i}"):
-                return siglip.block(g, x, v)
-
-        return Step(f"vision layer {i + 1} of {v.depth}", image, run)
-
-    def join(g: Eager, sample: Encoded, x: np.ndarray) -> np.ndarray:
-        with g.scope(VISION):
-            g.feeds["image_hidden"] = layer_norm(g, x, "post_layernorm", v.eps)
-        projector(g, spec)
-        embeds = inputs_embeds(source, spec, g.outputs["image_features"], (*sample.prompt, *sample.answer))
-        g.observe("residual", "inputs_embeds", embeds)
-        return embeds
-
-    def text_layer(i: int) -> Step:
-        def run(g: Eager, sample: Encoded, x: np.ndarray) -> np.ndarray:
-            with g.scope(TEXT), g.scope(f"layers.{i}"):
-                return gemma.block(g, x, i, t)
-
-        return Step(f"text layer {i + 1} of {t.depth}", tokens, run, layer=i)
-
-    def head(g: Eager, sample: Encoded, x: np.ndarray) -> None:
-        """The positions that an answer is read from. The logits are left out: they would cost more than a layer."""
-        with g.scope(TEXT):
-            h = gemma.stream_norm(g, x[:, g.prefix - 1 :], "norm", t)
-        g.observe("linear input", gemma.TOKEN_TABLE, h)
-
-    return [
-        Step(PIXELS, pixels, embeddings),
-        *(vision_layer(i) for i in range(v.depth)),
-        Step("projector", image, join),
-        *(text_layer(i) for i in range(t.depth)),
-        Step("final norm", tokens, head),
-    ]

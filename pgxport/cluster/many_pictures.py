@@ -1,63 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask one prompt about many pictures on a cluster: the rows of runners/many.py in the same order, each with its node."""
+"""Ask one prompt about many pictures on a cluster: the rows of runners/many.py, each with its node."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from pgxport.cluster.pool import Cluster, Lanes, Site
+from pgxport.cluster.open_bundle import OpenBundle
+from pgxport.cluster.pool import Cluster
+from pgxport.cluster.tasks import Workers
 from pgxport.errors import EngineError
-from pgxport.runners.many import Question, Row, answer, read
+from pgxport.runners.many import EmbeddedPicture, PictureAnswer, PictureQuestion, answer, read
 from pgxport.runners.runner import Runner
 
 
 @dataclass(frozen=True)
-class Item:
+class PictureTask:
+    """A picture's place in the order, its name, and its bytes or the row that says why there are none."""
+
     number: int
     name: str
-    content: bytes | Row
+    content: bytes | PictureAnswer
 
 
-@dataclass(frozen=True)
-class Answering:
-    """The job of a lane: the bundle, open on a node."""
+def ask_each(
+    bundle: str, pictures: Sequence[Path | EmbeddedPicture], question: PictureQuestion, address: str
+) -> Iterator[PictureAnswer]:
+    """Answer as `many.ask_each` does, spread over a cluster.
 
-    digest: str
-    question: Question
-
-    def start(self, site: Site) -> Callable[[Item], Row]:
-        q = self.question
-        path = site.fetch(self.digest)
-        runner = Runner.from_pretrained(path, engine=q.engine, threads=q.threads, low_memory=q.low_memory)
-        site.stack.enter_context(runner)
-
-        def one(item: Item) -> Row:
-            row = item.content if isinstance(item.content, Row) else answer(runner, item.name, item.content, q)
-            return replace(row, node=site.node)
-
-        return one
-
-
-def ask_each(bundle: str, pictures: Sequence[Path], question: Question, address: str) -> Iterator[Row]:
-    """As `many.ask_each`, spread over a cluster. A picture that was lost with three processes or nodes is a failed row.
+    A picture that three processes or nodes lost is a failed row.
 
     Raises:
         IntegrityError: the bundle is not sound.
         EngineError: the cluster does not answer, or has no room.
         UsageError: a node has other versions of the packages.
     """
-    items = (Item(n, str(path), read(path)) for n, path in enumerate(pictures))
-    lanes = Lanes(question.threads, gpu=question.engine != "cpu", many=True)
+    q = question
+    tasks = (PictureTask(n, str(picture), read(picture)) for n, picture in enumerate(pictures))
+    workers = Workers(q.threads, gpu=q.engine != "cpu", many=True)
     with Cluster(address) as cluster:
-        job, early, following = Answering(cluster.offer(bundle), question), dict[int, Row](), 0
-        for done in cluster.spread(job, items, lanes):
-            lost = Row(
-                done.item.name,
-                None,
-                f"lost three times with the process or the node that had it ({done.lost})",
-                EngineError.exit_code,
-            )
-            early[done.item.number] = done.result or lost
+        setup = OpenBundle(cluster.offer(bundle), partial(_answer, q), q.engine, q.threads, low_memory=q.low_memory)
+        early, following = dict[int, PictureAnswer](), 0
+        for done in cluster.spread(setup, tasks, workers):
+            if done.result is None:
+                row = PictureAnswer(done.task.name, None, done.loss, EngineError.exit_code)
+            else:
+                row = replace(done.result, node=done.node)
+            early[done.task.number] = row
             while following in early:
                 yield early.pop(following)
                 following += 1
+
+
+def _answer(question: PictureQuestion, runner: Runner, task: PictureTask) -> PictureAnswer:
+    return answer(runner, task.name, task.content, question)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the tables of records below a path: documents that belong together joined, the shards of a split in one.
+"""Find the tables of records below a path: related documents joined, the shards of a split in one.
 
 Knows how data sets are laid out in files, not what their records mean.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +13,52 @@ from pgxport.data.records import IMAGES, MAX_JSON, ArrowRows, ListRows, Record, 
 from pgxport.errors import InputError, UsageError
 from pgxport.files import read_text
 
+LIST = "samples.jsonl"  # the file that is meant where a folder holds more than it
+
 
 def tables(data: Path, split: str | None) -> list[Rows]:
-    """Every table of records below a path."""
+    """Every table of records below a path.
+
+    In a folder, the first of these that it holds: samples.jsonl, parquet or Arrow files, images with texts
+    beside them, JSON files.
+
+    Raises:
+        UsageError: the split does not exist, or has to be chosen.
+        InputError: a file cannot be read, or is a link out of the folder.
+    """
     if data.is_file():
         if not is_arrow(data):
             return _split(_joined([data], _inside(data.parent, (".json",))), split)
         if split is not None:
             raise UsageError(f"{data}: is one split by itself; leave --split {split} out, or give the folder")
         return [ArrowRows(str(data), (data,))]
+    if (data / LIST).is_file():
+        return _split(_joined([file for file in _inside(data, (".jsonl",)) if file == data / LIST], []), split)
     if arrow := _arrow_tables(data, split):
         return arrow
-    if beside := _sidecars(data):
-        return _split([beside], split)
-    return _split(_joined(_inside(data, (".json", ".jsonl")), []), split)
+    texts = _texts_beside(data)
+    if any(texts.values()):
+        return _split([_sidecars(data, texts)], split)
+    documents = _inside(data, (".json", ".jsonl"))
+    # Images and nothing else: the error names the first one's missing text.
+    return _split(_joined(documents, []) if documents or not texts else [_sidecars(data, texts)], split)
 
 
 def _inside(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The data files of a folder; one that is a link out of it is an error, as the folder may be a stranger's."""
+    """The data files of a folder; a link out of it is an error, as the folder may be a stranger's."""
     files = files_below(folder, suffixes)
     for file in files:
-        if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
-            raise InputError(
-                f"{file}: is a link out of {folder}; copy the file (from the hub: hf download --local-dir), or name it"
-            )
+        _check_inside(file, folder)
     return files
 
 
+def _check_inside(file: Path, folder: Path) -> None:
+    if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{file}: is a link out of {folder}; copy the file (from the hub: hf download --local-dir), or name it")
+
+
 def _arrow_tables(data: Path, split: str | None) -> list[Rows]:
-    """Parquet and Arrow files, the shards of a split together: val-00000-of-00004.parquet, or validation/data-….arrow."""
+    """The shards of each split as one table: val-00000-of-00004.parquet, or validation/data-….arrow."""
     shards: dict[str, list[Path]] = defaultdict(list)
     for file in _inside(data, (".parquet", ".arrow")):
         # `datasets` keeps what it computed beside what it saved.
@@ -54,37 +71,48 @@ def _arrow_tables(data: Path, split: str | None) -> list[Rows]:
     if shards and not chosen:
         raise UsageError(f"{data}: has no split {split!r}; it has {', '.join(Path(part).name for part in list(shards)[:8])}")
     if len(chosen) > 1:
-        raise UsageError(f"{data}: has the splits {', '.join(Path(part).name for part in list(chosen)[:8])}; choose with --split")
+        raise UsageError(
+            f"{data}: has the splits {', '.join(Path(part).name for part in list(chosen)[:8])}; choose with --split (pgx report), or give a file of one"
+        )
     return [ArrowRows(f"{data}/{part}" if part != "." else str(data), tuple(files)) for part, files in chosen.items()]
 
 
-def _sidecars(folder: Path) -> Rows | None:
-    """Images, each with a .json of prompt and answer, or a .txt whose first line is the prompt and the rest the answer."""
+def _texts_beside(folder: Path) -> dict[Path, list[Path]]:
+    """The images of a folder by name, each with the .json and the .txt beside it."""
     images = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
-    beside = {image: [text for suffix in (".json", ".txt") if (text := image.with_suffix(suffix)).is_file()] for image in images}
-    if not any(beside.values()):
-        return None
-    for image, texts in beside.items():
-        if len(texts) != 1:
-            seen = "both a .json and a .txt" if texts else "neither a .json nor a .txt"
-            raise InputError(f"{image}: has {seen} beside it; one of them says what its prompt and answer are")
-    return ListRows(str(folder), [Record(str(texts[0]), {**_beside(texts[0]), "image": i.name}) for i, texts in beside.items()])
+    return {image: [text for suffix in (".json", ".txt") if (text := image.with_suffix(suffix)).is_file()] for image in images}
 
 
-def _beside(file: Path) -> dict[str, Any]:
+def _sidecars(folder: Path, texts: Mapping[Path, Sequence[Path]]) -> Rows:
+    """A record an image: a .json of prompt and answer, or a .txt whose first line is the prompt and whose
+    rest is the answer."""
+    records = []
+    for image, beside in texts.items():
+        if len(beside) != 1:
+            names = " and ".join(image.with_suffix(suffix).name for suffix in (".json", ".txt"))
+            count = "both" if beside else "neither of"
+            raise InputError(f"{image}: has {count} {names} beside it; one of them says what its prompt and answer are")
+        _check_inside(beside[0], folder)
+        records.append(Record(str(beside[0]), {**_fields_beside(beside[0]), "image": image.name}))
+    return ListRows(str(folder), records)
+
+
+def _fields_beside(file: Path) -> dict[str, Any]:
     if file.suffix == ".txt":
         prompt, _, answer = read_text(file, MAX_JSON).partition("\n")
-        return {"prompt": prompt, "answer": answer.strip()}
+        return {"prompt": prompt} | ({"answer": answer.strip()} if answer.strip() else {})
     value = read_json(file)
     if not isinstance(value, dict):
         raise InputError(f'{file}: a JSON {type(value).__name__}; it has to be {{"prompt": …, "answer": …}}')
+    if image := {"image", "file_name"} & value.keys():
+        raise InputError(f"{file}: names an image, and the one beside it is meant; take {min(image)!r} out")
     return value
 
 
-def _split(found: list[Rows], split: str | None) -> list[Rows]:
-    """Tables whose records name their split, cut to the one that is meant."""
-    out: list[Rows] = []
-    for rows in found:
+def _split(every: list[Rows], split: str | None) -> list[Rows]:
+    """The tables, those whose records name their split cut to the one that is meant."""
+    chosen: list[Rows] = []
+    for rows in every:
         records = list(rows.at(range(len(rows))))
         names = {record.fields["split"] for record in records if isinstance(record.fields.get("split"), str)}
         if split is not None and names:
@@ -94,9 +122,11 @@ def _split(found: list[Rows], split: str | None) -> list[Rows]:
         elif split is not None:
             raise UsageError(f"{rows.where}: its records name no split; leave --split {split} out, and give the split's own file")
         elif len(names) > 1:
-            raise UsageError(f"{rows.where}: has the splits {', '.join(sorted(names))}; choose with --split")
-        out.append(rows)
-    return out
+            raise UsageError(
+                f"{rows.where}: has the splits {', '.join(sorted(names))}; choose with --split (pgx report), or give a file of one"
+            )
+        chosen.append(rows)
+    return chosen
 
 
 def _joined(files: list[Path], partners: list[Path]) -> list[Rows]:
@@ -107,16 +137,16 @@ def _joined(files: list[Path], partners: list[Path]) -> list[Rows]:
         others = _read([file for file in partners if file not in documents])
         documents |= {file: value for file, value in others.items() if _kind(value) in needed}
     kinds = {file: _kind(value) for file, value in documents.items()}
-    found: list[Rows] = []
+    joined: list[Rows] = []
     # Instances that referring expressions speak of are no data set of their own here.
     used = {NEEDS[kind] for kind in kinds.values() if kind in NEEDS}
     for file, kind in kinds.items():
         if kind in NEEDS:
             beside = {f: documents[f] for f, k in kinds.items() if k == NEEDS[kind]}
-            found.append(_join(file, kind, documents[file], beside))
+            joined.append(_join(file, kind, documents[file], beside))
         elif kind in WHOLE and kind not in used:
-            found.append(ListRows(str(file), list(WHOLE[kind](str(file), documents[file]))))
-    return found
+            joined.append(ListRows(str(file), list(WHOLE[kind](str(file), documents[file]))))
+    return joined
 
 
 def _read(files: list[Path]) -> dict[Path, Any]:
@@ -157,7 +187,7 @@ def _kind(value: Any) -> str | None:
     if isinstance(first, dict) and {"question", "choices", "answer"} <= set(first):
         return "problems"
     # JSON lines of one line.
-    return "record" if {"prompt", "prefix"} & set(value) else None
+    return "record" if {"prompt", "prefix", "image", "file_name"} & set(value) else None
 
 
 def _peek(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -193,13 +223,13 @@ def _coco(key: str) -> Callable[[str, Any], Iterator[Record]]:
 
     def records(where: str, value: Mapping[str, Any]) -> Iterator[Record]:
         names = {_key(c, "id", where): c.get("name") for c in _objects(value.get("categories", []), f"{where}: category")}
-        said: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+        annotations: dict[Any, list[dict[str, Any]]] = defaultdict(list)
         for entry in _objects(value["annotations"], f"{where}: annotation"):
             category = names.get(_key(entry, "category_id", where)) if names else None
-            said[_key(entry, "image_id", where)].append({**entry, "name": category})
+            annotations[_key(entry, "image_id", where)].append({**entry, "name": category})
         for picture in _objects(value["images"], f"{where}: image"):
             number = _key(picture, "id", where)
-            yield Record(f"{where}: image {number!r}", {**picture, key: said[number]})
+            yield Record(f"{where}: image {number!r}", {**picture, key: annotations[number]})
 
     return records
 
@@ -233,7 +263,7 @@ def _key(entry: Mapping[str, Any], name: str, where: str) -> int | str:
     raise InputError(f"{where}: {name!r} is {value!r:.100} in {dict(entry)!r:.100}, and has to be a number or text")
 
 
-# A document of this kind only makes sense with one of that.
+# A document of the kind on the left is joined with one of the kind on the right.
 NEEDS = {"vqa questions": "vqa annotations", "refs": "instances"}
 # A document of this kind is a table by itself.
 WHOLE: dict[str | None, Callable[[str, Any], Iterable[Record]]] = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the records of each data set mean: one row of FORMATS, by which it is known and its records become samples."""
+"""FORMATS, a row for each data set: how its records are recognised, and how they become samples."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,13 +24,14 @@ class Context:
     format: "Format"
     pictures: Pictures
     prompt: str
+    judged: bool  # answers will be compared with the true ones, which have to be there and of use to the metric
 
 
 @dataclass(frozen=True)
 class Format:
     """How one data set is told from the others, and what its records mean."""
 
-    what: str
+    what: str  # its name, for people
     task: str
     prompt: str
     fits: Callable[[Mapping[str, Any]], bool]
@@ -44,7 +45,7 @@ def _question(record: Record, context: Context) -> Iterator[Sample]:
 
 
 def _choice(record: Record, context: Context) -> Iterator[Sample]:
-    """ScienceQA's question, context and options, in the words of its own baseline; without a picture it is no question for us."""
+    """ScienceQA's question, context and options, as its baseline words them; no sample without a picture."""
     if record.get("image") is None:
         return
     choices, answer = record.texts("choices"), record.get("answer")
@@ -60,15 +61,15 @@ def _choice(record: Record, context: Context) -> Iterator[Sample]:
 
 def _captions(record: Record, context: Context) -> Iterator[Sample]:
     if "coco captions" in record.fields:
-        said = tuple(part.text("caption") for part in record.parts("coco captions"))
+        captions = tuple(part.text("caption") for part in record.parts("coco captions"))
     else:
-        said = record.texts("answer")
-    if said:
-        yield _sample(record, context, context.prompt, answers=said)
+        captions = record.texts("answer")
+    if captions:
+        yield _sample(record, context, context.prompt, answers=captions)
 
 
 def _instances(record: Record, context: Context) -> Iterator[Sample]:
-    """Ask for the things that are there: PaliGemma finds what it is asked for, so mAP here is on known labels."""
+    """The prompt names the labels in the picture: it finds what it is asked for; mAP is on known labels."""
     parts = record.parts("coco objects")
     regions = [Region(part.text("name"), _box(part), crowd=bool(part.get("iscrowd"))) for part in parts]
     labels = dict.fromkeys(region.label for region in regions if not region.crowd)
@@ -77,24 +78,24 @@ def _instances(record: Record, context: Context) -> Iterator[Sample]:
 
 
 def _expressions(record: Record, context: Context) -> Iterator[Sample]:
-    """A referring expression for each sentence about one object; judged by its mask where the true one is there."""
+    """A sample for each sentence about one object, decided by the mask if there is one, or the box."""
     where = record.where
     if "raw_anns" in record.fields:
-        # The hub's jxu124 keeps COCO's annotation and picture as JSON in strings; its own bbox is x1, y1, x2, y2.
-        true, picture = (_object(record, name) for name in ("raw_anns", "raw_image_info"))
+        # The hub's jxu124 keeps COCO's annotation and picture as JSON in strings; its bbox is x1, y1, x2, y2.
+        annotation, picture = (_object(record, name) for name in ("raw_anns", "raw_image_info"))
         sizes: dict[str, Any] = {name: picture[name] for name in ("file_name", "height", "width") if name in picture}
-        record = Record(where, {**record.fields, **sizes, **true, "id": record.get("ref_id")})
+        record = Record(where, {**record.fields, **sizes, **annotation, "id": record.get("ref_id")})
     elif "coco objects" in record.fields:
         # MDETR: the expression is the picture's caption.
         for part in record.parts("coco objects"):
             record = Record(where, {**part.fields, **record.fields})
     if "sentences" in record.fields:
-        said = tuple(part.text("sent", "raw") for part in record.parts("sentences"))
+        sentences = tuple(part.text("sent", "raw") for part in record.parts("sentences"))
     else:
-        said = record.texts("caption", "answer")
+        sentences = record.texts("caption", "answer")
     box, segmentation = _box(record), _segmentation(record)
     kind, metric = ("segment", "mask_iou") if segmentation else ("detect", "refer_accuracy")
-    for sentence in said:
+    for sentence in sentences:
         prompt = context.prompt.replace("{task}", kind).replace("{question}", sentence)
         yield replace(_sample(record, context, prompt, regions=(Region(sentence, box, segmentation),)), metric=metric)
 
@@ -114,26 +115,35 @@ def _own(record: Record, context: Context) -> Iterator[Sample]:
     for key in set(record.fields) - set(OWN_KEYS):
         if close := get_close_matches(key, OWN_KEYS, 1, 0.8):
             raise InputError(f"{record.where}: {key!r} is no key of a record; did you mean {close[0]!r}?")
-    prompt, answers = record.text("prompt", "prefix"), record.texts("answers", "answer", "suffix")
+    prompt = record.text("prompt", "prefix")
+    unanswered = not context.judged and record.get(*ANSWER_KEYS) is None
+    answers = () if unanswered else record.texts(*ANSWER_KEYS)
     first = prompt.split()[0]
     task = record.one_of("task", TASKS, first if first in ("caption", "ocr", "detect", "segment") else "answer")
     sample = replace(_sample(record, context, prompt, answers=answers), task=task, metric=TASKS[task][0])
-    if "<loc" in answers[0]:
-        width, height = sample.open().size
-        boxes, _, warnings = parse(answers[0], width, height)
-        if warnings or not boxes:
-            raise InputError(f"{record.where}: the answer locates nothing, or is malformed: {'; '.join(map(str, warnings[:3]))}")
-        regions = tuple(Region(box.label, (box.y1, box.x1, box.y2, box.x2)) for box in boxes)
-        # The codes of a true mask cannot be judged without a decoder: its box is.
-        metric = TASKS["detect"][0] if task == "segment" else sample.metric
-        sample = replace(sample, regions=regions, metric=metric)
+    if context.judged:
+        sample = _with_true_regions(record, sample)
     metric = record.one_of("metric", METRICS, sample.metric)
     needs = METRICS[metric].needs
-    if needs == "masks" or (needs == "regions" and not sample.regions):
+    if context.judged and (needs == "masks" or (needs == "regions" and not sample.regions)):
         raise InputError(
             f"{record.where}: {metric} needs true {needs}, which the answer {answers[0][:80]!r} does not give; name another 'metric'"
         )
     yield replace(sample, metric=metric)
+
+
+def _with_true_regions(record: Record, sample: Sample) -> Sample:
+    """The sample with the boxes that its answer writes in `<loc…>` tokens, if any."""
+    if "<loc" not in sample.answers[0]:
+        return sample
+    width, height = sample.open().size
+    boxes, _, warnings = parse(sample.answers[0], width, height)
+    if warnings or not boxes:
+        raise InputError(f"{record.where}: the answer locates nothing, or is malformed: {'; '.join(map(str, warnings[:3]))}")
+    regions = tuple(Region(box.label, (box.y1, box.x1, box.y2, box.x2)) for box in boxes)
+    # Codes of a true mask cannot be judged without a decoder: its box is.
+    metric = TASKS["detect"][0] if sample.task == "segment" else sample.metric
+    return replace(sample, regions=regions, metric=metric)
 
 
 def _sample(
@@ -166,7 +176,7 @@ def _image(record: Record, context: Context) -> Path | bytes:
 
 
 def _box(record: Record) -> BoxEdges:
-    """COCO's x, y, width, height."""
+    """The box from COCO's x, y, width, height."""
     x, y, width, height = record.numbers("bbox", count=4)
     if width < 0 or height < 0:
         raise record.wrong(["bbox"], "x, y, width, height, none of the last two negative")
@@ -174,7 +184,7 @@ def _box(record: Record) -> BoxEdges:
 
 
 def _segmentation(record: Record) -> Segmentation | None:
-    """COCO's polygons (one may stand flat) or run lengths; None where there are none, or the picture's size is not told."""
+    """COCO's polygons (one may stand flat) or run lengths; None without them or the picture's size."""
     value, height, width = (record.get(name) for name in ("segmentation", "height", "width"))
     if not value or not all(type(side) is int and 0 < side <= MAX_SIDE for side in (height, width)):
         return None
@@ -195,8 +205,9 @@ def _segmentation(record: Record) -> Segmentation | None:
 
 
 def _decompressed(counts: str) -> list[int]:
-    """COCO's compressed run lengths: six bits a character from '0' on, the sixth says that more follow; from the third run on,
-    the difference to the run before the last. Not by pycocotools, whose C trusts what it reads.
+    """COCO's run lengths from their compressed text: six bits a character from '0' on, the sixth says that
+    more follow; from the third run on, a number is the difference to the run before the last. Not by
+    pycocotools, whose C code trusts its input.
 
     >>> _decompressed("52203")
     [5, 2, 2, 2, 5]
@@ -220,15 +231,18 @@ def _has(*names: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda fields: set(names) <= set(fields)
 
 
-OWN_KEYS = ("image", "file_name", "prompt", "prefix", "answer", "answers", "suffix", "task", "metric", "id")
+ANSWER_KEYS = ("answers", "answer", "suffix")
+OWN_KEYS = ("image", "file_name", "prompt", "prefix", *ANSWER_KEYS, "task", "metric", "id")
 
 
 def _fits_own(fields: Mapping[str, Any]) -> bool:
-    return bool({"prompt", "prefix"} & set(fields)) and bool({"image", "file_name"} & set(fields))
+    """Whether there is an image with a prompt, or with a key so close to it that the error should name the slip."""
+    prompt = any(get_close_matches(key, ("prompt", "prefix"), 1, 0.8) for key in fields)
+    return prompt and bool({"image", "file_name"} & set(fields))
 
 
 def _fits_vqa(fields: Mapping[str, Any], *, raw: bool) -> bool:
-    """VQA v2 and OK-VQA differ in one field of an answer, or in what is said of the question."""
+    """Whether the fields are VQA's: OK-VQA's where `raw`, which differ in one field."""
     if not _has("question", "answers", "answer_type")(fields):
         return False
     answers = fields["answers"]
@@ -257,7 +271,8 @@ def _fits_refcoco(fields: Mapping[str, Any]) -> bool:
     return any(set(names) <= set(fields) for names in editions)
 
 
-# The prompts are those PaliGemma was fine-tuned with (big_vision, configs/proj/paligemma/transfers), or its mix's.
+# The prompts are those of PaliGemma's fine-tuning (big_vision, configs/proj/paligemma/transfers) or of its
+# mix checkpoints.
 FORMATS = {
     "jsonl": Format("lines or sidecars of image, prompt, answer", "answer", "", _fits_own, _own),
     "vqav2": Format("VQA v2", "vqa", "answer en {question}", lambda f: _fits_vqa(f, raw=False), _question),

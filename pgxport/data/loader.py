@@ -1,27 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples from data sets as they are distributed, read from local files: one row of FORMATS for each.
+"""The one way from a path to samples, for every command: tables, their format, their records.
 
-Which format a file has, its content says; where two fit, or none, the user does. Without data: the embedded scenes.
+The content of a file tells its format, a row of FORMATS; where two rows fit, or none, the user chooses.
+Without a path: drawn scenes.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from pgxport.data.documents import tables
+from pgxport.data.documents import LIST, tables
 from pgxport.data.formats import FORMATS, Context
 from pgxport.data.records import Pictures, Rows
+from pgxport.data.scenes import calibration_scene, scene_samples
 from pgxport.errors import InputError, UsageError, choose
-from pgxport.metrics.metrics import TASKS
-from pgxport.metrics.sample import Drawn, Region, Sample, Segmentation
-from pgxport.runners.outputs import run_lengths
-
-if TYPE_CHECKING:
-    from pgxport.models.tiny.scenes import Question
+from pgxport.metrics.sample import Sample
+from pgxport.text import listed, size
 
 MAX_EMBEDDED = 4 << 30  # bytes of pictures that stand in the records themselves
 SCENES = 100  # of each task, where nothing else is asked for
@@ -29,7 +26,7 @@ SCENES = 100  # of each task, where nothing else is asked for
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where samples come from. Names and meanings are the command's flags."""
+    """Where samples come from. Names and meanings are those of `pgx report`'s flags."""
 
     data: Path | None = None  # a file or a folder; None: the embedded scenes
     format: str | None = None
@@ -46,12 +43,12 @@ class DataSet:
     format: str
     source: str
     samples: tuple[Sample, ...]
-    records: int  # there were
-    skipped: int  # of those taken, cannot be asked: no picture, nothing to find
+    records: int  # in the data, before the limit
+    skipped: int  # records among those taken that cannot be asked: no picture, nothing to find
 
 
 def load(options: DataOptions) -> DataSet:
-    """Read the samples.
+    """Read evenly spaced samples, each with its true answer, to be judged.
 
     Raises:
         UsageError: there is no such data, its format or split is not certain, or a library is missing.
@@ -64,81 +61,97 @@ def load(options: DataOptions) -> DataSet:
     if options.data is None:
         scenes = scene_samples(options.limit or SCENES)
         return DataSet("scenes", "embedded scenes, test split", scenes, len(scenes), 0)
-    name, rows = _chosen(options)
-    root = options.images or (options.data if options.data.is_dir() else options.data.parent)
+    name, rows, context = _open(options, options.data, judged=True)
+    indices = _evenly(len(rows), options.limit)
+    by_record = list(_read(rows, indices, context))
+    samples = _unique(chain.from_iterable(by_record))
+    skipped = sum(not samples for samples in by_record)
+    return DataSet(name, rows.where, _some(samples, rows, name, len(indices)), len(rows), skipped)
+
+
+def first_samples(data: Path | None, count: int) -> tuple[Sample, ...]:
+    """Read the first `count` samples in order, with or without answers; without data, calibration scenes.
+
+    Raises:
+        UsageError: there is no such data, or its format is not certain.
+        InputError: a record is not what its format promises; the message names file, record, value and fix.
+    """
+    if data is None:
+        return tuple(calibration_scene(index) for index in range(count))
+    name, rows, context = _open(DataOptions(data), data, judged=False)
+    samples = _unique(chain.from_iterable(_read(rows, range(len(rows)), context)))
+    return _some(islice(samples, count), rows, name, len(rows))
+
+
+def all_pictures(data: Path) -> dict[Path | bytes, str]:
+    """Find the distinct pictures of all records, in the data's order, each with the id of its first sample.
+
+    Raises:
+        UsageError: there is no such data, or its format is not certain.
+        InputError: a record is not what its format promises; the message names file, record, value and fix.
+    """
+    name, rows, context = _open(DataOptions(data), data, judged=False)
+    ids: dict[Path | bytes, str] = {}
+    samples = _unique(chain.from_iterable(_read(rows, range(len(rows)), context)))
+    for sample in _some(samples, rows, name, len(rows)):
+        assert isinstance(sample.image, Path | bytes), "Bug: a record's picture is drawn"
+        ids.setdefault(sample.image, sample.id)
+    return ids
+
+
+def _open(options: DataOptions, data: Path, *, judged: bool) -> tuple[str, Rows, Context]:
+    """The one table that is meant, the name of its format, and what building its samples needs."""
+    name, rows = _chosen(options, data)
+    root = options.images or (data if data.is_dir() else data.parent)
     if not root.is_dir():
         raise UsageError(f"--images {root}: is not a folder")
     known = FORMATS[name]
-    context = Context(known, Pictures(root), _template(options.prompt or known.prompt))
-    taken = _evenly(len(rows), options.limit)
-    samples: list[Sample] = []
-    skipped = embedded = 0
-    for record in rows.at(taken):
-        found = list(known.samples(record, context))
-        skipped += not found
-        samples += found
-        embedded += sum(len(sample.image) for sample in found if isinstance(sample.image, bytes))
+    return name, rows, Context(known, Pictures(root), _template(options.prompt or known.prompt), judged)
+
+
+def _read(rows: Rows, indices: Iterable[int], context: Context) -> Iterator[list[Sample]]:
+    """The samples of each record; none where it cannot be asked."""
+    count = embedded = 0
+    for record in rows.at(indices):
+        samples = list(context.format.samples(record, context))
+        count += len(samples)
+        embedded += sum(len(sample.image) for sample in samples if isinstance(sample.image, bytes))
         if embedded > MAX_EMBEDDED:
             raise UsageError(
-                f"{rows.where}: its first {len(samples)} pictures have {embedded / 1e9:.1f} GB; take fewer with --limit"
+                f"{rows.where}: its first {count} pictures have {size(embedded)}; take fewer with "
+                f"--limit or --samples, or give a part of the data"
             )
-    if not samples:
+        yield samples
+
+
+def _some(samples: Iterable[Sample], rows: Rows, name: str, records: int) -> tuple[Sample, ...]:
+    taken = tuple(samples)
+    if not taken:
         raise InputError(
-            f"{rows.where}: none of {len(taken)} records of format {name} can be asked: no picture, or nothing to find"
+            f"{rows.where}: none of {records} records of format {name} can be asked: no picture, or nothing to find; give other data"
         )
-    return DataSet(name, rows.where, tuple(_unique(samples)), len(rows), skipped)
+    return taken
 
 
-def scene_samples(count: int) -> tuple[Sample, ...]:
-    """`count` questions of every task about embedded scenes, those on which the tiny checkpoint was evaluated."""
-    # Imported here: a report on other data draws nothing.
-    from pgxport.models.tiny.scenes import TASKS as ASKED
-    from pgxport.models.tiny.scenes import ask, draw
-
-    found: dict[str, list[Sample]] = {task: [] for task in ASKED}
-    index = 0
-    while any(len(samples) < count for samples in found.values()):
-        questions = ask(draw("test", index), index)
-        # As tools/tiny/evaluate.py chooses among several questions of a task.
-        rng = np.random.default_rng([11, index])
-        for task, samples in found.items():
-            options = [q for q in questions if q.task == task]
-            if options and len(samples) < count:
-                samples.append(_scene_sample(index, options[int(rng.integers(len(options)))]))
-        index += 1
-    return tuple(sample for samples in found.values() for sample in samples)
-
-
-def _scene_sample(index: int, question: "Question") -> Sample:
-    regions = []
-    for label, thing in question.things:
-        mask = thing.mask() if question.task == "segment" else None
-        runs = None if mask is None else Segmentation((mask.shape[0], mask.shape[1]), runs=tuple(run_lengths(mask)["counts"]))
-        regions.append(Region(label, thing.box, runs))
-    # A scene's caption has one right wording, which CIDEr would blur.
-    metric = "exact_match" if question.task == "caption" else TASKS[question.task][0]
-    answers = () if question.answer is None else (question.answer,)
-    name = f"scene-{index}-{question.task}"
-    return Sample(name, Drawn(index), question.prompt, question.task, metric, answers, tuple(regions))
-
-
-def _chosen(options: DataOptions) -> tuple[str, Rows]:
-    assert options.data is not None, "Bug: no data to choose from"
-    if not options.data.exists():
-        raise UsageError(f"{options.data}: there is no such file or folder; pgx downloads no data set")
-    found = tables(options.data, options.split)
-    candidates = [(name, rows) for rows in found for name in _formats(rows) if options.format in (None, name)]
+def _chosen(options: DataOptions, data: Path) -> tuple[str, Rows]:
+    if not data.exists():
+        raise UsageError(f"{data}: there is no such file or folder; pgx downloads no data set")
+    every = tables(data, options.split)
+    candidates = [(name, rows) for rows in every for name in _formats(rows) if options.format in (None, name)]
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
-        several = ", ".join(f"{rows.where} ({name})" for name, rows in candidates[:5])
-        raise UsageError(f"{options.data}: holds {len(candidates)} data sets: {several}; give the file, or --format, or --split")
-    if options.format is not None and len(found) == 1:
-        return options.format, found[0]  # its records will say what they lack
-    seen = "; ".join(f"{rows.where} has {', '.join(map(repr, list(_first(rows))[:8]))}" for rows in found[:3])
+        several = listed(f"{rows.where} ({name})" for name, rows in candidates)
+        raise UsageError(
+            f"{data}: holds {len(candidates)} data sets: {several}; give the file, or choose with --format or "
+            f"--split (pgx report); of your own files, the one called {LIST} is meant"
+        )
+    if options.format is not None and len(every) == 1:
+        return options.format, every[0]  # its records will say what they lack
+    seen = "; ".join(f"{rows.where} has {', '.join(map(repr, list(_first(rows))[:8]))}" for rows in every[:3])
     raise UsageError(
-        f"{options.data}: {seen or 'no JSON, parquet or Arrow file with records'}: no known data set; "
-        f"say which it is with --format {'|'.join(FORMATS)}"
+        f"{data}: {seen or 'no JSON, parquet or Arrow file with records'}: no known data set; "
+        f"say which it is with --format {'|'.join(FORMATS)} (report, tune, diff), or give records of 'image', 'prompt' and 'answer'"
     )
 
 
@@ -158,15 +171,15 @@ def _template(prompt: str) -> str:
 
 
 def _evenly(count: int, limit: int | None) -> list[int]:
-    """`limit` of `count` numbers, evenly spaced: the first ones would be of one kind where a file is sorted."""
+    """`limit` of `count` indices, evenly spaced: a sorted file begins with one kind."""
     if limit is None or limit >= count:
         return list(range(count))
     return [i * count // limit for i in range(limit)]
 
 
-def _unique(samples: list[Sample]) -> Iterator[Sample]:
-    """Samples of one record, or of records that share a name, told apart by a number."""
-    seen: dict[str, int] = defaultdict(int)
+def _unique(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """The samples, with a number behind an id that an earlier one has, from one record or another."""
+    times: dict[str, int] = defaultdict(int)
     for sample in samples:
-        seen[sample.id] += 1
-        yield sample if seen[sample.id] == 1 else replace(sample, id=f"{sample.id}#{seen[sample.id]}")
+        times[sample.id] += 1
+        yield sample if times[sample.id] == 1 else replace(sample, id=f"{sample.id}#{times[sample.id]}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read records from JSON, JSON lines, parquet and Arrow files, known by their content; nothing outside the folder, no pickle.
+"""Read records from JSON, JSON lines, parquet and Arrow files, known by their content; never a pickle.
 
 Knows no data set: a record is a dictionary and the place where it stands.
 """
@@ -20,7 +20,8 @@ MAX_JSON = 1 << 30  # bytes of one file; instances_train2014.json has 450 MB
 LINE = "every line is one object"
 MAX_FILES = 2_000_000  # below a data folder
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-# COCO's name of a picture, of 2014 and of 2017.
+ARROW_HEADS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # of a parquet file, an Arrow file, an Arrow stream
+# COCO's name of a picture in its editions of 2014 and 2017.
 NUMBERED = re.compile(r"(?:COCO_[a-z]+[0-9]{4}_)?([0-9]{12})\.jpg")
 
 
@@ -32,14 +33,14 @@ class Record:
     fields: Mapping[str, Any]
 
     def get(self, *names: str) -> Any:
-        """The first of these fields that is there and not null."""
+        """Return the first of these fields that exists and is not null, or None."""
         return next((self.fields[name] for name in names if self.fields.get(name) is not None), None)
 
     def text(self, *names: str) -> str:
-        """The first of these fields, which has to be text.
+        """Return the first of these fields, without white space around it.
 
         Raises:
-            InputError: there is none, or it is something else.
+            InputError: there is none, or it is not text, or empty.
         """
         value = self.get(*names)
         if not isinstance(value, str) or not value.strip():
@@ -47,7 +48,11 @@ class Record:
         return value.strip()
 
     def texts(self, *names: str) -> tuple[str, ...]:
-        """The first of these fields as texts: one, several, or objects with an `answer` each."""
+        """Return the first of these fields, a text or a list of texts or of objects with an `answer` each.
+
+        Raises:
+            InputError: there is none, or it is something else.
+        """
         value = self.get(*names)
         entries = [v.get("answer") if isinstance(v, Mapping) else v for v in (value if isinstance(value, list) else [value])]
         texts = tuple(entry for entry in entries if isinstance(entry, str))
@@ -56,21 +61,21 @@ class Record:
         return texts
 
     def parts(self, name: str) -> Iterator["Record"]:
-        """The objects of a list, each a record of this place."""
+        """Yield the objects of a list, each a record of this place."""
         value = self.get(name)
         if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
             raise self.wrong([name], "a list of objects")
         return (Record(f"{self.where}, {name} {entry.get('id', n)}", entry) for n, entry in enumerate(value))
 
     def one_of(self, name: str, table: Iterable[str], default: str) -> str:
-        """The field, which has to be of the table, or the default where it is absent."""
+        """Return the field, one of `table`, or the default where it is absent."""
         value = default if self.get(name) is None else self.fields[name]
         if not isinstance(value, str) or value not in table:
             raise self.wrong([name], f"one of {', '.join(table)}")
         return value
 
     def numbers(self, *names: str, count: int | None = None) -> tuple[float, ...]:
-        """The first of these fields as finite numbers."""
+        """Return the first of these fields, a list of finite numbers."""
         value = self.get(*names)
         right = isinstance(value, list) and (count is None or len(value) == count)
         if not right or not all(type(v) in (int, float) and math.isfinite(v) for v in value):
@@ -78,21 +83,27 @@ class Record:
         return tuple(float(v) for v in value)
 
     def wrong(self, names: Sequence[str], expected: str) -> InputError:
-        """What to raise where the first of these fields is not what it has to be."""
+        """Return the error for the first of these fields, which is absent or not what it has to be."""
         name = next((name for name in names if name in self.fields), None)
         if name is None:
-            there = ", ".join(repr(key) for key in list(self.fields)[:8])
-            return InputError(f"{self.where}: has no {' or '.join(map(repr, names))}, which has to be {expected}; it has {there}")
+            present = ", ".join(repr(key) for key in list(self.fields)[:8])
+            return InputError(
+                f"{self.where}: has no {' or '.join(map(repr, names))}, which has to be {expected}; it has {present}"
+            )
         return InputError(f"{self.where}: {name!r} is {self.fields[name]!r:.200}, and has to be {expected}")
 
 
 class Rows(Protocol):
-    """Records that are read when they are asked for."""
+    """A table of records, each read when it is asked for."""
 
     @property
-    def where(self) -> str: ...
+    def where(self) -> str:
+        """The file or folder, for messages."""
+
     def __len__(self) -> int: ...
-    def at(self, indices: Iterable[int]) -> Iterator[Record]: ...
+
+    def at(self, indices: Iterable[int]) -> Iterator[Record]:
+        """Yield the records of these rising indices."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +117,13 @@ class ListRows:
         return len(self.records)
 
     def at(self, indices: Iterable[int]) -> Iterator[Record]:
-        """The records of these numbers."""
+        """Yield the records of these indices."""
         return (self.records[i] for i in indices)
 
 
 @dataclass(frozen=True)
 class ArrowRows:
-    """Records of parquet or Arrow files, of which only those that are asked for become Python objects."""
+    """Records of parquet or Arrow files; only those that are asked for become Python objects."""
 
     where: str
     files: tuple[Path, ...]
@@ -121,14 +132,14 @@ class ArrowRows:
         return sum(len(batch) for _, batch in self._batches(columns=False))
 
     def at(self, indices: Iterable[int]) -> Iterator[Record]:
-        """The records of these rising numbers."""
+        """Yield the records of these rising indices."""
         arrow = require("pyarrow", "a parquet or Arrow data set")
         wanted, start = sorted(indices), 0
         for file, batch in self._batches(columns=True):
             first, last = bisect_left(wanted, start), bisect_left(wanted, start + len(batch))
             if first < last:
-                here = arrow.array([row - start for row in wanted[first:last]])
-                for row, fields in zip(wanted[first:last], batch.take(here).to_pylist(), strict=True):
+                within = arrow.array([row - start for row in wanted[first:last]])
+                for row, fields in zip(wanted[first:last], batch.take(within).to_pylist(), strict=True):
                     yield Record(f"{file}: row {row}", fields)
             start += len(batch)
             if last == len(wanted):
@@ -153,14 +164,14 @@ class ArrowRows:
 
 
 class Pictures:
-    """The image files below a folder, by the names that data sets give them."""
+    """The image files below a folder, found by the names that data sets give them."""
 
     def __init__(self, root: Path):
         self.root = root
         self._names: dict[str, list[Path]] | None = None
 
     def find(self, name: str, where: str) -> Path:
-        """The file that `name` means: a path below the folder, or the end of exactly one.
+        """Return the file that `name` means: a path below the folder, or the end of exactly one.
 
         Raises:
             InputError: it leads out of the folder, there is none, or there are several.
@@ -168,26 +179,36 @@ class Pictures:
         parts = Path(name).parts
         if Path(name).is_absolute() or ".." in parts or "\0" in name or not parts:
             raise InputError(f"{where}: the image {name[:200]!r} leads out of {self.root}; use paths below that folder")
-        if (self.root / name).is_file():
+        try:
+            exists = (self.root / name).is_file()
+        except OSError as error:  # too long for a path
+            raise InputError(
+                f"{where}: the image {name[:200]!r} is no path ({error.strerror}); use paths below {self.root}"
+            ) from error
+        if exists:
             return self._inside(self.root / name, where)
         return self._one([path for path in self._index().get(parts[-1], []) if path.parts[-len(parts) :] == parts], name, where)
 
     def numbered(self, number: int, where: str) -> Path:
-        """COCO's picture of that number, from whichever part of COCO it is."""
+        """Return COCO's picture of that number, from whichever part of COCO it is.
+
+        Raises:
+            InputError: there is none, or there are several.
+        """
         name = f"{number:012}.jpg"
         return self._one(self._index().get(name, []), f"COCO_…_{name}", where)
 
-    def _one(self, found: list[Path], name: str, where: str) -> Path:
-        if not found:
+    def _one(self, paths: list[Path], name: str, where: str) -> Path:
+        if not paths:
             raise InputError(
                 f"{where}: no image {name[:200]!r} below {self.root}; put the images there, or name their folder with --images"
             )
-        if len(found) > 1:
-            several = ", ".join(str(path) for path in found[:3])
+        if len(paths) > 1:
+            several = ", ".join(str(path) for path in paths[:3])
             raise InputError(
-                f"{where}: {len(found)} images are called {name[:200]!r}: {several}; name the one folder with --images"
+                f"{where}: {len(paths)} images are called {name[:200]!r}: {several}; name the one folder with --images"
             )
-        return self._inside(found[0], where)
+        return self._inside(paths[0], where)
 
     def _inside(self, path: Path, where: str) -> Path:
         if not path.resolve().is_relative_to(self.root.resolve()):
@@ -205,29 +226,39 @@ class Pictures:
 
 
 def files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The files with one of these endings, in order; folders that are links are not entered.
+    """Return the files with one of these suffixes, in order; folders that are links are not entered.
 
     Raises:
         InputError: the folder holds more than MAX_FILES.
     """
-    found = []
-    for seen, path in enumerate(folder.rglob("*")):
-        if seen > MAX_FILES:
+    files = []
+    for count, path in enumerate(folder.rglob("*")):
+        if count > MAX_FILES:
             raise InputError(
                 f"{folder}: holds more than {MAX_FILES:,} files; name a smaller folder, or the images' with --images"
             )
         if path.suffix.lower() in suffixes and path.is_file():
-            found.append(path)
-    return sorted(found)
+            files.append(path)
+    return sorted(files)
 
 
 def is_arrow(file: Path) -> bool:
-    """Whether it is a parquet file, an Arrow file or an Arrow stream."""
-    return _head(file).startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"))
+    """Whether the file's first bytes are those of a parquet file, an Arrow file or an Arrow stream."""
+    return _head(file).startswith(ARROW_HEADS)
+
+
+def holds_records(file: Path) -> bool:
+    """Whether the file begins as JSON, parquet or Arrow does, and no picture; False if unreadable."""
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(512)
+    except OSError:
+        return False
+    return head.startswith(ARROW_HEADS) or head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds; JSON lines give the list of their values as `Record`s with line numbers.
+    """Read a JSON file, or JSON lines, whose objects are returned as a list of `Record`s with line numbers.
 
     Raises:
         InputError: it is neither, too large, or a pickle, which would run its author's code.
@@ -239,6 +270,8 @@ def read_json(file: Path) -> Any:
             f"edition of the data set (RefCOCO: refs as a JSON list beside instances.json, MDETR's JSON, or the hub's parquet)"
         )
     text = read_text(file, MAX_JSON)
+    if not text.strip():
+        return []
     try:
         value = json.loads(text)
     except RecursionError as error:

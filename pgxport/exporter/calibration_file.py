@@ -6,9 +6,7 @@ Laid out as safetensors (docs/calibration.md). A second moment is read when it i
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isqrt, prod
 from pathlib import Path
@@ -18,8 +16,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from pgxport.bundle.manifest import Ranges
-from pgxport.errors import CheckpointError, DiskError, IntegrityError, UsageError, choose
-from pgxport.files import file_sha256
+from pgxport.errors import CheckpointError, IntegrityError, UsageError, choose
+from pgxport.files import check_output, disk_errors, file_sha256, writing
 from pgxport.models.checkpoint import row_blocks
 from pgxport.models.safetensors import Tensor, listed, opened, parse_json, read_exactly, read_header, shown
 
@@ -227,27 +225,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         DiskError: it cannot be written.
     """
     head = _header(tensors, metadata)
-    partial = path.with_name(path.name + ".partial")
     digest = hashlib.sha256(head)
-    with disk(f"cannot write {path}"):
-        try:
-            with open(partial, "wb") as file:
-                file.write(head)
-                for tensor in tensors.values():
-                    for start, stop in row_blocks(tensor.shape[0], 4 * prod(tensor.shape[1:])):
-                        block = np.ascontiguousarray(tensor.rows(start, stop), np.float32)
-                        piece = block.reshape(-1).view(np.uint8).data
-                        digest.update(piece)
-                        file.write(piece)
-                if metadata.get("sha256") == UNSIGNED:
-                    file.seek(head.index(UNSIGNED.encode()))
-                    file.write(digest.hexdigest().encode())
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(path)
-            fsync_folder(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+    with disk_errors(f"cannot write {path}"), writing(path) as file:
+        file.write(head)
+        for tensor in tensors.values():
+            for start, stop in row_blocks(tensor.shape[0], 4 * prod(tensor.shape[1:])):
+                block = np.ascontiguousarray(tensor.rows(start, stop), np.float32)
+                piece = block.reshape(-1).view(np.uint8).data
+                digest.update(piece)
+                file.write(piece)
+        if metadata.get("sha256") == UNSIGNED:
+            file.seek(head.index(UNSIGNED.encode()))
+            file.write(digest.hexdigest().encode())
 
 
 def site_tensors(path: str, channels: np.ndarray, ranges: np.ndarray, moment: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -274,37 +263,6 @@ def checkpoint_sha256(files: Iterable[Path]) -> str:
     for file in files:
         digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
-
-
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """What is at the file's name is replaced only if that was asked for, and it is a file.
-
-    Raises:
-        UsageError: it is not replaced.
-    """
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name the file to write with -o")
-    if os.path.lexists(path) and not overwrite:
-        raise UsageError(f"{path} already exists; pass --overwrite to replace it, or another -o")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path.parent}: there is no such folder to write {path.name} into; make it, or choose another -o")
-
-
-@contextmanager
-def disk(what: str) -> Iterator[None]:
-    """Say what could not be read or written, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(f"{what}: {error.strerror or error}; free some space or choose another -o") from error
-
-
-def fsync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _area(rows: int) -> int:

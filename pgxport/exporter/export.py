@@ -31,6 +31,7 @@ from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import ModelSpec, shrunk, without_window
 from pgxport.models.weights import parameters, weight_shapes
 from pgxport.runners.tokenizer import read_token_ids
+from pgxport.text import listed
 
 MAX_NEW_TOKENS = 256
 WINDOW_INPUTS = ("local_bias", "local_visible")  # decoder inputs that hide what lies outside the local window
@@ -316,7 +317,7 @@ def _write(job: PreparedExport, built: BuiltGraphs, writer: BundleWriter, progre
     writer.write("recipe.toml", [to_toml(job.recipe).encode()])
     writer.write("tokenizer.json", [job.tokenizer.read_bytes()])
     if unread := job.checkpoint.unread():
-        raise CheckpointError(f"Bug: {', '.join(unread[:5])} of {job.found.name} reached no graph")
+        raise CheckpointError(f"Bug: {listed(unread)} of {job.found.name} reached no graph")
 
 
 def _compare(
@@ -378,5 +379,4 @@ def _provenance(found: Located, checkpoint_digest: str, calibration: Calibration
 
 def _listed(names: list[str]) -> str:
     """At most five names and a count, with the verb that fits."""
-    shown = ", ".join(names[:5])
-    return f"{shown} is" if len(names) == 1 else f"{shown}{f' and {len(names) - 5} more' if len(names) > 5 else ''} are"
+    return f"{listed(names)} {'is' if len(names) == 1 else 'are'}"

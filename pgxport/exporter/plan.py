@@ -10,13 +10,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from pgxport.compile.tensorrt import COPIES, WORKSPACE_BYTES, build_memory
+from pgxport.compile.memory import COPIES, WORKSPACE_BYTES, build_memory
 from pgxport.errors import UsageError, choose
 from pgxport.exporter.export import context_length, find_recipe
 from pgxport.exporter.graph import GraphBuilder
@@ -27,12 +28,14 @@ from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import DataLayout, LazyTensor
 from pgxport.exporter.targets import TARGETS, Target, find_target
 from pgxport.hub.locate import TINY, ModelChoice, published_name
+from pgxport.machine.board import BOARDS, BoardSpec
 from pgxport.models.checkpoint import BLOCK_BYTES, Checkpoint, TensorSource
 from pgxport.models.config import read_config
 from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import SIZES, TINY_RESOLUTIONS, ModelSpec, published, without_window
 from pgxport.models.weights import weight_shapes
+from pgxport.text import size, table
 
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector"}
 # Google's tokenizer.json, where there is no checkpoint to look at.
@@ -52,39 +55,6 @@ RUN_BASE_GPU = 600_000_000
 # ONNX Runtime 1.31 on the CPU, in activations of one token: outputs of the MLP's products and its GELU, and some of the
 # stream's width. Measured on 3 to 4 layers at 1,500 and 4,500 tokens: plans of whole runs were 1 to 13 % above.
 MLP_BUFFERS, STREAM_BUFFERS, QKV_BUFFERS = 3, 6, 4
-
-
-@dataclass(frozen=True)
-class Board:
-    """A device: its memory, and what of it is not free for pgx.
-
-    Jetsons share one memory between CPU and GPU. What is kept there is what the firmware reserves (a module of 8 GB reports some
-    7.4 GiB), and a system without a desktop. On a graphics card it is the driver's and a display's. Neither was measured by us.
-    """
-
-    name: str
-    memory: int
-    kept: int
-    gpu_only: bool = False
-
-    @property
-    def usable(self) -> int:
-        return self.memory - self.kept
-
-
-GIB = 1 << 30
-BOARDS = {
-    board.name: board
-    for board in (
-        Board("orin-nano-8gb", 8 * GIB, int(1.5 * GIB)),
-        Board("orin-nx-8gb", 8 * GIB, int(1.5 * GIB)),
-        Board("orin-nx-16gb", 16 * GIB, int(1.75 * GIB)),
-        Board("agx-orin-32gb", 32 * GIB, int(2.5 * GIB)),
-        Board("agx-orin-64gb", 64 * GIB, int(3.5 * GIB)),
-        Board("thor-128gb", 128 * GIB, int(6.5 * GIB)),
-        *(Board(f"gpu-{n}gb", n * GIB, int(0.5 * GIB), gpu_only=True) for n in (8, 12, 16, 24, 32, 48, 80, 96)),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -139,13 +109,13 @@ class Plan:
     def nbytes(self) -> int:
         return sum(self.files.values())
 
-    def boards(self) -> list[Board]:
+    def boards(self) -> list[BoardSpec]:
         """The boards that have what the target computes on, or the one that was asked for."""
         if self.options.board:
             return [BOARDS[self.options.board]]
         return [b for b in BOARDS.values() if self.target != "cpu" or not b.gpu_only]
 
-    def fitting(self, board: Board) -> list[str]:
+    def fitting(self, board: BoardSpec) -> list[str]:
         """The precisions that fit, the largest first."""
         there = sorted(self.needs.items(), key=lambda item: -item[1])
         # Where two need as much, as on a CPU that widens one to the other, the one named first stores more.
@@ -240,28 +210,26 @@ def plan(options: PlanOptions) -> Plan:
 def render(plan: Plan) -> str:
     """The same, for people."""
     lines = [
-        f"{plan.model} at {plan.resolution} px, {plan.precision} for {plan.target}: {_size(plan.nbytes)}, "
+        f"{plan.model} at {plan.resolution} px, {plan.precision} for {plan.target}: {size(plan.nbytes)}, "
         f"{sum(plan.parameters.values()):,} parameters"
     ]
-    for name, count in plan.parameters.items():
-        lines.append(f"  {name:16}{count:>16,} parameters")
-    for name, size in plan.files.items():
-        lines.append(f"  {name:22}{'≈' if name in plan.estimated else ' '}{size:>16,} bytes")
+    parameters = [[name, f"{count:,}", "parameters"] for name, count in plan.parameters.items()]
+    files = [[name, f"{'≈ ' if name in plan.estimated else ''}{count:,}", "bytes"] for name, count in plan.files.items()]
+    lines.append(indent(table([*parameters, *files], right=[1]), "  "))
     run, build = plan.run, plan.compile_memory()
-    lines.append(f"export needs ≈ {_size(plan.export_memory)} of memory, and {_size(plan.nbytes)} of disk")
+    lines.append(f"export needs ≈ {size(plan.export_memory)} of memory, and {size(plan.nbytes)} of disk")
     if build:
-        lines.append(f"compile needs ≈ {_size(build[2])} of memory on a board, {_size(build[1])} with --profiles 1")
+        lines.append(f"compile needs ≈ {size(build[2])} of memory on a board, {size(build[1])} with --profiles 1")
     lines += [
-        f"run needs ≈ {_size(run.peak)} of memory at its peak, with {plan.context:,} tokens of prefix and answer:",
-        f"  weights {_size(run.weights)} (+ {_size(run.loading)} while loading), KV {_size(run.kv)}, logits {_size(run.logits)}, "
-        f"vision {_size(run.vision)}, prefill {_size(run.prefill)}, the rest {_size(run.base)}",
+        f"run needs ≈ {size(run.peak)} of memory at its peak, with {plan.context:,} tokens of prefix and answer:",
+        f"  weights {size(run.weights)} (+ {size(run.loading)} while loading), KV {size(run.kv)}, logits {size(run.logits)}, "
+        f"vision {size(run.vision)}, prefill {size(run.prefill)}, the rest {size(run.base)}",
     ]
-    widths = {name: max(10, len(name) + 2) for name in plan.needs}
-    lines.append(f"  {'board':16}{'usable':>10}  " + "".join(f"{name:>{width}}" for name, width in widths.items()))
+    rows = [["board", "usable", *plan.needs]]
     for board in plan.boards():
         fitting = plan.fitting(board)
-        marks = "".join(f"{'fits' if name in fitting else '–':>{width}}" for name, width in widths.items())
-        lines.append(f"  {board.name:16}{_size(board.usable):>10}  {marks}")
+        rows.append([board.name, size(board.usable), *("fits" if name in fitting else "–" for name in plan.needs)])
+    lines.append(indent(table(rows, right=range(1, len(rows[0]))), "  "))
     if plan.options.board and not plan.fitting(BOARDS[plan.options.board]):
         lines.append(f"nothing fits {plan.options.board}; a smaller --size, --res or --context needs less")
     return "\n".join([*lines, f"try: {plan.next_command()}"])
@@ -457,11 +425,3 @@ def _flags(options: PlanOptions) -> str:
     family = "" if options.family == PlanOptions.family or options.size == "tiny" else f" --family {options.family}"
     res = f" --res {options.res}" if options.res else ""
     return f"--size {options.size}{res}{family}" + (f" --context {options.context}" if options.context else "")
-
-
-def _size(count: int) -> str:
-    """
-    >>> _size(1_750_000_000), _size(12_300)
-    ('1.75 GB', '0.0123 MB')
-    """
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

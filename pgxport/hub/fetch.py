@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Get a checkpoint's files from the model hub: the local cache's if they are there, else downloaded, resumed where cut short.
+"""Fetch a checkpoint's files from the hub's local cache, or download them, resumed where cut short.
 
-Every byte is compared with the digest that the hub names a file by, whether it was downloaded now or lay in the cache.
+Every byte is compared with the digest that the hub names a file by, whether it was downloaded now or before.
 """
 
 import hashlib
@@ -17,25 +17,28 @@ from pathlib import Path
 from typing import Any
 
 from pgxport.errors import CheckpointError, DiskError, HubError, IntegrityError, UsageError
+from pgxport.files import disk_errors
+from pgxport.text import listed
 
-FILES = ["*.json", "*.safetensors"]  # at the top of a repository; everything else in it is not read, and not fetched
-ELSEWHERE = ["*/*"]
+FILES = ["*.json", "*.safetensors"]  # at the top of a repository; nothing else in it is read or fetched
+SUBFOLDERS = ["*/*"]
 TIMEOUT = 30.0  # seconds without a byte
-RETRIES = 5  # in a row that bring no byte
-CHUNK = 1 << 16  # a connection that breaks off costs no more than this
+RETRIES = 5  # attempts in a row that bring no byte
+CHUNK = 1 << 16  # bytes; a connection that breaks off loses no more
 
-Progress = Callable[[str, int, int], None]  # what is being fetched, bytes so far, bytes in all
+Progress = Callable[[str, int, int], None]  # the file being fetched, bytes so far, bytes in all
 
 
 @dataclass(frozen=True)
 class Blob:
-    """A file of a repository. The hub's cache stores it under its digest."""
+    """A file of a repository, which the hub's cache stores under its digest."""
 
     name: str
     size: int
     digest: str  # sha256 of large files, git's blob id (sha1) of small ones
 
     def hasher(self) -> Any:
+        """A hashlib object for this file's kind of digest, into which the content goes."""
         if len(self.digest) == 64:
             return hashlib.sha256()
         # Not for security: the digests that have to resist forgery, those of the weights, are sha256.
@@ -46,7 +49,8 @@ def cached(repository: str, revision: str) -> Path | None:
     """The folder of a complete copy in the local cache, compared with its digests; None where there is none.
 
     Raises:
-        IntegrityError: a file of it was changed.
+        IntegrityError: a file of the copy was changed.
+        UsageError: `repository` is no name of the hub.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -54,7 +58,7 @@ def cached(repository: str, revision: str) -> Path | None:
     try:
         folder = Path(
             snapshot_download(
-                repository, revision=revision, allow_patterns=FILES, ignore_patterns=ELSEWHERE, local_files_only=True
+                repository, revision=revision, allow_patterns=FILES, ignore_patterns=SUBFOLDERS, local_files_only=True
             )
         )
     except LocalEntryNotFoundError:
@@ -65,7 +69,7 @@ def cached(repository: str, revision: str) -> Path | None:
         return None
     for file in sorted(folder.iterdir()):
         blob = file.resolve()
-        # Where the system has no links the cache holds plain files, whose digests nobody remembers.
+        # On a system without links the cache holds plain files, and their digests are stored nowhere.
         if file.is_symlink() and len(blob.name) in (40, 64):
             _verify(file, Blob(file.name, blob.stat().st_size, blob.name), repository)
     return folder
@@ -76,7 +80,8 @@ def download(repository: str, revision: str, progress: Progress | None = None) -
 
     Raises:
         HubError: the hub cannot be reached, or refuses.
-        IntegrityError: what arrived is not what the hub promised; nothing of it is kept.
+        CheckpointError: the repository has no safetensors.
+        IntegrityError: a file that arrived has another digest than the hub says; it is deleted.
         DiskError: there is no room.
     """
     from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
@@ -86,14 +91,17 @@ def download(repository: str, revision: str, progress: Progress | None = None) -
         info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT)
     blobs = [blob_of(repository, sibling) for sibling in info.siblings or () if _wanted(sibling.rfilename)]
     if not any(blob.name.endswith(".safetensors") for blob in blobs):
-        there = ", ".join(sorted(s.rfilename for s in info.siblings or ())[:5])
+        names = listed(sorted(s.rfilename for s in info.siblings or ()))
         raise CheckpointError(
-            f"{repository} has no safetensors at revision {revision!r} (it holds {there or 'nothing'}); name another"
+            f"{repository} has no safetensors at revision {revision!r} (it holds {names or 'nothing'}); name another"
         )
     cache = Path(constants.HF_HUB_CACHE).expanduser()
     home = f"models--{repository.replace('/', '--')}"
     fetch = Fetch(progress, sum(blob.size for blob in blobs))
-    with _disk(cache), explained(repository, revision):
+    with (
+        disk_errors(f"cannot write to the hub's cache {cache}", "free some space, or set HF_HOME"),
+        explained(repository, revision),
+    ):
         (cache / home / "blobs").mkdir(parents=True, exist_ok=True)
         (cache / ".locks" / home).mkdir(parents=True, exist_ok=True)
         missing = sum(blob.size for blob in blobs if not (cache / home / "blobs" / blob.digest).exists())
@@ -102,14 +110,14 @@ def download(repository: str, revision: str, progress: Progress | None = None) -
                 f"{repository} takes {missing:,} bytes more in {cache}, which has room for {free:,}; free some, or set HF_HOME"
             )
         for blob in blobs:
-            # The hub's own lock and names: what is fetched here serves its other users, and theirs is used here.
+            # The hub library's lock and names, so that its other users and pgx share downloads.
             with WeakFileLock(cache / ".locks" / home / f"{blob.digest}.lock"):
                 url = hf_hub_url(repository, blob.name, revision=info.sha)
                 fetch(url, blob, cache / home / "blobs" / blob.digest, repository)
-        # All bytes are there; this puts the links and the names in place.
+        # All bytes are in the cache; this makes the links and the names.
         folder = Path(
             snapshot_download(
-                repository, revision=revision, allow_patterns=FILES, ignore_patterns=ELSEWHERE, tqdm_class=_without_bars()
+                repository, revision=revision, allow_patterns=FILES, ignore_patterns=SUBFOLDERS, tqdm_class=_without_bars()
             )
         )
         for blob in blobs:
@@ -119,69 +127,77 @@ def download(repository: str, revision: str, progress: Progress | None = None) -
 
 
 class Fetch:
-    """Downloads blobs one after the other, and tells how far all of them are."""
+    """Downloads blobs one after the other, and reports the progress of all of them together."""
 
     def __init__(self, progress: Progress | None, total: int):
         self._progress, self._total, self._before = progress, total, 0
 
     def __call__(self, url: str, blob: Blob, target: Path, repository: str) -> None:
+        """Download a blob to `target`, or verify the one that is there.
+
+        Raises:
+            IntegrityError: its digest is another.
+            HubError: the connection breaks off again and again.
+        """
         if target.exists():
             _verify(target, blob, repository)
         else:
             partial = target.with_name(f"{target.name}.incomplete")
-            seen = self._stream(url, blob, partial, repository)
-            if seen != blob.digest:
+            digest = self._stream(url, blob, partial, repository)
+            if digest != blob.digest:
                 partial.unlink()
                 raise IntegrityError(
-                    f"{repository}: {blob.name} arrived damaged: its digest begins {seen[:12]}, the hub says {blob.digest[:12]}; "
+                    f"{repository}: {blob.name} arrived damaged: its digest begins {digest[:12]}, the hub says {blob.digest[:12]}; "
                     f"it was deleted, run this again"
                 )
             os.replace(partial, target)
         self._before += blob.size
 
     def skip(self, blob: Blob) -> None:
-        """Count a blob that is there already."""
+        """Count a blob that was downloaded before."""
         self._before += blob.size
 
     def _stream(self, url: str, blob: Blob, partial: Path, repository: str) -> str:
-        """Append what is missing to `partial`, and return the digest of the whole."""
+        """Append the missing bytes to `partial`, and return the digest of the whole."""
         from huggingface_hub import get_session, hf_raise_for_status
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         with open(partial, "ab+", buffering=0) as file:
-            digest, have = _resume(file, blob)
+            digest, length = _resume(file, blob)
             tries = 0
-            while have < blob.size:
-                # Whole bytes, so that a range means the file's own.
-                headers = {**build_hf_headers(), "Range": f"bytes={have}-", "Accept-Encoding": "identity"}
+            while length < blob.size:
+                # Not compressed, so that a range counts the file's own bytes.
+                headers = {**build_hf_headers(), "Range": f"bytes={length}-", "Accept-Encoding": "identity"}
                 tries += 1
                 try:
                     with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
                         hf_raise_for_status(response)
-                        if response.status_code != 206 and have:
+                        if response.status_code != 206 and length:
                             file.truncate(0)
-                            digest, have = blob.hasher(), 0
+                            digest, length = blob.hasher(), 0
                         for chunk in response.iter_bytes(CHUNK):
-                            if have + len(chunk) > blob.size:
-                                raise IntegrityError(f"{repository}: the hub sends more of {blob.name} than it promised")
+                            if length + len(chunk) > blob.size:
+                                raise IntegrityError(
+                                    f"{repository}: the hub sends more of {blob.name} than the {blob.size:,} bytes it lists"
+                                )
                             file.write(chunk)
                             digest.update(chunk)
-                            have += len(chunk)
+                            length += len(chunk)
                             tries = 0
                             if self._progress:
-                                self._progress(blob.name, self._before + have, self._total)
+                                self._progress(blob.name, self._before + length, self._total)
                 except transport_errors() as error:
                     if tries >= RETRIES:
                         raise HubError(
-                            f"{repository}: the connection broke off at {have:,} of {blob.size:,} bytes of {blob.name} "
-                            f"({type(error).__name__}); what is there is kept, run this again to go on from it"
+                            f"{repository}: the connection broke off at {length:,} of {blob.size:,} bytes of {blob.name} "
+                            f"({type(error).__name__}); what was fetched is kept; run this again to go on from it"
                         ) from error
                     time.sleep(min(1.0, 0.1 * 2**tries))
             return str(digest.hexdigest())
 
 
 def _resume(file: Any, blob: Blob) -> tuple[Any, int]:
-    """The digest and the length of what an earlier download left in `file`, which then stands at its end."""
+    """Hash what an earlier download wrote; return the hasher and the length, with the file at its end."""
     digest = blob.hasher()
     if file.seek(0, os.SEEK_END) > blob.size:
         file.truncate(0)
@@ -192,6 +208,11 @@ def _resume(file: Any, blob: Blob) -> tuple[Any, int]:
 
 
 def _verify(file: Path, blob: Blob, repository: str) -> None:
+    """Compare a file of the cache with its digest.
+
+    Raises:
+        IntegrityError: they differ.
+    """
     digest = blob.hasher()
     with open(file, "rb", buffering=0) as f:
         while chunk := f.read(1 << 20):
@@ -204,7 +225,7 @@ def _verify(file: Path, blob: Blob, repository: str) -> None:
 
 
 def _complete(folder: Path) -> bool:
-    """Whether nothing that a checkpoint needs is missing, as after a download that was cut short."""
+    """Whether the folder has every file of a checkpoint; after a download that was cut short it has not."""
     needed: list[Any] = ["config.json", "tokenizer.json", "model.safetensors"]
     try:
         index = json.loads((folder / "model.safetensors.index.json").read_bytes())
@@ -217,7 +238,7 @@ def _complete(folder: Path) -> bool:
 
 
 def _without_bars() -> Any:
-    """What the hub's library is to show its progress with, which would go to stderr even if that is no terminal."""
+    """A silent progress bar for the hub's library, whose own writes even where stderr is no terminal."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
     class Silent(tqdm):
@@ -228,6 +249,7 @@ def _without_bars() -> Any:
 
 
 def _wanted(name: str) -> bool:
+    """Whether a file of a repository belongs to a checkpoint (FILES)."""
     return "/" not in name and "\\" not in name and name.endswith((".json", ".safetensors"))
 
 
@@ -235,7 +257,7 @@ def blob_of(repository: str, sibling: Any) -> Blob:
     """A file of a repository, as the hub lists it.
 
     Raises:
-        HubError: the hub does not say what it is.
+        HubError: the hub does not list its size or its digest.
     """
     size = sibling.lfs.size if sibling.lfs else sibling.size
     digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
@@ -245,7 +267,7 @@ def blob_of(repository: str, sibling: Any) -> Blob:
 
 
 def transport_errors() -> tuple[type[Exception], ...]:
-    """What a broken connection raises: huggingface_hub is built on httpx2 since its version 2, and on httpx before."""
+    """The errors of a broken connection; huggingface_hub uses httpx2 since version 2, httpx before."""
     try:
         import httpx2 as httpx
     except ImportError:
@@ -254,18 +276,8 @@ def transport_errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def _disk(cache: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(
-            f"cannot write to the hub's cache {cache}: {error.strerror or error}; free some space, or set HF_HOME"
-        ) from error
-
-
-@contextmanager
 def explained(repository: str, revision: str) -> Iterator[None]:
-    """Turn what the hub's library raises into an error that says what to do."""
+    """Turn an error of the hub's library into one of ours that says what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -277,7 +289,7 @@ def explained(repository: str, revision: str) -> Iterator[None]:
     )
 
     unreachable: tuple[type[Exception], ...] = (LocalEntryNotFoundError, *transport_errors())
-    elsewhere = f"`hf download {repository} --revision {revision}` where there is a network, or --checkpoint DIR"
+    by_hand = f"`hf download {repository} --revision {revision}` where there is a network, or --checkpoint DIR"
     try:
         yield
     except GatedRepoError as error:
@@ -296,7 +308,7 @@ def explained(repository: str, revision: str) -> Iterator[None]:
         raise UsageError(f"there is no folder {repository}, and it is not a name of the hub either: {error}") from error
     except OfflineModeIsEnabled as error:
         raise HubError(
-            f"{repository} is not in the local hub cache, or not whole, and HF_HUB_OFFLINE is set; unset it, or use {elsewhere}"
+            f"{repository} is not in the local hub cache, or not whole, and HF_HUB_OFFLINE is set; unset it, or use {by_hand}"
         ) from error
     except HfHubHTTPError as error:
         code = error.response.status_code
@@ -305,5 +317,5 @@ def explained(repository: str, revision: str) -> Iterator[None]:
     except unreachable as error:
         raise HubError(
             f"{repository} is no folder here, is not in the local hub cache, and the hub cannot be reached "
-            f"({type(error).__name__}); use {elsewhere}"
+            f"({type(error).__name__}); use {by_hand}"
         ) from error

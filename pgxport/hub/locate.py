@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find a checkpoint: the embedded one, a folder, or what was published on the model hub."""
+"""Find a checkpoint: the embedded one, a folder, or one that was published on the model hub."""
 
 import re
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class Located:
-    """A checkpoint's folder, a name for people, and the spec that it has to have, where one was asked for."""
+    """A checkpoint's folder, a name for people, and the spec that it must have, if the options name one."""
 
     name: str
     path: Path
@@ -52,19 +52,19 @@ class Located:
     masks: Path | None = None  # vae-oid.npz
     revision: str | None = None  # the hub's commit
     repository: str | None = None  # and its name there
-    license: License | None = None  # as the hub calls it; None: not known
+    license: License | None = None  # the hub's name of it; None: not known
 
 
 def locate(choice: ModelChoice, *, precision: str | None = None, progress: hub.Progress | None = None) -> Located:
     """Find the checkpoint of a model.
 
     Args:
-        precision: The recipe that will be written, where more than one revision of a published model serves it.
+        precision: The precision to export, which chooses among the revisions of a published model.
 
     Raises:
-        UsageError: the choice names nothing, or a model that does not exist.
-        HubError: the checkpoint is not on disk, and the hub cannot be reached or refuses.
-        IntegrityError: the local copy, or what was downloaded, is not what the hub says it is.
+        UsageError: the choice names no model, or one that does not exist.
+        HubError: the model is not on disk, and the hub cannot be reached or refuses.
+        IntegrityError: a local or downloaded file has another digest than the hub says.
     """
     size, res, family, checkpoint = choice.size, choice.res, choice.family, choice.checkpoint
     if size is not None and size not in SIZES:
@@ -91,37 +91,37 @@ def locate(choice: ModelChoice, *, precision: str | None = None, progress: hub.P
 
 
 def published_name(family: str, size: str, res: int, variant: str) -> str:
-    """The hub's name of a published model.
+    """The hub's name of a published model, without its owner.
 
     >>> published_name("paligemma2", "10b", 448, "ft-docci")
     'paligemma2-10b-ft-docci-448'
 
     Raises:
-        UsageError: that variant of it was not published.
+        UsageError: the variant was not published at this size and resolution.
     """
     task, task_res = FINE_TUNES.get((family, size), (None, None))
-    there = {"pt": RESOLUTIONS, "mix": MIX_RESOLUTIONS} | ({task: (task_res,)} if task else {})
-    if res in there.get(variant, ()) or (family == "paligemma" and TASK.fullmatch(variant)):
+    variants = {"pt": RESOLUTIONS, "mix": MIX_RESOLUTIONS} | ({task: (task_res,)} if task else {})
+    if res in variants.get(variant, ()) or (family == "paligemma" and TASK.fullmatch(variant)):
         return f"{family}-{size}-{variant}-{res}"
-    listed = ", ".join(f"{v} at {'/'.join(map(str, sizes))}" for v, sizes in there.items())
+    listed = ", ".join(f"{v} at {'/'.join(map(str, sizes))}" for v, sizes in variants.items())
     tasks = ", and fine-tunes as ft-TASK (for example ft-docvqa at 896)" if family == "paligemma" else ""
     raise UsageError(f"no {family} {size} {variant!r} at {res} px was published; there are: {listed}{tasks}")
 
 
 def revisions(family: str, precision: str | None) -> list[str]:
-    """The branches that hold the weights a precision wants, the one to download first.
+    """The branches whose weights suit a precision; the first is the one to download.
 
-    PaliGemma 1 was published in float32 (main), bfloat16 and float16; PaliGemma 2 in bfloat16 alone. Rounding to bfloat16 is
-    what a bf16 export does anyway, so half the bytes give the same bundle. All other precisions begin from float32: what was
-    rounded to bfloat16 first would be rounded twice.
+    PaliGemma 1 was published in float32 (main), bfloat16 and float16; PaliGemma 2 in bfloat16 alone. A bf16
+    export rounds to bfloat16 anyway, so half the bytes give the same bundle. All other precisions begin from
+    float32: weights in bfloat16 would be rounded twice.
     """
     return ["bfloat16", "main"] if family == "paligemma" and precision == "bf16" else ["main"]
 
 
 def _from_hub(repository: str, branches: list[str], spec: ModelSpec | None, progress: hub.Progress | None) -> Located:
-    """The local copy of a repository: the hub cache's if it is there, else downloaded."""
-    found = next((folder for branch in branches if (folder := hub.cached(repository, branch))), None)
-    folder = found or hub.download(repository, branches[0], progress)
+    """The local copy of a repository: the hub cache's if it has one, else a download."""
+    copy = next((folder for branch in branches if (folder := hub.cached(repository, branch))), None)
+    folder = copy or hub.download(repository, branches[0], progress)
     owner, _, name = repository.partition("/")
     license: License | None = "gemma" if owner == "google" else None
     return Located(name, folder, spec, revision=folder.name, repository=repository, license=license)

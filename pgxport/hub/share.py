@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bundles on the model hub: `pgx push` verifies one and uploads it in one commit, `pgx pull` fetches one, verifies it, and gives it a name.
+"""Exchange bundles with the model hub: push verifies and uploads one, pull fetches and verifies one.
 
-Uploads are the hub's library's, which leaves out what the hub has already. Downloads are our own (exporter/hub.py), by range, so
-that one that was cut short goes on where it was; every byte is compared with the manifest's digests.
+The hub's library uploads in one commit, and leaves out files that the hub has already. Downloads are
+hub/fetch.py's, by range, so that one that was cut short goes on where it was; every byte is compared with the
+manifest's digests.
 """
 
 import os
@@ -18,19 +19,20 @@ from pgxport.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileInfo, Mani
 from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import DiskError, HubError, InputError, IntegrityError, UsageError
-from pgxport.files import file_sha256
+from pgxport.files import delete, disk_errors, file_sha256
 from pgxport.hub.fetch import TIMEOUT, Blob, Fetch, Progress, blob_of, explained, transport_errors
 from pgxport.hub.locate import HUB_ID
+from pgxport.text import listed
 
 MESSAGE = "Upload a bundle with pgx"
 
 
 @dataclass(frozen=True)
 class PushOptions:
-    """What to upload. Names are those of `pgx push`'s flags.
+    """The bundle to upload, and where to. Names are those of `pgx push`'s flags.
 
     Attributes:
-        private: Make the repository private, if it is made now; one that is there stays as it is.
+        private: Make the repository private, if it is made now; an existing one stays as it is.
         revision: The branch, made where it is missing; None is the main one.
         dry_run: Verify the bundle and say what would be uploaded, without the network.
     """
@@ -44,12 +46,12 @@ class PushOptions:
 
 @dataclass(frozen=True)
 class PullOptions:
-    """What to fetch. Names are those of `pgx pull`'s flags.
+    """The bundle to fetch, and where to. Names are those of `pgx pull`'s flags.
 
     Attributes:
         output: The folder to write; None names it after the repository.
         revision: A branch, a tag or a commit; None is the main branch.
-        dry_run: Ask the hub what there is, and write nothing.
+        dry_run: Read the hub's list of files, and write nothing.
     """
 
     repository: str
@@ -61,7 +63,7 @@ class PullOptions:
 
 @dataclass(frozen=True)
 class Shared:
-    """A bundle in a repository: its files with their bytes, and the commit, where there is one already."""
+    """A bundle in a repository: its files with their bytes, and the commit, once there is one."""
 
     repository: str
     commit: str | None
@@ -71,10 +73,11 @@ class Shared:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all files."""
         return sum(self.files.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The repository, the commit and the files as plain data."""
         return {
             "repository": self.repository, "commit": self.commit, "url": self.url, "bundle": str(self.path),
             "bytes": self.nbytes, "files": dict(self.files),
@@ -85,11 +88,11 @@ def push(options: PushOptions, *, bars: bool = False) -> Shared:
     """Verify a bundle, and upload it in one commit; files that the hub has already are not sent again.
 
     Args:
-        bars: Let the hub's library show its progress.
+        bars: Whether the hub's library shows its progress bars.
 
     Raises:
-        IntegrityError: the bundle is not sound, or the hub keeps something else.
-        UsageError: it is no name of the hub.
+        IntegrityError: the bundle is not sound, or the hub has other bytes after the upload.
+        UsageError: `repository` is no name of the hub.
         HubError: the hub cannot be reached, or refuses.
     """
     repository, revision = _repository(options.repository), options.revision or "main"
@@ -109,20 +112,22 @@ def push(options: PushOptions, *, bars: bool = False) -> Shared:
         try:
             commit = api.create_commit(repository, added, commit_message=MESSAGE, revision=options.revision)
         except ValueError as error:
-            raise HubError(f"{repository}: the hub refuses it: {error}") from error
-        kept = api.model_info(repository, revision=commit.oid, files_metadata=True, timeout=TIMEOUT).siblings or ()
-    _compare(bundle, {sibling.rfilename: blob_of(repository, sibling) for sibling in kept if sibling.rfilename in sizes})
+            raise HubError(f"{repository}: the hub refuses the commit: {error}") from error
+        siblings = api.model_info(repository, revision=commit.oid, files_metadata=True, timeout=TIMEOUT).siblings or ()
+    _compare(bundle, {s.rfilename: blob_of(repository, s) for s in siblings if s.rfilename in sizes})
     return Shared(repository, commit.oid, sizes, bundle.path, commit.commit_url)
 
 
 def pull(options: PullOptions, *, progress: Progress | None = None) -> Shared:
-    """Fetch a bundle, verify all of it, and give the folder its name. What was fetched before a failure is used the next time.
+    """Fetch a bundle, verify all of it, and give the folder its name.
+
+    Files fetched before a failure are used the next time.
 
     Raises:
-        UsageError: the output is there already, or it is no name of the hub.
+        UsageError: the output exists already, or `repository` is no name of the hub.
         InputError: the repository holds no bundle.
         HubError: the hub cannot be reached, or refuses.
-        IntegrityError: what is there is not what its manifest promises.
+        IntegrityError: a file is not the one that the manifest lists.
         DiskError: there is no room.
     """
     from huggingface_hub import HfApi, hf_hub_url
@@ -139,34 +144,38 @@ def pull(options: PullOptions, *, progress: Progress | None = None) -> Shared:
 
         text = _manifest(repository, revision, blobs, url(MANIFEST))
     manifest = parse_manifest(text, f"{repository}/{MANIFEST}")
-    _promised(repository, manifest, blobs)
+    _check_files(repository, manifest, blobs)
     sizes = {MANIFEST: len(text)} | {name: file.size for name, file in manifest.files.items()}
     if options.dry_run:
         return Shared(repository, info.sha, sizes, writer.path)
-    with writer, _disk(writer.staging), _explained(repository, revision, "pull"):
-        _room(writer.staging, manifest)
+    with writer, disk_errors("cannot write", path=writer.staging), _explained(repository, revision, "pull"):
+        _make_room(writer.staging, manifest)
         fetch = Fetch(progress, sum(file.size for file in manifest.files.values()))
         for name, file in manifest.files.items():
             _fetch(fetch, url(name), writer.staging, Blob(name, file.size, file.sha256), repository)
         writer.write(MANIFEST, [text])
-        _sound(writer, repository)
+        _check_bundle(writer, repository)
         writer.publish()
     return Shared(repository, info.sha, sizes, writer.path)
 
 
 def _repository(name: str) -> str:
-    found = HUB_ID.fullmatch(name)
-    if not found or found[2]:
+    match = HUB_ID.fullmatch(name)
+    if not match or match[2]:
         raise UsageError(f"{name!r} is no name of a repository; write OWNER/NAME, and a branch or commit with --revision")
-    return found[1]
+    return match[1]
 
 
 def _manifest(repository: str, revision: str, blobs: Mapping[str, Blob], url: str) -> bytes:
-    """The repository's manifest.json, which says what else is to be fetched."""
+    """The bytes of the repository's manifest.json, which lists the other files.
+
+    Raises:
+        InputError: the repository has none.
+        IntegrityError: it is longer than any manifest.
+    """
     if MANIFEST not in blobs:
-        there = ", ".join(sorted(blobs)[:5])
         raise InputError(
-            f"{repository} holds no bundle at revision {revision!r}: it has no {MANIFEST}, but {there or 'nothing'}; "
+            f"{repository} holds no bundle at revision {revision!r}: it has no {MANIFEST}, but {listed(sorted(blobs)) or 'nothing'}; "
             f"a checkpoint is exported with `pgx export --checkpoint {repository}`"
         )
     if (size := blobs[MANIFEST].size) > MAX_MANIFEST_BYTES:
@@ -176,8 +185,12 @@ def _manifest(repository: str, revision: str, blobs: Mapping[str, Blob], url: st
         return (Path(folder) / MANIFEST).read_bytes()
 
 
-def _promised(repository: str, manifest: Manifest, blobs: Mapping[str, Blob]) -> None:
-    """The repository has what its manifest lists, before any of it is fetched."""
+def _check_files(repository: str, manifest: Manifest, blobs: Mapping[str, Blob]) -> None:
+    """See, before anything is fetched, that the repository has the files that its manifest lists.
+
+    Raises:
+        IntegrityError: one is missing, or another.
+    """
     for name, file in manifest.files.items():
         if name not in blobs:
             raise IntegrityError(f"{repository} has no {name}, which its {MANIFEST} lists; ask its owner to push it again")
@@ -187,14 +200,18 @@ def _promised(repository: str, manifest: Manifest, blobs: Mapping[str, Blob]) ->
             )
 
 
-def _room(staging: Path, manifest: Manifest) -> None:
-    """Sweep away what is not of this bundle, and see that the rest of it has room."""
+def _make_room(staging: Path, manifest: Manifest) -> None:
+    """Delete from the staging folder what is not of this bundle, and see that the rest has room.
+
+    Raises:
+        DiskError: it has not.
+    """
     digests = [file.sha256 for file in manifest.files.values()]
     names = {*manifest.files, *digests, *(f"{digest}.incomplete" for digest in digests)}
-    for left in staging.iterdir():
-        if left.name not in names or left.is_symlink() or not left.is_file():
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-    missing = sum(file.size for file in manifest.files.values()) - sum(left.stat().st_size for left in staging.iterdir())
+    for path in staging.iterdir():
+        if path.name not in names or path.is_symlink() or not path.is_file():
+            delete(path)
+    missing = sum(file.size for file in manifest.files.values()) - sum(path.stat().st_size for path in staging.iterdir())
     if missing > (free := shutil.disk_usage(staging).free):
         raise DiskError(f"{missing:,} bytes are to be fetched, and {staging.parent} has room for {free:,}; choose another -o")
 
@@ -204,7 +221,7 @@ def _fetch(fetch: Fetch, url: str, staging: Path, blob: Blob, repository: str) -
     if file.exists() and file_sha256(file) == blob.digest:
         fetch.skip(blob)
         return
-    # While it is on its way it is called after its digest: what is left of it is only ever continued by the same bytes.
+    # A file that is on its way is called after its digest, so that only the same bytes continue it.
     arrived = staging / blob.digest
     fetch(url, blob, arrived, repository)
     with open(arrived, "rb") as opened:
@@ -212,8 +229,12 @@ def _fetch(fetch: Fetch, url: str, staging: Path, blob: Blob, repository: str) -
     os.replace(arrived, file)
 
 
-def _sound(writer: BundleWriter, repository: str) -> None:
-    """All of it, as any bundle is verified; what is not sound is not kept."""
+def _check_bundle(writer: BundleWriter, repository: str) -> None:
+    """Verify the fetched bundle as any other, and delete it where it is not sound.
+
+    Raises:
+        IntegrityError: it is not sound.
+    """
     try:
         Bundle.open(writer.staging)
     except IntegrityError as error:
@@ -221,19 +242,23 @@ def _sound(writer: BundleWriter, repository: str) -> None:
         raise IntegrityError(f"{repository} is no sound bundle, and was deleted here: {error}") from error
 
 
-def _compare(bundle: Bundle, kept: Mapping[str, Blob]) -> None:
-    """What the hub keeps is the bundle."""
+def _compare(bundle: Bundle, blobs: Mapping[str, Blob]) -> None:
+    """Compare the digests of the hub's files after an upload with the bundle's.
+
+    Raises:
+        IntegrityError: a file is missing there, or another.
+    """
     files = bundle.manifest.files | {MANIFEST: FileInfo(sha256=file_sha256(bundle.path / MANIFEST), size=0)}
     for name, info in files.items():
-        blob = kept.get(name)
-        seen = info.sha256 if blob and len(blob.digest) == 64 else blob and _git_digest(bundle.path / name, blob)
-        if blob is None or seen != blob.digest:
+        blob = blobs.get(name)
+        digest = info.sha256 if blob and len(blob.digest) == 64 else blob and _git_digest(bundle.path / name, blob)
+        if blob is None or digest != blob.digest:
             what = "does not have" if blob is None else "has another"
             raise IntegrityError(f"after the upload the hub {what} {name}; push again, and do not change the bundle meanwhile")
 
 
 def _git_digest(file: Path, blob: Blob) -> str:
-    """Of a small file, which git names by sha1."""
+    """Git's sha1 of a small file's content, in hexadecimal."""
     content = file.read_bytes()
     digest = Blob(blob.name, len(content), blob.digest).hasher()
     digest.update(content)
@@ -242,14 +267,14 @@ def _git_digest(file: Path, blob: Blob) -> str:
 
 @contextmanager
 def _explained(repository: str, revision: str, command: str) -> Iterator[None]:
-    """What the hub's library raises, as an error that says what to do."""
+    """Turn an error of the hub's library during push or pull into one of ours that says what to do."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     with explained(repository, revision):
         try:
             try:
                 yield
-            except RuntimeError as error:  # of a thread that uploads a file
+            except RuntimeError as error:  # from a thread that uploads a file
                 cause = error.__cause__
                 if isinstance(cause, HfHubHTTPError | OSError) or (cause and isinstance(cause, transport_errors())):
                     raise cause from error
@@ -258,7 +283,7 @@ def _explained(repository: str, revision: str, command: str) -> Iterator[None]:
             raise HubError(f"HF_HUB_OFFLINE is set, and pgx {command} needs the hub; unset it") from error
         except transport_errors() as error:
             raise HubError(
-                f"{repository}: the hub cannot be reached ({type(error).__name__}); what is there is kept, run this again"
+                f"{repository}: the hub cannot be reached ({type(error).__name__}); what was sent or fetched is kept; run this again"
             ) from error
         except HfHubHTTPError as error:
             code = error.response.status_code
@@ -269,22 +294,12 @@ def _explained(repository: str, revision: str, command: str) -> Iterator[None]:
                 ) from error
             if isinstance(error, GatedRepoError | RepositoryNotFoundError) or code != 409:
                 raise
-            raise HubError(f"{repository} was changed by somebody else meanwhile (HTTP 409); run this again") from error
-
-
-@contextmanager
-def _disk(staging: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(
-            f"cannot write {error.filename or staging}: {error.strerror or error}; free some space, or choose another -o"
-        ) from error
+            raise HubError(f"{repository} was changed by another commit meanwhile (HTTP 409); run this again") from error
 
 
 @contextmanager
 def _quiet(*, bars: bool) -> Iterator[None]:
-    """The hub's library draws its bars on stderr, even where that is no terminal."""
+    """Keep the hub's library from drawing its bars on stderr, even where that is no terminal."""
     from huggingface_hub import utils
 
     before = utils.are_progress_bars_disabled()  # type: ignore[attr-defined]

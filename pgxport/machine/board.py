@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What machine this is: board, JetPack, GPU libraries and memory, read from files; and what to install on which board.
+"""The machine: board, JetPack, GPU libraries and memory, read from files; known boards, and what to install.
 
-Nothing is run and nothing needs root. Every reader takes the root of the tree it reads, for tests.
+No command is run and nothing needs root. Every reader takes the root of the tree it reads, for tests.
 """
 
 import json
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from pgxport.machine.cpu import has_vnni
 from pgxport.machine.driver import Driver
+from pgxport.machine.memory import SystemMemory, system_memory
 
 ROOT = Path("/")
-PAGE = 4096
 GIB = 1 << 30
 
 # Jetson Linux -> JetPack, the longest match counts (NVIDIA's JetPack archive; R39 is JetPack 7.2).
@@ -24,29 +24,54 @@ JETPACKS = {
     "35": "5", "36.2": "6.0", "36.3": "6.0", "36.4": "6.2", "36.4.0": "6.1", "36.5": "6.2", "38": "7.0", "38.2": "7.0",
     "38.4": "7.1", "39": "7.2",
 }  # fmt: skip
-# What the device tree's model says -> boards of `pgx plan`, by memory in GiB: the same name stands on modules of two sizes.
-BOARDS = (
-    ("AGX Thor", {128: "thor-128gb"}),
-    ("AGX Orin", {32: "agx-orin-32gb", 64: "agx-orin-64gb"}),
-    ("Orin NX", {8: "orin-nx-8gb", 16: "orin-nx-16gb"}),
-    ("Orin Nano", {8: "orin-nano-8gb"}),
-)
 
 
 @dataclass(frozen=True)
-class Memory:
-    """In bytes. `block`: the largest that is free in one piece, which some of a Jetson's drivers need; None where not told."""
+class BoardSpec:
+    """A device that `pgx plan` knows: its memory, and what of it is not free for pgx, in bytes.
 
-    total: int
-    available: int
-    block: int | None
-    zram: int
-    swap: int  # on disks and in files
+    Jetsons share one memory between CPU and GPU. The firmware reserves some of it (a module of 8 GB reports
+    some 7.4 GiB), and a system without a desktop takes some more. On a graphics card it is the driver and a
+    display. We measured neither.
+
+    Attributes:
+        name: As `pgx plan --board` calls it.
+        model: A part of the device tree's model, which modules of two sizes share; None for a graphics card.
+    """
+
+    name: str
+    memory: int
+    reserved: int
+    model: str | None = None
+
+    @property
+    def usable(self) -> int:
+        """The memory that is free for pgx."""
+        return self.memory - self.reserved
+
+    @property
+    def gpu_only(self) -> bool:
+        """Whether the memory is a graphics card's alone."""
+        return self.model is None
+
+
+BOARDS = {
+    board.name: board
+    for board in (
+        BoardSpec("orin-nano-8gb", 8 * GIB, int(1.5 * GIB), "Orin Nano"),
+        BoardSpec("orin-nx-8gb", 8 * GIB, int(1.5 * GIB), "Orin NX"),
+        BoardSpec("orin-nx-16gb", 16 * GIB, int(1.75 * GIB), "Orin NX"),
+        BoardSpec("agx-orin-32gb", 32 * GIB, int(2.5 * GIB), "AGX Orin"),
+        BoardSpec("agx-orin-64gb", 64 * GIB, int(3.5 * GIB), "AGX Orin"),
+        BoardSpec("thor-128gb", 128 * GIB, int(6.5 * GIB), "AGX Thor"),
+        *(BoardSpec(f"gpu-{n}gb", n * GIB, int(0.5 * GIB)) for n in (8, 12, 16, 24, 32, 48, 80, 96)),
+    )
+}
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What the files say. None: not there."""
+class Host:
+    """This machine as its files describe it; None for what is not there."""
 
     arch: str
     model: str | None  # of the device tree; None on most that are no boards
@@ -58,24 +83,24 @@ class Machine:
     cudnn: str | None
     tensorrt: str | None  # libnvinfer of the system; a package of pip's is another
     vnni: bool | None  # 8-bit products in hardware; None where that is no question
-    memory: Memory | None
+    memory: SystemMemory | None
 
 
-def look(root: Path = ROOT, *, arch: str | None = None) -> Machine:
-    """Read it all."""
+def look(root: Path = ROOT, *, arch: str | None = None) -> Host:
+    """Read all of it, from the tree below `root`."""
     model = _text(root / "proc/device-tree/model").strip("\0 \n") or None
-    memory, release = read_memory(root), l4t(root)
+    memory, release = system_memory(root), l4t(root)
     arch = arch or platform.machine()
-    return Machine(
+    return Host(
         arch, model, _board(model, memory), release, jetpack(release), _kernel_module(root), _cuda(root),
         _library(root, "libcudnn.so"), _library(root, "libnvinfer.so"), has_vnni(root / "proc/cpuinfo", arch=arch), memory,
     )  # fmt: skip
 
 
 def l4t(root: Path = ROOT) -> str | None:
-    """Of "# R36 (release), REVISION: 4.3, GCID: ...", 36.4.3."""
-    found = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release"))
-    return f"{found[1]}.{found[2]}" if found else None
+    """The version of Jetson Linux, 36.4.3 of "# R36 (release), REVISION: 4.3, ..."; None elsewhere."""
+    release = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release"))
+    return f"{release[1]}.{release[2]}" if release else None
 
 
 def jetpack(release: str | None) -> str | None:
@@ -88,36 +113,18 @@ def jetpack(release: str | None) -> str | None:
     return JETPACKS[max(fitting, key=len)] if fitting else None
 
 
-def read_memory(root: Path = ROOT) -> Memory | None:
-    """From /proc/meminfo, /proc/buddyinfo and /proc/swaps."""
-    kilobytes = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE))
-    if not {"MemTotal", "MemAvailable"} <= set(kilobytes):
+def _board(model: str | None, memory: SystemMemory | None) -> str | None:
+    if model is None or memory is None:
         return None
-    # A line a zone: "Node 0, zone   Normal   9600   5890 ...", free blocks of 1, 2, 4, ... pages.
-    zones = [line.split("zone", 1)[1].split()[1:] for line in _text(root / "proc/buddyinfo").splitlines() if "zone" in line]
-    free = [order for zone in zones for order, count in enumerate(zone) if count != "0"]
-    swaps = [line.split() for line in _text(root / "proc/swaps").splitlines()[1:] if len(line.split()) >= 3]
-    zram, swap = (
-        sum(int(size) * 1024 for name, _, size, *_ in swaps if name.startswith("/dev/zram") == compressed)
-        for compressed in (True, False)
-    )
-    return Memory(
-        int(kilobytes["MemTotal"]) * 1024, int(kilobytes["MemAvailable"]) * 1024, PAGE << max(free) if free else None, zram, swap
-    )
-
-
-def _board(model: str | None, memory: Memory | None) -> str | None:
-    for name, sizes in BOARDS:
-        if model and memory and name in model:
-            # Firmware keeps some: a module of 8 GB reports 7.4 GiB.
-            return next((board for size, board in sorted(sizes.items()) if memory.total <= size * GIB), None)
-    return None
+    # Firmware keeps some: a module of 8 GB reports 7.4 GiB.
+    fitting = [board for board in BOARDS.values() if board.model and board.model in model and memory.total <= board.memory]
+    return min(fitting, key=lambda board: board.memory).name if fitting else None
 
 
 def _kernel_module(root: Path) -> str | None:
     # "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build ..."
-    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _text(root / "proc/driver/nvidia/version"))
-    return found[1] if found else None
+    version = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", _text(root / "proc/driver/nvidia/version"))
+    return version[1] if version else None
 
 
 def _cuda(root: Path) -> str | None:
@@ -127,10 +134,10 @@ def _cuda(root: Path) -> str | None:
 
 
 def _library(root: Path, name: str) -> str | None:
-    """The version in the file's name, as packages install it: libnvinfer.so.10.3.0."""
+    """The version in the name of a library's file, as packages install it: libnvinfer.so.10.3.0."""
     folders = [root / "usr/lib" / kind for kind in ("aarch64-linux-gnu", "x86_64-linux-gnu")]
     files = [file.name for folder in folders for file in folder.glob(f"{name}.*")]
-    versions = [found[1] for file in files if (found := re.fullmatch(rf"{re.escape(name)}\.(\d+\.\d+\.\d+)", file))]
+    versions = [match[1] for file in files if (match := re.fullmatch(rf"{re.escape(name)}\.(\d+\.\d+\.\d+)", file))]
     return max(versions, key=lambda v: [int(n) for n in v.split(".")]) if versions else None
 
 
@@ -141,18 +148,18 @@ def _text(file: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What to install where: the first row that fits a machine counts.
+class Setup:
+    """What to install on which machine; the first of the table that fits counts.
 
     Attributes:
         jetpacks: JetPacks by their beginning; empty: no Jetson.
         boards: A part of the device tree's model; empty: any.
-        sm: From this compute capability on, where there is no JetPack to tell.
-        tensorrt: What comes with it, or what to install.
+        sm: The lowest compute capability, where there is no JetPack.
+        tensorrt: The version that comes with it, or that is to be installed.
         trt: The flag of `pgx export --target tensorrt`; None: TensorRT is of no use there.
-        precisions: Worth trying, smallest last.
-        commands: In order.
-        note: What else has to be known.
+        precisions: Precisions worth trying, smallest last.
+        commands: Commands to run, in order.
+        note: A restriction or another way.
     """
 
     name: str
@@ -169,67 +176,59 @@ class Row:
 _BINDINGS = 'pip install "pgxport" cuda-python "tensorrt-cu13-bindings=={0}"'
 _ORIN = ("fp16", "w8a8-static", "int4")
 _GPU = ('pip install "pgxport[gpu]" "onnxruntime-gpu[cuda,cudnn]"', 'or, for TensorRT: pip install "pgxport[tensorrt]"')
-# JetPack -> TensorRT: NVIDIA's JetPack archive. TensorRT 11 on Jetson: "Migrating TensorRT from 10.x to 11.x on Jetson/JetPack".
-ROWS = (
-    Row(
+# JetPack -> TensorRT: NVIDIA's JetPack archive. TensorRT 11 on Jetson: NVIDIA's "Migrating TensorRT from 10.x
+# to 11.x on Jetson/JetPack".
+SETUPS = (
+    Setup(
         "JetPack 5", ("5",), (), (0, 0), "8.5", None, (), (),
         "its TensorRT is too old for every graph that pgx writes; flash JetPack 6.2, on Orin 7.2 too",
     ),
-    Row(
+    Setup(
         "JetPack 6.0", ("6.0",), (), (0, 0), "8.6", None, (), (),
         "its TensorRT is too old; sudo apt full-upgrade to JetPack 6.2 without flashing",
     ),
-    Row(
+    Setup(
         "JetPack 6.1 and 6.2", ("6",), (), (0, 0), "10.3", "10.3", _ORIN,
         ("pip install pgxport \"cuda-python~=12.6\"", "then TensorRT 10.3's Python bindings for your Python (docs/jetson.md)"),
         "TensorRT's bindings come for Python 3.10 alone, and pgx needs 3.11: docker/Dockerfile.jetpack6 builds them",
     ),
-    Row(
+    Setup(
         "JetPack 7.2 on Thor", ("7.2",), ("Thor",), (0, 0), "10.16", "10.16", ("bf16", "fp8", "int4"),
         (_BINDINGS.format("10.16.1.11"),), "from JetPack 7.2.2 on, TensorRT 11.4.1 (SBSA) can be installed: then --trt 11",
     ),
-    Row(
+    Setup(
         "JetPack 7.2 on Orin", ("7.2",), (), (0, 0), "10.16", "10.16", _ORIN,
         (_BINDINGS.format("10.16.1.11"),), "on AGX Orin from JetPack 7.2.2 on, TensorRT 11.4.1 (SBSA) can be installed: then --trt 11",
     ),
-    Row(
+    Setup(
         "JetPack 7.0 and 7.1", ("7",), (), (0, 0), "10.13", "10.3", ("bf16", "fp8", "int4"),
         (_BINDINGS.format("10.13.3.9"),), "TensorRT 10.13 is older than 10.16, so it takes the graphs for 10.3",
     ),
-    Row("GPU of Ada, Hopper, Blackwell", (), (), (8, 9), "11", "11", ("bf16", "fp16", "fp8", "int4"), _GPU),
-    Row("GPU of Ampere", (), (), (8, 0), "11", "11", ("bf16", "fp16", "int8", "int4"), _GPU),
-    Row(
+    Setup("GPU of Ada, Hopper, Blackwell", (), (), (8, 9), "11", "11", ("bf16", "fp16", "fp8", "int4"), _GPU),
+    Setup("GPU of Ampere", (), (), (8, 0), "11", "11", ("bf16", "fp16", "int8", "int4"), _GPU),
+    Setup(
         "GPU of Turing", (), (), (7, 5), "11", "11", ("fp16", "int8", "int4"), _GPU,
         "it has no bfloat16",
     ),
-    Row(
+    Setup(
         "older GPU", (), (), (0, 1), "none", None, (), ('pip install "pgxport[cpu]"',),
         "CUDA 13 and TensorRT begin with Turing, compute capability 7.5; run on the CPU",
     ),
-    Row("no NVIDIA GPU", (), (), (0, 0), "none", None, ("w8a8", "int4-fast", "fp32"), ('pip install "pgxport[export,cpu]"',)),
+    Setup("no NVIDIA GPU", (), (), (0, 0), "none", None, ("w8a8", "int4-fast", "fp32"), ('pip install "pgxport[export,cpu]"',)),
 )  # fmt: skip
 
 
-def advise(machine: Machine, driver: Driver | None, rows: Iterable[Row] = ROWS) -> Row:
-    """What to install on a machine.
+def advise(machine: Host, driver: Driver | None, setups: Iterable[Setup] = SETUPS) -> Setup:
+    """The setup of a machine.
 
     >>> advise(look(Path("/nonexistent")), None).name
     'no NVIDIA GPU'
     """
     sm = max((gpu.sm for gpu in driver.gpus), default=(0, 0)) if driver else (0, 0)
-    for row in rows:
-        release = any(f"{machine.jetpack}.".startswith(f"{of}.") for of in row.jetpacks)
-        if machine.jetpack is not None and release and all(part in (machine.model or "") for part in row.boards):
-            return row
-        if machine.jetpack is None and not row.jetpacks and sm >= row.sm:
-            return row
+    for setup in setups:
+        release = any(f"{machine.jetpack}.".startswith(f"{of}.") for of in setup.jetpacks)
+        if machine.jetpack is not None and release and all(part in (machine.model or "") for part in setup.boards):
+            return setup
+        if machine.jetpack is None and not setup.jetpacks and sm >= setup.sm:
+            return setup
     raise AssertionError("Bug: the table's last row is for no GPU, and JetPacks that are not in it are not told")
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that can be had, where the system says."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

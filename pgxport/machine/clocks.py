@@ -1,37 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine's clocks did meanwhile: frequencies, temperature, and how often it was throttled. None where it is not told.
+"""Clocks of this machine: frequencies, temperature, and how often it was throttled; None where not told.
 
-A Jetson's are those of the Jetson Linux Developer Guide, "Platform Power and Performance": devfreq for the GPU, the counters of
-soctherm_oc for too much current, cooling devices named alerts for too much heat, and what nvpmodel wrote down. Other GPUs of NVIDIA
-tell theirs through NVML.
+Files of a Jetson are those of the Jetson Linux Developer Guide, "Platform Power and Performance": devfreq for
+the GPU, the counters of soctherm_oc for too much current, cooling devices named alerts for too much heat, and
+the status of nvpmodel. Other GPUs of NVIDIA tell their clocks through NVML.
 """
 
-import ctypes
 import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pgxport.machine.nvml import Nvml
 
 SYS = Path("/sys")
 # 17000000.gpu on JetPack 6, 17000000.ga10b and .gv11b before; gpu-gpc-0 on Thor.
 GPU_NODES = re.compile(r"(.+\.(gpu|ga10b|gv11b|gp10b)|gpu-gpc-\d+)")
 # Readable by root alone on most systems.
 EMC = ("kernel/debug/bpmp/debug/clk/emc/rate", "kernel/debug/clk/emc/clk_rate")
-# nvml.h, nvmlClocksEventReasons; what is left out is no want of power or cooling: idleness, and clocks that somebody chose.
-REASONS = {
-    0x04: "GPU at its power limit", 0x08: "GPU slowed by its hardware", 0x20: "GPU slowed by heat", 0x40: "GPU slowed by heat",
-    0x80: "GPU slowed by its power supply",
-}  # fmt: skip
-SM_CLOCK = 1
 
 
 @dataclass(frozen=True)
 class Clocks:
-    """One look."""
+    """The clocks at one moment."""
 
-    governor: str | None  # what sets the frequency: "performance" holds it, "schedutil" does not
+    governor: str | None  # sets the frequency: "performance" holds it, "schedutil" does not
     mhz: float | None  # mean over cores, now
     max_mhz: float | None
     celsius: float | None  # of the hottest zone
@@ -43,58 +37,8 @@ class Clocks:
     hot: tuple[str, ...] = ()  # the alerts that are on, and what slows other GPUs
 
 
-class Gpus:
-    """The clocks of NVIDIA's desktop and server GPUs, through the driver's own library, which a Jetson does not have in full."""
-
-    def __init__(self, library: Any):
-        """
-        Raises:
-            OSError: there is no driver, or no GPU that tells what slows it.
-        """
-        self._library, self._devices = library, list[ctypes.c_void_p]()
-        if library.nvmlInit_v2():
-            raise OSError("NVML does not start")
-        count = ctypes.c_uint()
-        library.nvmlDeviceGetCount_v2(ctypes.byref(count))
-        for i in range(count.value):
-            device = ctypes.c_void_p()
-            if not library.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(device)) and self._reasons(device) is not None:
-                self._devices.append(device)
-        if not self._devices:
-            library.nvmlShutdown()
-            raise OSError("no GPU tells what slows it")
-
-    def look(self) -> tuple[float | None, tuple[str, ...]]:
-        """The highest clock in MHz now, and what slows any of them."""
-        clocks = []
-        for device in self._devices:
-            mhz = ctypes.c_uint()
-            if not self._library.nvmlDeviceGetClockInfo(device, SM_CLOCK, ctypes.byref(mhz)):
-                clocks.append(float(mhz.value))
-        on = [self._reasons(device) or 0 for device in self._devices]
-        slowed = dict.fromkeys(reason for bit, reason in REASONS.items() if any(bits & bit for bits in on))
-        return max(clocks, default=None), tuple(slowed)
-
-    def close(self) -> None:
-        self._library.nvmlShutdown()
-
-    def _reasons(self, device: ctypes.c_void_p) -> int | None:
-        bits = ctypes.c_ulonglong()
-        # The name that old and new drivers have.
-        failed = self._library.nvmlDeviceGetCurrentClocksThrottleReasons(device, ctypes.byref(bits))
-        return None if failed else bits.value
-
-
-def find_gpus(engine: str) -> Gpus | None:
-    """None where the engine runs on no GPU, or the driver does not tell."""
-    if engine != "cpu":
-        with suppress(OSError, AttributeError):
-            return Gpus(ctypes.CDLL("libnvidia-ml.so.1"))
-    return None
-
-
-def look(sys: Path = SYS, gpus: Gpus | None = None) -> Clocks:
-    """Read them now.
+def look(sys: Path = SYS, nvml: Nvml | None = None) -> Clocks:
+    """Read the clocks now.
 
     >>> look(Path("/nonexistent")).mhz is None
     True
@@ -107,7 +51,7 @@ def look(sys: Path = SYS, gpus: Gpus | None = None) -> Clocks:
     throttled += _numbers(sorted((sys / "class" / "hwmon").glob("hwmon*/oc[0-9]_event_cnt")))
     nodes = [node for node in sorted((sys / "class" / "devfreq").glob("*")) if GPU_NODES.fullmatch(node.name)]
     gpu, gpu_most = (_numbers([node / f"{which}_freq" for node in nodes]) for which in ("cur", "max"))
-    nvidia_mhz, slowed = gpus.look() if gpus else (None, ())
+    nvidia_mhz, slowed = (nvml.clock_mhz(), nvml.slowed_by()) if nvml else (None, ())
     emc = _numbers([sys / file for file in EMC])
     governors = _texts([core / "cpufreq" / "scaling_governor" for core in cores[:1]])
     return Clocks(
@@ -125,12 +69,12 @@ def look(sys: Path = SYS, gpus: Gpus | None = None) -> Clocks:
 
 
 def power_mode(root: Path = Path("/")) -> str | None:
-    """What nvpmodel was last set to, as "15W (0)"; None where there is no nvpmodel, or it was never set."""
+    """The mode that nvpmodel was last set to, as "15W (0)"; None without nvpmodel, or never set."""
     status = _texts([root / "var" / "lib" / "nvpmodel" / "status"])  # pmode:0002
-    found = re.search(r"pmode:(\d+)", status[0]) if status else None
-    if not found:
+    mode = re.search(r"pmode:(\d+)", status[0]) if status else None
+    if not mode:
         return None
-    number = int(found[1])
+    number = int(mode[1])
     # < POWER_MODEL ID=2 NAME=MAXN_SUPER >
     modes = _texts([root / "etc" / "nvpmodel.conf"])
     named = re.search(rf"^<\s*POWER_MODEL\s+ID={number}\s+NAME=(\S+)", modes[0], re.MULTILINE) if modes else None
@@ -138,31 +82,32 @@ def power_mode(root: Path = Path("/")) -> str | None:
 
 
 def _held(cores: Iterable[Path], nodes: Iterable[Path]) -> bool | None:
+    """Whether the lowest frequency allowed is the highest one, for all cores and the GPU."""
     pairs = [(core / "cpufreq" / "scaling_min_freq", core / "cpufreq" / "scaling_max_freq") for core in cores]
     pairs += [(node / "min_freq", node / "max_freq") for node in nodes]
-    read = [_numbers(list(pair)) for pair in pairs]
-    told = [pair for pair in read if len(pair) == 2]
-    return all(least == most for least, most in told) if told else None
+    limits = [_numbers(list(pair)) for pair in pairs]
+    whole = [pair for pair in limits if len(pair) == 2]
+    return all(least == most for least, most in whole) if whole else None
 
 
 def _alerts(sys: Path) -> tuple[str, ...]:
-    """cpu-throttle-alert, gpu-throttle-alert and their like, whose state is not 0."""
+    """The names of cooling devices that are alerts and whose state is not 0, as cpu-throttle-alert."""
     devices = sorted((sys / "class" / "thermal").glob("cooling_device*"))
     named = [(device, (_texts([device / "type"]) or [""])[0]) for device in devices]
     return tuple(name for device, name in named if name.endswith("-alert") and any(_numbers([device / "cur_state"])))
 
 
 def _numbers(files: list[Path]) -> list[int]:
-    found = []
+    numbers = []
     for text in _texts(files):
         with suppress(ValueError):
-            found.append(int(text))
-    return found
+            numbers.append(int(text))
+    return numbers
 
 
 def _texts(files: list[Path]) -> list[str]:
-    found = []
+    texts = []
     for file in files:
         with suppress(OSError, UnicodeDecodeError):
-            found.append(file.read_text().strip())
-    return found
+            texts.append(file.read_text().strip())
+    return texts

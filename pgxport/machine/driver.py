@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NVIDIA driver and its GPUs, asked through libcuda alone: no toolkit, no package, and nothing is allocated on a GPU.
+"""The NVIDIA driver and its GPUs, read through libcuda alone: no toolkit, no package, no memory of a GPU.
 
 Codes and attributes are those of CUresult and CUdevice_attribute in cuda.h.
 """
@@ -37,14 +37,14 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Driver:
-    """What the driver has."""
+    """The driver: what it runs, and its GPUs."""
 
     cuda: tuple[int, int]  # the newest CUDA that it runs
     gpus: tuple[Gpu, ...]
 
 
 def ask_driver(load: Load = ctypes.CDLL) -> Driver:
-    """Ask it.
+    """Read the driver's version and its GPUs.
 
     Raises:
         EngineError: there is no driver, no GPU, or it does not start.
@@ -54,15 +54,15 @@ def ask_driver(load: Load = ctypes.CDLL) -> Driver:
     except OSError as error:
         raise EngineError(f"there is no NVIDIA driver here ({error}); install one, or use --engine cpu") from error
     if code := library.cuInit(0):
-        said = REFUSALS.get(code, "see cuda.h for the code")
-        raise EngineError(f"the NVIDIA driver refuses to start, CUDA error {code}: {said}")
+        reason = REFUSALS.get(code, "see cuda.h for the code")
+        raise EngineError(f"the NVIDIA driver refuses to start, CUDA error {code}: {reason}")
     version = _number(library.cuDriverGetVersion)
     count = _number(library.cuDeviceGetCount)
     return Driver((version // 1000, version % 1000 // 10), tuple(_gpu(library, i) for i in range(count)))
 
 
 def missing_libraries(names: tuple[str, ...], load: Load = ctypes.CDLL) -> list[str]:
-    """Those that cannot be loaded, each with the loader's reason."""
+    """The loader's reason for each of the libraries that cannot be loaded."""
     missing = []
     for name in names:
         try:
@@ -82,7 +82,7 @@ def _gpu(library: Any, index: int) -> Gpu:
 
 
 def _number(call: Any, *args: Any) -> int:
-    """What a call writes to its first parameter."""
+    """The number that a call writes to its first parameter."""
     value = ctypes.c_int()
     if code := call(ctypes.byref(value), *args):
         raise EngineError(

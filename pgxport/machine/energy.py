@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many joules were drawn: RAPL counters, NVML's counter, or the INA3221 of a Jetson; nothing where none can be read.
+"""Energy in joules, from RAPL counters, NVML's counter, or the INA3221 of a Jetson.
 
-All are of the whole device or board, other programs included. Readers take the root of the tree they read, for tests.
+Each counts the whole device or board, other programs included. Readers take the root of the tree they read,
+for tests.
 """
 
-import ctypes
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-SAMPLE_SECONDS = 0.05  # of a sensor that tells watts: twenty looks a second, some 50 µs each
+from pgxport.machine.nvml import Nvml, find_nvml
+
+SAMPLE_SECONDS = 0.05  # between two reads of a sensor that tells watts; one takes some 50 µs
 SYS = Path("/sys")
 
 
 class Meter(Protocol):
-    """Joules since some moment; only differences mean anything."""
+    """A counter of joules since some moment; only differences mean anything."""
 
     source: str
 
@@ -27,7 +29,7 @@ class Meter(Protocol):
 
 
 class Rapl:
-    """The package counters of Intel and AMD processors, in µJ, which begin again at a limit of their own."""
+    """The package counters of Intel and AMD processors, in µJ; each begins again at a limit of its own."""
 
     def __init__(self, zones: Sequence[Path]):
         self.source = f"RAPL, {len(zones)} package" + ("s" if len(zones) > 1 else "")
@@ -48,10 +50,10 @@ class Rapl:
 
 
 class Ina3221:
-    """A Jetson's rails, added up over time: the one of the whole board, else those that make up the module, else all there are.
+    """The rails of a Jetson, added up over time: the whole board's, else those of the module, else all.
 
-    The rails are NVIDIA's (Jetson Linux Developer Guide, "Power Monitor"). On AGX Orin and Thor, VIN_SYS_5V0 is one of three that
-    do not overlap, not their sum; Thor's VIN is an INA238 of its own.
+    The rails are NVIDIA's (Jetson Linux Developer Guide, "Power Monitor"). On AGX Orin and Thor, VIN_SYS_5V0
+    is one of three that do not overlap, not their sum; Thor's VIN is an INA238 of its own.
     """
 
     WHOLE = (
@@ -92,37 +94,28 @@ class Ina3221:
                 self.joules()
 
 
-class Nvml:
-    """The energy counters of NVIDIA's desktop and server GPUs (Volta and later), in mJ, through the driver's own library."""
+class NvmlMeter:
+    """The energy counters of NVIDIA's desktop and server GPUs (Volta and later)."""
 
-    def __init__(self, library: Any):
-        self._library, self._devices = library, list[ctypes.c_void_p]()
-        if library.nvmlInit_v2():
-            raise OSError("NVML does not start")
-        count = ctypes.c_uint()
-        library.nvmlDeviceGetCount_v2(ctypes.byref(count))
-        for i in range(count.value):
-            device = ctypes.c_void_p()
-            if not library.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(device)) and self._read(device) is not None:
-                self._devices.append(device)
-        if not self._devices:
+    def __init__(self, nvml: Nvml):
+        """
+        Raises:
+            OSError: no GPU has a counter.
+        """
+        count = len(nvml.millijoules())
+        if not count:
             raise OSError("no GPU tells its energy")
-        self.source = f"NVML, {len(self._devices)} GPU" + ("s" if len(self._devices) > 1 else "")
+        self._nvml, self.source = nvml, f"NVML, {count} GPU" + ("s" if count > 1 else "")
 
     def joules(self) -> float:
-        return sum(self._read(device) or 0 for device in self._devices) / 1e3
+        return sum(self._nvml.millijoules()) / 1e3
 
     def close(self) -> None:
-        self._library.nvmlShutdown()
-
-    def _read(self, device: ctypes.c_void_p) -> int | None:
-        joules = ctypes.c_ulonglong()
-        failed = self._library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(joules))
-        return None if failed else joules.value
+        self._nvml.close()
 
 
 def find_meters(sys: Path = SYS, *, engine: str = "cpu") -> list[Meter]:
-    """All that can be read here, nothing of it twice; the GPU's only where the engine runs on it, and no rail of a board has it."""
+    """All meters that can be read here; the GPU's only where the engine runs on it and no rail has it."""
     meters, rails = list[Meter](), dict[str, tuple[Path, ...]]()
     with suppress(OSError, ValueError):
         if zones := rapl_zones(sys):
@@ -130,21 +123,23 @@ def find_meters(sys: Path = SYS, *, engine: str = "cpu") -> list[Meter]:
     with suppress(OSError, ValueError):
         if rails := ina3221_rails(sys):
             meters.append(Ina3221(rails))
-    if engine != "cpu" and not rails:
-        with suppress(OSError, AttributeError):
-            meters.append(Nvml(ctypes.CDLL("libnvidia-ml.so.1")))
+    if not rails and (nvml := find_nvml(engine)):
+        try:
+            meters.append(NvmlMeter(nvml))
+        except OSError:
+            nvml.close()
     return meters
 
 
 def rapl_zones(sys: Path = SYS) -> list[Path]:
-    """The packages whose counters we may read; since Linux 5.10 that is root's alone by default."""
+    """The packages whose counters this user may read; since Linux 5.10 only root may by default."""
     zones = sorted((sys / "class" / "powercap").glob("intel-rapl:[0-9]*"))
     packages = [z for z in zones if z.name.count(":") == 1 and _text(z / "name").startswith("package")]
     return [z for z in packages if _readable(z / "energy_uj") and _readable(z / "max_energy_range_uj")]
 
 
 def ina3221_rails(sys: Path = SYS) -> dict[str, tuple[Path, ...]]:
-    """Rail -> the files whose product is µW: mV and mA as hwmon (JetPack 5 and later) or iio (JetPack 4) has them, or µW itself."""
+    """The files of each rail whose product is µW: mV and mA of hwmon (JetPack 5 on) or iio (4), or µW."""
     rails: dict[str, tuple[Path, ...]] = {}
     for folder in sorted((sys / "bus" / "i2c" / "drivers" / "ina3221").glob("*/hwmon/hwmon*")):
         for label in sorted(folder.glob("in[0-9]*_label")):
@@ -161,7 +156,7 @@ def ina3221_rails(sys: Path = SYS) -> dict[str, tuple[Path, ...]]:
 
 
 def _rail(name: str, *files: Path) -> dict[str, tuple[Path, ...]]:
-    """Nothing where a file cannot be read, or nothing is connected."""
+    """The rail and its files; empty where a file cannot be read, or nothing is connected."""
     return {name: files} if name != "NC" and all(map(_readable, files)) else {}
 
 

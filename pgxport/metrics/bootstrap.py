@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How sure a metric is: 95 % bootstrap intervals of a value and of a difference (Efron and Tibshirani 1993, ch. 13).
+"""95 % bootstrap intervals of a metric and of a difference between two runs (Efron and Tibshirani 1993).
 
-Knows no metric: a `Curve` gives its value for any weighting of the samples, and drawing samples again is a weighting.
+Knows no metric: a `Curve` gives its value for any weights of the samples, and a draw of samples with
+replacement is a weighting.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -18,7 +19,7 @@ Curve = Callable[[np.ndarray], np.ndarray]  # weights [R, N] of the samples -> v
 
 
 class Verdict(StrEnum):
-    """What a paired difference allows to be said."""
+    """What a paired difference shows."""
 
     NOISE = "inside the noise"
     BETTER = "better"
@@ -27,7 +28,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value, its 95 % interval, and from how many samples; with fewer than two pictures there is no interval."""
+    """A value with its 95 % interval and the number of samples; fewer than two pictures give no interval."""
 
     value: float
     low: float | None
@@ -37,40 +38,41 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """A value minus the reference's on the same samples."""
+    """The value of a run minus the reference's, on the same samples."""
 
     verdict: Verdict
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A curve's value on all samples, and on each draw of them; with fewer than two pictures there is nothing to draw."""
+class Resampled:
+    """A curve's value on all samples, and on the draws of them: [R], or None with fewer than two pictures."""
 
     value: float
     values: np.ndarray | None
     samples: int
 
     def estimate(self, *, biased: bool = False) -> Estimate:
-        """The value and its interval. Where all agree the interval is a point: it knows only what was drawn.
+        """Return the value and its interval, which is a point where all samples agree.
 
         Args:
-            biased: Drawing a picture twice moves the metric itself, as it does mAP; the interval is moved back by the mean of that.
+            biased: Drawing a picture twice changes the metric itself, as it does mAP; the interval is moved
+                back by the mean of that.
         """
         return Estimate(self.value, *_interval(self.value, self.values, biased=biased), self.samples)
 
-    def change(self, reference: "Drawn", *, higher_is_better: bool = True, biased: bool = False) -> Difference:
-        """The change from the reference, both drawn on the same samples, which takes their difficulty out."""
+    def change(self, reference: "Resampled", *, higher_is_better: bool = True, biased: bool = False) -> Difference:
+        """Return the change from the reference; the same draws take the samples' difficulty out."""
         values = None if self.values is None or reference.values is None else self.values - reference.values
-        found = Drawn(self.value - reference.value, values, self.samples).estimate(biased=biased)
-        if found.low is None or found.high is None or found.low <= 0 <= found.high:
+        change = Resampled(self.value - reference.value, values, self.samples).estimate(biased=biased)
+        if change.low is None or change.high is None or change.low <= 0 <= change.high:
             verdict = Verdict.NOISE
         else:
-            verdict = Verdict.BETTER if (found.low > 0) == higher_is_better else Verdict.WORSE
-        return Difference(found.value, found.low, found.high, found.samples, verdict)
+            verdict = Verdict.BETTER if (change.low > 0) == higher_is_better else Verdict.WORSE
+        return Difference(change.value, change.low, change.high, change.samples, verdict)
 
 
 def resamples(groups: Sequence[Hashable], draws: int = DRAWS, seed: int = 0) -> Iterator[np.ndarray]:
-    """How often each sample is drawn, float64 [R, N] in blocks of R; the samples of one group are drawn together.
+    """Yield how often each sample is drawn, float64 [R, N] in blocks of R; one group is drawn together.
 
     >>> next(resamples("aab", draws=3)).shape
     (3, 3)
@@ -79,42 +81,42 @@ def resamples(groups: Sequence[Hashable], draws: int = DRAWS, seed: int = 0) -> 
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     group_of = np.array([numbers[group] for group in groups])
     count = len(numbers)
-    left = draws
-    while left:
-        rows = min(left, max(1, BLOCK // max(len(group_of), 1)))
+    remaining = draws
+    while remaining:
+        rows = min(remaining, max(1, BLOCK // max(len(group_of), 1)))
         drawn = rng.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
         times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
         yield times[:, group_of].astype(np.float64)
-        left -= rows
+        remaining -= rows
 
 
-def draw(curve: Curve, groups: Sequence[Hashable], draws: int = DRAWS, seed: int = 0) -> Drawn:
-    """The curve on all samples and on draws of them.
+def draw(curve: Curve, groups: Sequence[Hashable], draws: int = DRAWS, seed: int = 0) -> Resampled:
+    """Evaluate the curve on all samples and on draws of them.
 
     Args:
         curve: The metric.
-        groups: What is drawn together, a key for each sample.
-        draws: How many.
-        seed: Of the draws; two runs with the same groups and seed are drawn alike, and may be compared.
+        groups: A key for each sample; samples with one key are drawn together.
+        draws: The number of draws.
+        seed: The seed of the draws; runs with the same groups and seed have the same draws.
     """
     value = float(curve(np.ones((1, len(groups))))[0])
     if len(set(groups)) < 2:
-        return Drawn(value, None, len(groups))
-    return Drawn(value, np.concatenate([curve(weights) for weights in resamples(groups, draws, seed)]), len(groups))
+        return Resampled(value, None, len(groups))
+    return Resampled(value, np.concatenate([curve(weights) for weights in resamples(groups, draws, seed)]), len(groups))
 
 
 def estimate(curve: Curve, groups: Sequence[Hashable], *, biased: bool = False, draws: int = DRAWS, seed: int = 0) -> Estimate:
-    """The value on all samples and its interval, where nothing else is compared with it."""
+    """Return the value on all samples and its interval, for a metric of one run."""
     return draw(curve, groups, draws, seed).estimate(biased=biased)
 
 
 def mean(values: Sequence[float] | np.ndarray) -> Curve:
-    """The weighted mean of one value a sample."""
+    """Return the curve of the weighted mean of one value a sample."""
     return ratio(values, np.ones(len(values)))
 
 
 def ratio(parts: Sequence[float] | np.ndarray, wholes: Sequence[float] | np.ndarray) -> Curve:
-    """Sum of parts over sum of wholes, NaN where there is no whole: errors over characters, boxes met over true boxes."""
+    """Return the curve of sum of parts over sum of wholes, such as errors over characters; NaN over 0."""
     part, whole = np.asarray(parts, np.float64), np.asarray(wholes, np.float64)
 
     def curve(weights: np.ndarray) -> np.ndarray:
@@ -125,7 +127,7 @@ def ratio(parts: Sequence[float] | np.ndarray, wholes: Sequence[float] | np.ndar
 
 
 def _interval(value: float, values: np.ndarray | None, *, biased: bool) -> tuple[float | None, float | None]:
-    # A draw may hold no sample that counts, such as none with a true box.
+    # A draw may hold no sample that the metric judges, such as none with a true box.
     values = None if values is None else values[~np.isnan(values)]
     if values is None or not len(values):
         return None, None

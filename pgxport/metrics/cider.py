@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CIDEr-D: how much a caption says what people said of the picture (Vedantam et al. 2015).
+"""CIDEr-D: how much a caption agrees with people's captions of the picture (Vedantam et al. 2015).
 
-The numbers are those of pycocoevalcap, which needs Java to find the words: `words` does that here.
+The numbers are those of pycocoevalcap, which tokenizes in Java; `words` does that here.
 """
 
 import math
@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 LONGEST = 4  # words of an n-gram
-SIGMA = 6.0  # of the penalty on a difference in length
+SIGMA = 6.0  # of the Gaussian penalty on a difference in length, in words
 
 Ngrams = Counter[tuple[str, ...]]
 
-# Abbreviations keep their points; words keep what stands inside them (3.5, 10:30, x-ray, o'clock); of the marks, Penn Treebank's
-# names for brackets stay words, because COCO's list of marks to drop has them in capitals only.
+# Abbreviations keep their points; words keep what stands inside them (3.5, 10:30, x-ray, o'clock); of the
+# marks, Penn Treebank's names for brackets stay words, because COCO's list of marks to drop has them in
+# capitals only.
 _WORD = re.compile(r"(?:[^\W\d_]\.){2,}|(?:mr|mrs|ms|dr|st|jr|sr|vs|etc)\.|[^\W_]+(?:[-.,:/&_'][^\W_]+)*|[][(){}#$%&@+*=/£€]")
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 # A clitic is a word of its own.
@@ -31,30 +32,30 @@ def words(caption: str) -> list[str]:
     >>> words("A dog's x-ray, isn't it?")
     ['a', 'dog', "'s", 'x-ray', 'is', "n't", 'it']
     """
-    found: list[str] = []
+    tokens: list[str] = []
     for word in _WORD.findall(caption.lower().replace("\u2019", "'")):
         tail: list[str] = []
         while match := _CLITIC.match(word):
             word, tail = match[1], [match[2], *tail]
-        found += [*_FUSED.get(word, _BRACKETS.get(word, word)).split(), *tail]
-    return found
+        tokens += [*_FUSED.get(word, _BRACKETS.get(word, word)).split(), *tail]
+    return tokens
 
 
 def cider_d(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> np.ndarray:
-    """The score of each caption, float64 [N] in 0..10; the corpus' score is their mean.
+    """Return the score of each caption, float64 [N] in 0..10; the corpus' score is their mean.
 
     Args:
         captions: The words of each picture's caption.
-        references: The words of what people said of it. How rare an n-gram is, all of them together decide.
+        references: The words of each of people's captions of it. Together they decide how rare an n-gram is.
     """
-    truths = [[_ngrams(words) for words in said] for said in references]
-    pictures = Counter(ngram for said in truths for ngram in set().union(*said))
+    truths = [[_ngrams(words) for words in people] for people in references]
+    pictures = Counter(ngram for people in truths for ngram in set().union(*people))
     rarity = {ngram: math.log(len(truths) / count) for ngram, count in pictures.items()}
     unseen = math.log(max(len(truths), 1))
     return np.array(
         [
-            10 * float(np.mean([_similarity(_ngrams(caption), truth, rarity, unseen) for truth in said]))
-            for caption, said in zip(captions, truths, strict=True)
+            10 * float(np.mean([_similarity(_ngrams(caption), truth, rarity, unseen) for truth in people]))
+            for caption, people in zip(captions, truths, strict=True)
         ]
     )
 
@@ -64,7 +65,8 @@ def _ngrams(words: Sequence[str]) -> Ngrams:
 
 
 def _similarity(caption: Ngrams, truth: Ngrams, rarity: dict[tuple[str, ...], float], unseen: float) -> float:
-    """The mean cosine over n of two tf-idf vectors, an n-gram said too often counting as often as it is true."""
+    """The mean over n of the cosine of two tf-idf vectors; a repeated n-gram counts at most as often as the
+    truth has it."""
     product, of_caption, of_truth = np.zeros(LONGEST), np.zeros(LONGEST), np.zeros(LONGEST)
     for ngram, count in caption.items():
         weight = rarity.get(ngram, unseen) ** 2

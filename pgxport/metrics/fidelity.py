@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How close a bundle stays to a reference run, whether either is right or not: tokens, logits, and answers that broke."""
+"""Fidelity of a bundle to a reference run, whether either is right or not: tokens, logits, broken answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pgxport.runners.outputs import Answer
 
 @dataclass(frozen=True)
 class Faults:
-    """Answers that say nothing, cannot be read, or were cut off; one answer may be several of them."""
+    """Counts of answers that are empty, malformed or truncated; one answer may be several of them."""
 
     empty: int
     malformed: int
@@ -22,7 +22,7 @@ class Faults:
 
 
 def token_agreement(tokens: Sequence[int], reference: Sequence[int]) -> float:
-    """Share of positions with the same token, of the longer answer.
+    """Return the share of positions with the same token, of the longer answer's length.
 
     >>> token_agreement([5, 6, 7], [5, 6, 8, 9])
     0.5
@@ -32,7 +32,7 @@ def token_agreement(tokens: Sequence[int], reference: Sequence[int]) -> float:
 
 
 def first_divergence(tokens: Sequence[int], reference: Sequence[int]) -> int | None:
-    """The first position where two answers differ, an end being a difference; None where they are the same.
+    """Return the first position where two answers differ, an end being a difference; None if equal.
 
     >>> first_divergence([5, 6], [5, 6, 7]), first_divergence([5], [5])
     (2, None)
@@ -44,21 +44,21 @@ def first_divergence(tokens: Sequence[int], reference: Sequence[int]) -> int | N
 
 
 def top1_agreement(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Bool [T]: where both would choose the same token after the same prefix. logits [T, V]."""
+    """Return where both would choose the same token after the same prefix, bool [T], from logits [T, V]."""
     _same_shape(logits, reference)
     return logits.argmax(-1) == reference.argmax(-1)
 
 
 def kl_divergence(logits: np.ndarray, reference: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-    """KL(reference ‖ logits) in nats at each position, float64 [T] (Kullback and Leibler 1951).
+    """Return KL(reference ‖ logits) in nats at each position, float64 [T] (Kullback and Leibler 1951).
 
     Args:
-        logits: Of the bundle, [T, V], each position after the same prefix as the reference's.
-        reference: [T, V].
-        rows: Token ids, such as those of `<loc…>`; both distributions are then those of a token that is one of them.
+        logits: The bundle's, [T, V], each position after the same prefix as the reference's.
+        reference: The reference's, [T, V].
+        rows: Token ids, such as those of `<loc…>`; both distributions are then conditioned on these.
 
     Raises:
-        NumericError: a logit is NaN or +inf, or no token of a row is possible. -inf is a token that cannot come.
+        NumericError: a logit is NaN or +inf, or no token of a row is possible. -inf is probability 0.
 
     >>> kl_divergence(np.array([[0.0, np.log(3)]]), np.array([[0.0, 0.0]])).round(4)
     array([0.1438])
@@ -75,13 +75,13 @@ def kl_divergence(logits: np.ndarray, reference: np.ndarray, rows: np.ndarray | 
 
 
 def is_malformed(sample: Sample, answer: Answer) -> bool:
-    """Whether a part of an answer could not be read, or nothing is located where that was asked."""
+    """Whether a part of an answer could not be parsed, or a locating task's answer locates nothing."""
     nowhere = sample.task in LOCATING and bool(answer.text.strip()) and not answer.boxes
     return bool(answer.warnings) or nowhere
 
 
 def faults(samples: Sequence[Sample], answers: Sequence[Answer]) -> Faults:
-    """Count the answers that broke."""
+    """Count the answers that are empty, malformed or truncated."""
     pairs = list(zip(samples, answers, strict=True))
     return Faults(
         empty=sum(not answer.text.strip() for _, answer in pairs),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which metric judges which task, and its value over samples: the one table between samples and numbers."""
+"""METRICS and TASKS: the metrics, those that judge each task, and a metric's value over samples."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -8,15 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 from pgxport.errors import choose, require
-from pgxport.metrics import bootstrap, cider, regions
-from pgxport.metrics import words as text
+from pgxport.metrics import bootstrap, cider, regions, words
 from pgxport.metrics.bootstrap import Curve
 from pgxport.metrics.sample import Sample
 from pgxport.runners.outputs import Answer
 
 
 class Share(NamedTuple):
-    """What a sample adds to a metric: the metric is the sum of parts over the sum of wholes."""
+    """A sample's share of a metric, whose value is the sum of parts over the sum of wholes."""
 
     part: float
     whole: float = 1.0
@@ -24,48 +23,48 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Tally:
-    """A metric on a run: a number for each sample, NaN where it has nothing to judge, and the curve for any weighting."""
+    """A metric on a run: a number for each sample, NaN if nothing can be judged, and the curve."""
 
-    per_sample: np.ndarray
+    per_sample: np.ndarray  # float64 [N]
     curve: Curve
 
 
-Score = Callable[[Sample, Answer], Share]
-Corpus = Callable[[Sequence[Sample], Sequence[Answer]], Tally]
+SampleScore = Callable[[Sample, Answer], Share]
+CorpusScore = Callable[[Sequence[Sample], Sequence[Answer]], Tally]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of the table. `score` judges a sample by itself; `corpus` needs all of them."""
+    """A row of METRICS. `score` judges a sample by itself; `corpus` needs all samples."""
 
     title: str
-    needs: str  # the field of a sample that must not be empty
-    score: Score | None = None
-    corpus: Corpus | None = None
+    needs: str  # the part of a sample's truth that must not be empty: answers, regions or masks
+    score: SampleScore | None = None
+    corpus: CorpusScore | None = None
     higher_is_better: bool = True
-    scale: float = 1.0  # the best value
-    biased: bool = False  # see bootstrap.Drawn
+    scale: float = 1.0  # the value of a perfect run
+    biased: bool = False  # see bootstrap.Resampled
 
 
 def score(sample: Sample, answer: Answer) -> Share | None:
-    """What a sample adds to its own metric, to show beside it; None for a metric of the whole corpus."""
+    """Return a sample's share of its own metric; None for a metric of the whole corpus."""
     metric = METRICS[sample.metric]
     return None if metric.score is None else metric.score(sample, answer)
 
 
 def metrics_for(sample: Sample) -> tuple[str, ...]:
-    """The sample's own metric, then the others of its task that its truth allows."""
-    there = {
+    """Return the sample's own metric, then the others of its task that its truth allows."""
+    available = {
         "answers": bool(sample.answers),
         "regions": bool(sample.regions),
         "masks": any(region.segmentation for region in sample.regions),
     }
-    others = (name for name in TASKS[sample.task] if name != sample.metric and there[METRICS[name].needs])
+    others = (name for name in TASKS[sample.task] if name != sample.metric and available[METRICS[name].needs])
     return (sample.metric, *others)
 
 
 def tally(name: str, samples: Sequence[Sample], answers: Sequence[Answer]) -> Tally:
-    """A metric on all samples of a run.
+    """Compute a metric on all samples of a run.
 
     Raises:
         UsageError: there is no metric of that name, or its library is not installed.
@@ -81,11 +80,11 @@ def tally(name: str, samples: Sequence[Sample], answers: Sequence[Answer]) -> Ta
 
 
 def groups(samples: Sequence[Sample]) -> list[Hashable]:
-    """What is drawn together, a key for each sample."""
+    """Return a key for each sample; a bootstrap draws samples with one key together."""
     return [sample.group for sample in samples]
 
 
-def _words(function: Callable[[str, Sequence[str]], float]) -> Score:
+def _text(function: Callable[[str, Sequence[str]], float]) -> SampleScore:
     return lambda sample, answer: Share(function(answer.text, sample.answers))
 
 
@@ -96,7 +95,7 @@ def _cider(samples: Sequence[Sample], answers: Sequence[Answer]) -> Tally:
 
 
 def _bleu(samples: Sequence[Sample], answers: Sequence[Answer]) -> Tally:
-    """BLEU-4 of sacrebleu (Post 2018), from sums of its counts; the value of a sample is its smoothed sentence BLEU."""
+    """BLEU-4 of sacrebleu (Post 2018), from sums of its counts; a sample has its smoothed sentence BLEU."""
     bleu = require("sacrebleu.metrics", "BLEU").BLEU
     corpus, sentence = bleu(), bleu(effective_order=True)
     rows = [sentence.sentence_score(a.text, list(s.answers)) for s, a in zip(samples, answers, strict=True)]
@@ -114,12 +113,12 @@ def _bleu(samples: Sequence[Sample], answers: Sequence[Answer]) -> Tally:
 def _rouge(samples: Sequence[Sample], answers: Sequence[Answer]) -> Tally:
     """ROUGE-L of rouge-score (Lin 2004): the F measure against the nearest true answer, stemmed."""
     scorer = require("rouge_score.rouge_scorer", "ROUGE").RougeScorer(["rougeL"], use_stemmer=True)
-    found = [scorer.score_multi(s.answers, a.text)["rougeL"].fmeasure for s, a in zip(samples, answers, strict=True)]
-    return Tally(np.array(found), bootstrap.mean(found))
+    values = [scorer.score_multi(s.answers, a.text)["rougeL"].fmeasure for s, a in zip(samples, answers, strict=True)]
+    return Tally(np.array(values), bootstrap.mean(values))
 
 
 def _character_errors(sample: Sample, answer: Answer) -> Share:
-    return Share(*text.character_errors(answer.text, sample.answers))
+    return Share(*words.character_errors(answer.text, sample.answers))
 
 
 def _box_accuracy(sample: Sample, answer: Answer) -> Share:
@@ -151,13 +150,13 @@ def _mask_ciou(sample: Sample, answer: Answer) -> Share:
 
 
 METRICS = {
-    "exact_match": Metric("exact match", "answers", _words(text.exact_match)),
-    "vqa_accuracy": Metric("VQA accuracy", "answers", _words(text.vqa_accuracy)),
-    "textvqa_accuracy": Metric("TextVQA accuracy", "answers", _words(text.textvqa_accuracy)),
-    "anls": Metric("ANLS", "answers", _words(text.anls)),
-    "relaxed_accuracy": Metric("relaxed accuracy (5 %)", "answers", _words(text.relaxed_accuracy)),
-    "choice_accuracy": Metric("choice accuracy", "answers", _words(text.choice_accuracy)),
-    "yes_no_accuracy": Metric("yes/no accuracy", "answers", _words(text.yes_no_accuracy)),
+    "exact_match": Metric("exact match", "answers", _text(words.exact_match)),
+    "vqa_accuracy": Metric("VQA accuracy", "answers", _text(words.vqa_accuracy)),
+    "textvqa_accuracy": Metric("TextVQA accuracy", "answers", _text(words.textvqa_accuracy)),
+    "anls": Metric("ANLS", "answers", _text(words.anls)),
+    "relaxed_accuracy": Metric("relaxed accuracy (5 %)", "answers", _text(words.relaxed_accuracy)),
+    "choice_accuracy": Metric("choice accuracy", "answers", _text(words.choice_accuracy)),
+    "yes_no_accuracy": Metric("yes/no accuracy", "answers", _text(words.yes_no_accuracy)),
     "character_error_rate": Metric("character error rate", "answers", _character_errors, higher_is_better=False, scale=0.0),
     "cider": Metric("CIDEr-D", "answers", corpus=_cider, scale=10.0),
     "bleu": Metric("BLEU-4", "answers", corpus=_bleu),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How right boxes and masks are: IoU one to one, COCO's mAP, referring expressions, mask IoU."""
+"""Metrics of boxes and masks: IoU one to one, COCO's mAP, referring expressions, mask IoU."""
 
 import contextlib
 import io
@@ -13,12 +13,12 @@ from pgxport.metrics.bootstrap import Curve
 from pgxport.metrics.sample import BoxEdges, Region, Sample
 from pgxport.runners.outputs import Answer, Box, Mask
 
-HIT = 0.5  # the IoU from which a box counts as found
-RECALLS = np.linspace(0, 1, 101)  # where COCO reads the precision
+HIT = 0.5  # the IoU from which on a box is a hit
+RECALLS = np.linspace(0, 1, 101)  # at which COCO reads the precision
 
 
 def box_iou(a: BoxEdges, b: BoxEdges) -> float:
-    """Intersection over union of two boxes y1, x1, y2, x2.
+    """Return the intersection over union of two boxes y1, x1, y2, x2.
 
     >>> box_iou((0, 0, 2, 2), (0, 1, 2, 3))
     0.3333333333333333
@@ -30,9 +30,10 @@ def box_iou(a: BoxEdges, b: BoxEdges) -> float:
 
 
 def matched_ious(regions: Sequence[Region], boxes: Sequence[Box]) -> list[float]:
-    """The IoU of each true object, crowds aside, with the box that is given to it; 0 where none is left.
+    """Return the IoU of each true object but crowds with the box that is matched to it; 0 without one.
 
-    One to one within a label, best pairs first, as the tiny checkpoint was evaluated (tools/tiny/evaluate.py).
+    Boxes are matched one to one within a label, best pairs first, as in the tiny checkpoint's evaluation
+    (tools/tiny/evaluate.py).
     """
     truths = [region for region in regions if not region.crowd]
     pairs = sorted(
@@ -54,65 +55,66 @@ def matched_ious(regions: Sequence[Region], boxes: Sequence[Box]) -> list[float]
 
 
 def referred_iou(regions: Sequence[Region], boxes: Sequence[Box]) -> float:
-    """The IoU of the first box with the one true object, whatever its label: the expression says which is meant."""
+    """Return the IoU of the first box with the one true object, whatever its label."""
     return box_iou(regions[0].box, edges(boxes[0])) if boxes else 0.0
 
 
 def mask_overlap(region: Region, masks: Sequence[Mask]) -> tuple[int, int]:
-    """Pixels in both, and in either, of a true mask and the first mask of an answer; an answer without one has no pixel."""
+    """Return the pixels in both, and in either, of a true mask and an answer's first mask, if it has one."""
     assert region.segmentation is not None, "Bug: a mask metric on a sample without a true mask"
     truth = region.segmentation.mask()
-    said = masks[0].mask if masks else None
-    if said is None:
+    mask = masks[0].mask if masks else None
+    if mask is None:
         return 0, int(truth.sum())
-    assert said.shape == truth.shape, f"Bug: a mask of {said.shape} for a picture of {truth.shape}"
-    return int((said & truth).sum()), int((said | truth).sum())
+    assert mask.shape == truth.shape, f"Bug: a mask of {mask.shape} for a picture of {truth.shape}"
+    return int((mask & truth).sum()), int((mask | truth).sum())
 
 
 def same_label(a: str, b: str) -> bool:
-    """Whether two labels mean one thing: case and white space do not count."""
+    """Whether two labels are equal but for case and outer white space."""
     return a.strip().lower() == b.strip().lower()
 
 
 def edges(box: Box) -> BoxEdges:
-    """y1, x1, y2, x2."""
+    """Return y1, x1, y2, x2 of a box."""
     return box.y1, box.x1, box.y2, box.x2
 
 
-# COCO's mean average precision -----------------------------------------------------------------------------------------
+# COCO's mean average precision ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Category:
-    """What COCO's matching says of one label, detections in the order of falling score."""
+    """COCO's matching for one label: D detections by falling score, 10 IoU thresholds, N samples."""
 
-    sample: np.ndarray  # [D] the sample a detection belongs to
-    hit: np.ndarray  # bool [10, D] it meets a true box at the threshold
-    miss: np.ndarray  # bool [10, D] it meets nothing; one that meets a crowd is neither
-    truths: np.ndarray  # [N] true boxes in each sample
+    sample: np.ndarray  # int [D]: the sample that a detection belongs to
+    hit: np.ndarray  # bool [10, D]: the detection matches a true box at the threshold
+    miss: np.ndarray  # bool [10, D]: it matches nothing; one that matches a crowd is neither hit nor miss
+    truths: np.ndarray  # [N]: true boxes in each sample
 
 
 def average_precision(samples: Sequence[Sample], answers: Sequence[Answer]) -> Curve:
-    """COCO's AP (IoU 0.50:0.95, all areas, 100 detections) as a function of the samples' weights (Lin et al. 2014).
+    """COCO's AP (IoU 0.50:0.95, all areas, 100 detections) as a function of the weights (Lin et al. 2014).
 
-    pycocotools matches; the precision is accumulated here, because a bootstrap needs it thousands of times. PaliGemma gives
-    no scores, so the order of an answer ranks its boxes: the first box of every answer comes before every second one.
+    pycocotools matches; the precision is accumulated here, because a bootstrap needs it thousands of times.
+    PaliGemma gives no scores, so the order of an answer ranks its boxes: the first box of every answer comes
+    before every second one.
     """
-    found = [category for category in _categories(samples, answers) if category.truths.any()]
+    categories = [category for category in _categories(samples, answers) if category.truths.any()]
 
     def curve(weights: np.ndarray) -> np.ndarray:
-        if not found:
+        if not categories:
             return np.full(len(weights), np.nan)
-        values = np.stack([_category_ap(category, weights) for category in found])  # [K, R]
-        there = ~np.isnan(values)
-        total, count = np.where(there, values, 0.0).sum(0), there.sum(0)
+        values = np.stack([_category_ap(category, weights) for category in categories])  # [K, R]
+        defined = ~np.isnan(values)
+        total, count = np.where(defined, values, 0.0).sum(0), defined.sum(0)
         return np.divide(total, count, out=np.full(len(weights), np.nan), where=count > 0)
 
     return curve
 
 
 def _category_ap(category: Category, weights: np.ndarray) -> np.ndarray:
-    """[R, N] -> [R]: mean over thresholds of the precision at 101 recalls, NaN where no true box was drawn."""
+    """[R, N] -> [R]: mean over thresholds of the precision at 101 recalls, NaN if no true box was drawn."""
     truths = weights @ category.truths  # [R]
     if not len(category.sample):
         return np.where(truths > 0, 0.0, np.nan)
@@ -134,7 +136,7 @@ def _categories(samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Ca
     labels = {region.label.strip().lower() for sample in samples for region in sample.regions}
     number = {label: n for n, label in enumerate(sorted(labels), 1)}
     truths = [_annotation(n, number, r.label, r.box, iscrowd=int(r.crowd)) for n, s in enumerate(samples, 1) for r in s.regions]
-    said = [
+    detections = [
         _annotation(n, number, box.label, edges(box), score=1 / (1 + rank))
         for n, answer in enumerate(answers, 1)
         for rank, box in enumerate(answer.boxes)
@@ -144,7 +146,7 @@ def _categories(samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Ca
         return []
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         tables = [coco.COCO() for _ in range(2)]
-        for table, annotations in zip(tables, (truths, said), strict=True):
+        for table, annotations in zip(tables, (truths, detections), strict=True):
             table.dataset = {
                 "images": [{"id": n} for n in range(1, len(samples) + 1)],
                 "categories": [{"id": n} for n in number.values()],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sample: a picture, a prompt and what is true, the same type whatever data set it came from."""
+"""A sample: a picture, a prompt and what is true, of one type for every data set and every command."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pgxport.errors import InputError, require
+from pgxport.errors import DiskError, InputError, require
 from pgxport.runners.image import load_image
 
 # The tasks whose answer is a place: text without a box is then no answer.
@@ -26,7 +26,7 @@ class Segmentation:
     runs: tuple[int, ...] = ()
 
     def mask(self) -> np.ndarray:
-        """Bool [H, W].
+        """Return the pixels of the object, bool [H, W].
 
         >>> Segmentation((2, 2), runs=(2, 2)).mask().tolist()
         [[False, True], [False, True]]
@@ -36,13 +36,13 @@ class Segmentation:
             ones = np.repeat(np.arange(len(self.runs)) % 2 == 1, self.runs)
             return ones.reshape((height, width), order="F")
         coco = require("pycocotools.mask", "a mask of polygons")
-        coded = coco.merge(coco.frPyObjects([list(polygon) for polygon in self.polygons], height, width))
-        return coco.decode(coded).astype(np.bool_)
+        run_lengths = coco.merge(coco.frPyObjects([list(polygon) for polygon in self.polygons], height, width))
+        return coco.decode(run_lengths).astype(np.bool_)
 
 
 @dataclass(frozen=True)
 class Region:
-    """A true object. A crowd is many objects under one outline: finding it is neither right nor wrong."""
+    """A true object. A crowd is many objects under one outline: to find it is neither right nor wrong."""
 
     label: str
     box: BoxEdges
@@ -52,30 +52,31 @@ class Region:
 
 @dataclass(frozen=True)
 class Drawn:
-    """An embedded scene of the test split, drawn when it is needed: a picture is 150 KB, its number is not."""
+    """An embedded scene by its number, drawn when it is needed: a picture takes 150 KB."""
 
     index: int
+    split: str = "test"  # a key of models.tiny.scenes.SPLITS
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a bundle is asked, and what is true."""
+    """One question about one picture, and what is true: answers, or regions, or neither."""
 
-    id: str
+    id: str  # for messages and pages
     image: Path | bytes | Drawn
     prompt: str
     task: str
-    metric: str  # the one that decides; a key of metrics.METRICS
+    metric: str  # the metric that decides; a key of metrics.METRICS
     answers: tuple[str, ...] = ()
     regions: tuple[Region, ...] = ()
 
     @property
     def group(self) -> Hashable:
-        """What is drawn together in a bootstrap: questions about one picture are not independent."""
+        """The key by which samples are drawn together: questions about one picture depend on each other."""
         return self.image
 
     def open(self) -> Image.Image:
-        """The picture as upright 8-bit RGB.
+        """Return the picture as upright 8-bit RGB.
 
         Raises:
             InputError: it is damaged; the message names the sample.
@@ -83,8 +84,23 @@ class Sample:
         if isinstance(self.image, Drawn):
             from pgxport.models.tiny.scenes import draw
 
-            return draw("test", self.image.index).image
+            return draw(self.image.split, self.image.index).image
         try:
             return load_image(self.image)
         except InputError as error:
             raise InputError(f"sample {self.id}: {error}") from error
+
+    def content(self) -> bytes:
+        """Return the bytes that a digest of the picture is made of: its file, or the pixels of a drawn scene.
+
+        Raises:
+            DiskError: the file cannot be read; the message names the sample.
+        """
+        if isinstance(self.image, Drawn):
+            return self.open().tobytes()
+        if isinstance(self.image, bytes):
+            return self.image
+        try:
+            return self.image.read_bytes()
+        except OSError as error:
+            raise DiskError(f"sample {self.id}: {self.image} cannot be read: {error.strerror or error}") from error

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How right a text is: VQA accuracy, ANLS, relaxed accuracy, exact match, multiple choice, character errors.
+"""Metrics of text: VQA accuracy, ANLS, relaxed accuracy, exact match, multiple choice, character errors.
 
-Letter for letter the standard implementations, oddities included: a number nobody can compare is worth nothing.
+They follow the standard implementations letter for letter, oddities included, to be comparable.
 """
 
 import re
 from collections.abc import Sequence
 
-# A word of an answer loses its apostrophe in typing: "dont". With two of them, either one: "couldnt've", "couldn'tve".
+# An answer's word may lack its apostrophe: "dont". Of two, it may lack either: "couldnt've", "couldn'tve".
 _ONE_APOSTROPHE = """
 ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd
 it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll
@@ -36,15 +36,15 @@ RELAXED = 0.05
 
 
 def exact_match(answer: str, truths: Sequence[str]) -> float:
-    """1 if the answer is one of the true ones, but for white space around it."""
+    """Return 1 if the answer equals a true one but for white space around it."""
     return float(answer.strip() in [truth.strip() for truth in truths])
 
 
 def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """VQA accuracy: min(matching people / 3, 1), averaged over the sets that leave one person out.
+    """Return VQA accuracy: min(matching people / 3, 1), averaged over the sets that leave one person out.
 
-    As VQAEval of the VQA v2 evaluation code (Antol et al. 2015; GT-Vision-Lab/VQA) has it: the true answers lose their
-    punctuation only where people disagree, and never their articles.
+    This is VQAEval of the VQA v2 evaluation code (Antol et al. 2015; GT-Vision-Lab/VQA): the true answers
+    lose their punctuation only where people disagree, and never their articles.
 
     >>> vqa_accuracy("Two!", ["2"] * 2 + ["3"] * 8)
     0.6
@@ -55,9 +55,9 @@ def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
 
 
 def textvqa_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """VQA accuracy with the true answers normalised as the answer is, as TextVQA's challenge does (Singh et al. 2019; MMF).
+    """Return VQA accuracy with the true answers normalised too, as TextVQA does (Singh et al. 2019; MMF).
 
-    Its annotators wrote freely; VQA v2's answers were normalised before they were published.
+    TextVQA's annotators wrote freely; VQA v2's answers were normalised before they were published.
     """
     return _leave_one_out(normalise(answer), [normalise(truth) for truth in truths])
 
@@ -65,12 +65,12 @@ def textvqa_accuracy(answer: str, truths: Sequence[str]) -> float:
 def _leave_one_out(answer: str, truths: Sequence[str]) -> float:
     same = sum(truth == answer for truth in truths)
     others = [same - (truth == answer) for truth in truths]
-    # One annotator leaves nobody when he is left out; then he alone decides.
+    # A single annotator cannot be left out, and decides alone.
     return sum(min(1.0, n / 3) for n in others) / len(truths) if len(truths) > 1 else float(bool(same))
 
 
 def normalise(answer: str) -> str:
-    """The official clean-up of an answer: punctuation, case, number words, articles, contractions.
+    """Return the answer after VQA's clean-up of punctuation, case, number words, articles, contractions.
 
     >>> normalise("The  two dogs, arent they?")
     "2 dogs aren't they"
@@ -84,34 +84,36 @@ def _without_punctuation(text: str) -> str:
     out = text
     thousands = re.search(r"\d,\d", text) is not None
     for mark in PUNCTUATION:
-        # Beside a space, or where any number has a thousands comma, a mark vanishes; elsewhere it parts two words.
+        # A mark beside a space, or in an answer with a thousands comma, is deleted; another becomes a space.
         out = out.replace(mark, "" if thousands or f"{mark} " in text or f" {mark}" in text else " ")
     # 32 is re.UNICODE, which the official code passes in the place of `count`.
     return re.sub(r"\.(?!\d)", "", out, count=32)
 
 
 def anls(answer: str, truths: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity to the nearest true answer, 0 below 0.5 (Biten et al. 2019).
+    """Return the normalised Levenshtein similarity to the nearest true answer, 0 below 0.5 (Biten et al.
+    2019).
 
-    As the script of the DocVQA challenge (rrc.cvc.uab.es): case and runs of spaces do not count, and a similarity of exactly
-    0.5 does, where the paper's formula has 0.
+    As in the script of the DocVQA challenge (rrc.cvc.uab.es), case and runs of spaces do not count, and a
+    similarity of exactly 0.5 does, where the paper's formula has 0.
 
     >>> anls("Recieved", ["received", "sent"])
     0.75
     """
-    said = " ".join(answer.lower().split())
+    given = " ".join(answer.lower().split())
     best = 0.0
     for truth in truths:
         true = " ".join(truth.lower().split())
-        longest = max(len(said), len(true))
-        best = max(best, 1 - levenshtein(said, true) / longest if longest else 1.0)
+        longest = max(len(given), len(true))
+        best = max(best, 1 - levenshtein(given, true) / longest if longest else 1.0)
     return best if best >= ANLS_THRESHOLD else 0.0
 
 
 def relaxed_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """1 if a number is within 5 % of the true one, or a text is the true one in any case (Masry et al. 2022).
+    """Return 1 if a number is within 5 % of the true one, or a text equals it in any case (Masry et al.
+    2022).
 
-    As pix2struct's `relaxed_correctness`: a percentage is read as a fraction, and near zero there is no room.
+    As in pix2struct's `relaxed_correctness`, a percentage is read as a fraction, and zero is met exactly.
 
     >>> relaxed_accuracy("10.4", ["10"]), relaxed_accuracy("4%", ["0.04"]), relaxed_accuracy("1", ["0"])
     (1.0, 1.0, 0.0)
@@ -120,9 +122,9 @@ def relaxed_accuracy(answer: str, truths: Sequence[str]) -> float:
 
 
 def _relaxed_match(answer: str, truth: str) -> bool:
-    said, true = _number(answer), _number(truth)
-    if said is not None and true:
-        return abs(said - true) / abs(true) <= RELAXED
+    given, true = _number(answer), _number(truth)
+    if given is not None and true:
+        return abs(given - true) / abs(true) <= RELAXED
     return answer.lower() == truth.lower()
 
 
@@ -134,25 +136,26 @@ def _number(text: str) -> float | None:
 
 
 def choice_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """1 if the answer names the right choice, by its letter or by its text; `truths` are both, the letter first.
+    """Return 1 if the answer names the right choice by its letter or its text, `truths` in this order.
 
-    "The answer is B." is ScienceQA's own form (Lu et al. 2022); a bare or bracketed letter is taken too.
+    ScienceQA's own form is "The answer is B." (Lu et al. 2022); a bare or bracketed letter counts too.
 
     >>> choice_accuracy("The answer is B.", ["B", "a spring"]), choice_accuracy("(a)", ["B", "a spring"])
     (1.0, 0.0)
     """
     letter, *texts = truths
-    said = answer.strip()
-    named = re.match(r"(?:the answer is )?\(?([a-z])\)?\.?$|the answer is \(?([a-z])\)?\.", said, re.IGNORECASE)
+    given = answer.strip()
+    named = re.match(r"(?:the answer is )?\(?([a-z])\)?\.?$|the answer is \(?([a-z])\)?\.", given, re.IGNORECASE)
     if named:
         return float((named[1] or named[2]).lower() == letter.lower())
-    return float(said.rstrip(".").lower() in [text.strip().rstrip(".").lower() for text in texts])
+    return float(given.rstrip(".").lower() in [text.strip().rstrip(".").lower() for text in texts])
 
 
 def yes_no_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """1 if the answer's first word is the true yes or no.
+    """Return 1 if the answer's first word is the true yes or no.
 
-    POPE's script (Li et al. 2023) takes whatever is not a no for a yes, so that a broken model scores a half; here it scores 0.
+    POPE's script (Li et al. 2023) counts every answer but no as yes, so that a broken model scores a half;
+    here it scores 0.
 
     >>> yes_no_accuracy("No, there is not.", ["no"]), yes_no_accuracy("", ["yes"])
     (1.0, 0.0)
@@ -162,7 +165,7 @@ def yes_no_accuracy(answer: str, truths: Sequence[str]) -> float:
 
 
 def character_errors(answer: str, truths: Sequence[str]) -> tuple[int, int]:
-    """Edits that turn the answer into the nearest true one, and that one's length; sums of both give the CER.
+    """Return the edits to the nearest true answer, and that one's length; sums of both give the CER.
 
     >>> character_errors("AB12", ["A812"])
     (1, 4)
@@ -172,7 +175,7 @@ def character_errors(answer: str, truths: Sequence[str]) -> tuple[int, int]:
 
 
 def levenshtein(a: str, b: str) -> int:
-    """The fewest insertions, deletions and substitutions between two texts (Wagner and Fischer 1974)."""
+    """Return the fewest insertions, deletions and substitutions between texts (Wagner and Fischer 1974)."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report advises, in sentences: which bundle to take, what each costs, and what cannot be told. Reads the rows alone.
+"""The advice of a report, in sentences: which bundle to take, what each costs, and what is uncertain.
 
 Two rows are ranked only where the interval of their difference leaves no doubt.
 """
@@ -7,30 +7,33 @@ Two rows are ranked only where the interval of their difference leaves no doubt.
 from collections.abc import Callable, Iterator, Sequence
 
 from pgxport.reporting.schema import Device, Finding, Interval, Pair, Row
+from pgxport.text import size
 
 STEPS = 4  # lines on budgets of one kind
 
 
 def findings(device: Device) -> tuple[Finding, ...]:
-    """The sentences: the advice, what failed, what is below the gate, and then the rest."""
+    """Return the sentences: the advice, what failed, what is below the gate, and then the rest."""
     rows = {row.label: row for row in device.rows}
     ok = [row for row in device.rows if row.status == "ok"]
     passing = [row for row in ok if passes(row, device)]
     reference = rows[device.reference]
     if reference.status == "failed":
-        found = [Finding(kind="failed", text=f"The reference {device.reference} failed, so no accuracy is compared.")]
+        sentences = [Finding(kind="failed", text=f"The reference {device.reference} failed, so no accuracy is compared.")]
     elif reference.quality and reference.quality.value <= 0:
         text = (
             f"The reference {device.reference} has a quality of 0 on {reference.measured} samples, so no bundle can be advised; "
         )
-        found = [
+        sentences = [
             Finding(kind="failed", text=text + "see where answers differ from what is true, and ask otherwise with --prompt.")
         ]
     else:
-        found = list(_best(device, passing))
-    found += [Finding(kind="failed", text=f"{row.label} failed: {row.reason}") for row in device.rows if row.status == "failed"]
-    found += [*_gate(device, ok), *_budgets(device, [row for row in ok if row.target != "torch"]), *_gains(device, ok)]
-    return tuple(found)
+        sentences = list(_best(device, passing))
+    sentences += [
+        Finding(kind="failed", text=f"{row.label} failed: {row.reason}") for row in device.rows if row.status == "failed"
+    ]
+    sentences += [*_gate(device, ok), *_budgets(device, [row for row in ok if row.target != "torch"]), *_gains(device, ok)]
+    return tuple(sentences)
 
 
 def passes(row: Row, device: Device) -> bool:
@@ -41,7 +44,7 @@ def passes(row: Row, device: Device) -> bool:
 
 
 def gate_failures(device: Device) -> list[str]:
-    """A line for each row that a gate must stop; a bundle that failed has no accuracy at all."""
+    """Return a line for each row that a gate must stop; a bundle that failed has no accuracy at all."""
     lines = []
     for row in device.rows:
         if row.status == "failed":
@@ -64,7 +67,8 @@ def gate_failures(device: Device) -> list[str]:
 
 
 def percent(interval: Interval) -> str:
-    """
+    """Format a share, and its interval.
+
     >>> percent(Interval(value=0.991, low=0.982, high=1.0))
     '99.1 % (98.2–100.0)'
     """
@@ -73,7 +77,8 @@ def percent(interval: Interval) -> str:
 
 
 def ratio(interval: Interval) -> str:
-    """
+    """Format a ratio, and its interval.
+
     >>> ratio(Interval(value=1.2, low=1.1, high=1.3))
     '×1.20 (1.10–1.30)'
     """
@@ -82,11 +87,11 @@ def ratio(interval: Interval) -> str:
 
 
 def latency(device: Device, first: str, second: str) -> Interval | None:
-    """How many times as long the second takes."""
-    found = _pair(device.pairs, first, second)
-    if found is None or found.latency is None or found.first == first:
-        return found.latency if found else None
-    i = found.latency
+    """Return how many times as long the second row's answers take as the first's."""
+    pair = _pair(device.pairs, first, second)
+    if pair is None or pair.latency is None or pair.first == first:
+        return pair.latency if pair else None
+    i = pair.latency
     return Interval(value=1 / i.value, low=1 / i.high if i.high else None, high=1 / i.low if i.low else None)
 
 
@@ -94,7 +99,7 @@ def _best(device: Device, passing: Sequence[Row]) -> Iterator[Finding]:
     able = [row for row in passing if row.target != "torch"]
     bundles = [row for row in able if "answer" in row.seconds]
     if able and not bundles:
-        return  # a node of a cluster that timed only others
+        return  # a node of a cluster that timed none of them
     if not bundles:
         yield Finding(kind="best", text=f"No bundle keeps {device.gate:.0%} of {device.reference}'s quality on this data.")
         return
@@ -125,7 +130,7 @@ def _kept(device: Device, row: Row) -> str:
 
 
 def _gate(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
-    """Who is below the gate, and for whom more samples would have to tell."""
+    """Yield the rows below the gate, and those for which more samples are needed."""
     below, doubted, few = [], [], []
     for row in ok:
         if row.label == device.reference or row.kept is None:
@@ -157,13 +162,13 @@ def _gate(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
 
 
 def _too_few(row: Row, gate: float) -> bool:
-    """Whether a loss that the gate forbids may have hit none of the samples: drawing them again cannot show what none of them has."""
+    """Whether a forbidden loss may have hit no sample at all: resampling cannot show what no sample has."""
     kept = row.kept
     return kept is not None and kept.low is not None and kept.low >= gate and _unseen(row.measured) > 1 - gate
 
 
 def _unseen(samples: int) -> float:
-    """The largest share that none of so many samples shows in one of twenty cases (the rule of three, exactly).
+    """Return the largest share that so many samples miss in one of twenty cases (the rule of three, exactly).
 
     >>> round(_unseen(300), 4)
     0.0099
@@ -176,20 +181,20 @@ def _sure(kept: Interval, gate: float) -> bool:
 
 
 def _gains(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
-    """What bundles did not gain in time or size over the float one."""
+    """Yield the bundles that gained nothing in time, or nothing at all, over the float one."""
     bundles = [row for row in ok if row.target != "torch"]
     base = next((row for row in bundles if row.label == device.reference), bundles[0] if bundles else None)
     nothing, slower, level = list[str](), list[str](), list[str]()
     for row in bundles:
         if base is None or row is base or (times := latency(device, base.label, row.label)) is None:
             continue
-        said = f"{row.label} {ratio(times)}, {row.bytes / base.bytes:.2f} of the size"
+        sentence = f"{row.label} {ratio(times)}, {row.bytes / base.bytes:.2f} of the size"
         if times.high is not None and times.high < 1:
             continue
         if row.bytes >= base.bytes:
-            nothing.append(said)
+            nothing.append(sentence)
         else:
-            (slower if times.low is not None and times.low > 1 else level).append(said)
+            (slower if times.low is not None and times.low > 1 else level).append(sentence)
     if base is None:
         return
     for rows, says in (
@@ -202,7 +207,7 @@ def _gains(device: Device, ok: Sequence[Row]) -> Iterator[Finding]:
 
 
 def _budgets(device: Device, bundles: Sequence[Row]) -> Iterator[Finding]:
-    """The best quality under each budget of time and of size, from the tightest on."""
+    """Yield the best quality under each budget of time and of size, from the tightest on."""
     rated = [row for row in bundles if row.quality and "answer" in row.seconds]
     kinds: list[tuple[Callable[[Row], float], Callable[[Row], str]]] = [(_p50, _ms), (lambda row: row.bytes, _mb)]
     for key, show in kinds:
@@ -224,15 +229,15 @@ def _budgets(device: Device, bundles: Sequence[Row]) -> Iterator[Finding]:
 
 
 def _better(device: Device, first: Row, second: Row) -> bool:
-    """Whether the first is more accurate beyond doubt."""
-    found = _pair(device.pairs, first.label, second.label)
-    if found is None or found.quality is None or found.quality.low is None or found.quality.high is None:
+    """Whether the first row is more accurate, beyond doubt."""
+    pair = _pair(device.pairs, first.label, second.label)
+    if pair is None or pair.quality is None or pair.quality.low is None or pair.quality.high is None:
         return False
-    return found.quality.high < 0 if found.first == first.label else found.quality.low > 0
+    return pair.quality.high < 0 if pair.first == first.label else pair.quality.low > 0
 
 
 def _slower(device: Device, first: Row, second: Row) -> bool:
-    """Whether the second takes longer beyond doubt."""
+    """Whether the second row takes longer, beyond doubt."""
     times = latency(device, first.label, second.label)
     return times is not None and times.low is not None and times.low > 1
 
@@ -251,7 +256,7 @@ def _ms(row: Row) -> str:
 
 
 def _mb(row: Row) -> str:
-    return f"{row.bytes / 1e6:.3g} MB" if row.bytes < 1e9 else f"{row.bytes / 1e9:.3g} GB"
+    return size(row.bytes)
 
 
 def _names(rows: Sequence[Row]) -> str:

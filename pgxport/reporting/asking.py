@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answer samples for a report, one at a time, and follow an answer that is given. Run as a module, it is a worker that does.
+"""Ask a loaded bundle, and compare it with the reference along the reference's answer (teacher forcing).
 
-python -m pgxport.reporting.asking, then a line of JSON a request (worker.py)
+`pgx tune` calls these functions in its own process. `pgx report` runs this module as a process for each
+bundle: python -m pgxport.reporting.asking, then a line of JSON a request (worker.py)
 """
 
 import base64
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,40 +21,119 @@ from pgxport.benchmarking.worker import Askable, serve
 from pgxport.bundle.manifest import Manifest, TokenIds
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import InputError
-from pgxport.machine.nvml import find_vram
+from pgxport.files import disk_errors, writing
+from pgxport.machine.nvml import find_nvml
 from pgxport.metrics.fidelity import kl_divergence
 from pgxport.metrics.sample import Drawn, Sample
+from pgxport.reporting.store import load_array
 from pgxport.runners.outputs import Answer
-from pgxport.runners.pipeline import Picture
+from pgxport.runners.pipeline import Picture, Pipeline
 from pgxport.runners.runner import Runner
 
 WARM_UP_PROMPT = "caption en"
 
 
 @dataclass
-class Along:
-    """What two models think of the next token, along the same answer and at its end."""
+class TokenAgreement:
+    """How far two models agree about the next token, summed over the positions of answers and their ends."""
 
     positions: int = 0
-    agreed: int = 0  # where both find the same token likeliest
-    kl: float = 0.0  # summed over positions, in nats
+    agreed: int = 0  # positions where the same token is likeliest to both
+    kl: float = 0.0  # KL(reference ‖ other) summed over positions, in nats
     kl_worst: float = 0.0
     located: int = 0  # positions where the reference would write a <loc…> or a <seg…>
     kl_located: float = 0.0  # summed over those, among such tokens only
 
-    def add(self, logits: np.ndarray, reference: np.ndarray, rows: np.ndarray) -> None:
-        """One more position; logits [V], the same after the same tokens."""
+    def add(self, logits: np.ndarray, reference: np.ndarray, locations: np.ndarray) -> None:
+        """Count one more position.
+
+        Args:
+            logits: [V], in float32.
+            reference: The reference's, [V], after the same tokens.
+            locations: Ids of the <loc…> and <seg…> tokens.
+        """
         kl = float(kl_divergence(logits[None], reference[None])[0])
+        likeliest = int(reference.argmax())
         self.positions += 1
-        self.agreed += int(logits.argmax() == reference.argmax())
+        self.agreed += int(logits.argmax() == likeliest)
         self.kl, self.kl_worst = self.kl + kl, max(self.kl_worst, kl)
-        if reference.argmax() in rows:
+        if likeliest in locations:
             self.located += 1
-            self.kl_located += float(kl_divergence(logits[None], reference[None], rows)[0])
+            self.kl_located += float(kl_divergence(logits[None], reference[None], locations)[0])
+
+    @staticmethod
+    def total(parts: "Sequence[TokenAgreement]") -> "TokenAgreement":
+        """Sum the agreement over several answers."""
+        return TokenAgreement(
+            sum(p.positions for p in parts), sum(p.agreed for p in parts), sum(p.kl for p in parts),
+            max((p.kl_worst for p in parts), default=0.0), sum(p.located for p in parts), sum(p.kl_located for p in parts),
+        )  # fmt: skip
+
+
+def compare(logits: Iterable[np.ndarray], reference: np.ndarray, ids: TokenIds) -> TokenAgreement:
+    """Compare logits [V], one position after the other, with the reference's [T, V].
+
+    Raises:
+        InputError: the models have different vocabularies.
+    """
+    locations = np.array([*_consecutive(ids.loc_first, ids.loc_count), *_consecutive(ids.seg_first, ids.seg_count)])
+    agreement = TokenAgreement()
+    for ours, theirs in zip(logits, reference, strict=True):
+        if ours.shape != theirs.shape:
+            raise InputError(f"{len(ours)} logits where the reference has {len(theirs)}: another vocabulary")
+        agreement.add(ours.astype(np.float32), theirs, locations)
+    return agreement
+
+
+def compare_and_answer(
+    pipeline: Pipeline, prefix: np.ndarray, ids: Sequence[int], reference: np.ndarray
+) -> tuple[TokenAgreement, list[int]]:
+    """Feed a bundle the reference's answer; returns the agreement, and the bundle's own answer.
+
+    Both cost one prefill. As long as the bundle's likeliest tokens are the reference's, they are its own
+    answer; at the first other token the cache is wound back, and the bundle goes on alone.
+
+    Args:
+        prefix: [1, T, H].
+        ids: The reference's answer.
+        reference: The reference's logits after the prefix and after each of its tokens, [len(ids) + 1, V].
+    """
+    limit, eos = pipeline.answer_limit(prefix), pipeline.manifest.token_ids.eos
+    decoder = pipeline.decoder(prefix.shape[1] + max(limit, len(ids)))
+    likeliest: list[int] = []
+
+    def noted() -> Iterator[np.ndarray]:
+        for logits in pipeline.teacher_forced(prefix, ids, decoder):
+            likeliest.append(int(logits.argmax()))
+            yield logits
+
+    agreement = compare(noted(), reference, pipeline.manifest.token_ids)
+    same = next((i for i, (a, b) in enumerate(zip(likeliest, ids, strict=False)) if a != b), len(ids))
+    answer = list(ids[:same])
+    if same >= limit:  # cut off at the limit
+        return agreement, answer[:limit]
+    decoder.length = prefix.shape[1] + same
+    token = likeliest[same]
+    while token != eos:
+        answer.append(token)
+        if len(answer) == limit:
+            break
+        token = int(decoder.feed(pipeline.embed([token])).argmax())
+    return agreement, answer
+
+
+def write_logits(file: Path, logits: Iterable[np.ndarray], count: int) -> None:
+    """Write logits [V] as a float32 array [count, V], row by row: a long answer's fill a board's memory."""
+    with disk_errors(f"cannot write {file}"), writing(file) as out:
+        for t, row in enumerate(logits):
+            if t == 0:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (count, len(row))}
+                np.lib.format.write_array_header_1_0(out, header)
+            out.write(row.astype("<f4").tobytes())
 
 
 class BundleSubject:
-    """A bundle that answers."""
+    """A bundle that answers, in a process of its own."""
 
     def __init__(self, request: dict[str, Any]):
         start = time.perf_counter()
@@ -61,33 +141,34 @@ class BundleSubject:
         verified = time.perf_counter()
         self._runner = Runner(bundle, engine=request["engine"], threads=request["threads"])
         self.opening = {"verify": verified - start, "load": time.perf_counter() - verified}
-        self.facts, self._vram = bundle_facts(bundle), find_vram(request["engine"])
+        self.facts, self._nvml = bundle_facts(bundle), find_nvml(request["engine"])
 
     def repeat(self, *, warm_up: bool) -> dict[str, float]:
         return dict(self._runner.answer(Image.new("RGB", (640, 480), "grey"), WARM_UP_PROMPT, max_new_tokens=4).timings)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer a sample; or write the logits along the reference's answer, or compare them with a file's."""
         picture = open_picture(request["image"])
         try:
-            if "follow" in request:
-                return self._follow(picture, request)
-            found = answered(self._runner.answer(picture, request["prompt"], max_new_tokens=request["max_new_tokens"]))
-            return found | ({"vram": self._vram.held_by(os.getpid())} if self._vram else {})
-        except InputError as error:  # this one cannot be asked; the next may
+            if "teacher_force" in request:
+                return self._teacher_force(picture, request)
+            reply = answer_json(self._runner.answer(picture, request["prompt"], max_new_tokens=request["max_new_tokens"]))
+            return reply | ({"vram": self._nvml.held_by(os.getpid())} if self._nvml else {})
+        except InputError as error:  # this sample cannot be asked; the next may
             return {"refused": str(error)}
 
-    def _follow(self, picture: Picture, request: dict[str, Any]) -> dict[str, Any]:
-        pipeline, ids = self._runner.pipeline, request["follow"]
+    def _teacher_force(self, picture: Picture, request: dict[str, Any]) -> dict[str, Any]:
+        pipeline, ids = self._runner.pipeline, request["teacher_force"]
         prefix = pipeline.prefix(pipeline.encode([picture]), pipeline.prompt_ids(request["prompt"]))
         logits = pipeline.teacher_forced(prefix, ids)
         if "write" in request:
-            write_logits(Path(request["write"]), logits, len(ids) + 1, pipeline.manifest.token_table.shape[0])
+            write_logits(Path(request["write"]), logits, len(ids) + 1)
             return {}
-        return along(request["read"], logits, pipeline.manifest.token_ids)
+        return {"agreement": asdict(compare(logits, load_array(Path(request["read"])), pipeline.manifest.token_ids))}
 
 
 def open_subject(request: dict[str, Any]) -> Askable:
-    """A bundle, or the checkpoint in transformers."""
+    """Open a bundle, or the checkpoint in transformers."""
     if "checkpoint" in request:
         from pgxport.reporting.transformers_subject import CheckpointSubject  # torch, which bundles do without
 
@@ -96,10 +177,10 @@ def open_subject(request: dict[str, Any]) -> Askable:
 
 
 def picture_of(sample: Sample) -> dict[str, Any]:
-    """A sample's picture, for `open_picture` in another process."""
+    """Return a sample's picture as plain data, for `open_picture` in another process."""
     match sample.image:
-        case Drawn(index):
-            return {"scene": index}
+        case Drawn(index, split):
+            return {"scene": index, "split": split}
         case bytes(content):
             return {"base64": base64.b64encode(content).decode()}
         case path:
@@ -107,34 +188,33 @@ def picture_of(sample: Sample) -> dict[str, Any]:
 
 
 def open_picture(image: dict[str, Any]) -> Picture:
-    """What a runner takes: files are decoded inside what is timed, as in use, and scenes are drawn outside of it."""
+    """Return what a runner takes: files are decoded inside the measured time, scenes are drawn outside."""
     if "scene" in image:
         from pgxport.models.tiny.scenes import draw
 
-        return draw("test", image["scene"]).image
+        return draw(image.get("split", "test"), image["scene"]).image
     return base64.b64decode(image["base64"]) if "base64" in image else str(image["path"])
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
-    """What a report says of a bundle that it has not measured."""
+    """Return what a report says of a bundle without measuring it."""
     m: Manifest = bundle.manifest
     shown = m.model_dump(include={"name", "recipe", "target", "resolution", "parameters"})
     parity = m.parity.model_dump() if m.parity else None
     stored: Counter[str] = Counter()
     for counts in m.stored.values():
         stored.update(counts)
-    return shown | {
-        "bytes": bundle.nbytes, "digest": bundle.digest(), "parity": parity,
-        "stored": dict(stored), "matrices": max(stored, key=lambda dtype: stored[dtype], default=None),
-    }  # fmt: skip
+    matrices = max(stored, key=lambda dtype: stored[dtype], default=None)
+    about = {"bytes": bundle.nbytes, "digest": bundle.digest(), "parity": parity, "stored": dict(stored), "matrices": matrices}
+    return shown | about
 
 
-def answered(answer: Answer) -> dict[str, Any]:
-    """An answer, and the seconds of its stages as a report shows them."""
+def answer_json(answer: Answer) -> dict[str, Any]:
+    """Return an answer as plain data, and the seconds of its stages as a report shows them."""
     plain = answer.to_json()
     timings = plain.pop("timings")
     before = [timings[stage] for stage in ("preprocess", "vision", "projector", "prefill") if stage in timings]
-    # The step that found the end of the text is one as well.
+    # The step that gave the end of the text is one as well.
     steps = max(0, len(answer.token_ids) - answer.truncated)
     stages = timings | {"first_token": sum(before), "answer": sum(timings.values())}
     if steps and "decode" in timings:
@@ -142,27 +222,7 @@ def answered(answer: Answer) -> dict[str, Any]:
     return {"answer": plain, "seconds": stages}
 
 
-def write_logits(file: Path, rows: Any, count: int, vocabulary: int) -> None:
-    """A float32 [T, V] file, row by row: a long answer's logits are more than a board wants to hold."""
-    out = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(count, vocabulary))
-    for t, logits in enumerate(rows):
-        out[t] = logits
-    out.flush()
-
-
-def along(file: str, rows: Any, ids: TokenIds) -> dict[str, Any]:
-    """Compare logits [V], one position after the other, with those that `write_logits` wrote."""
-    reference = np.load(file, mmap_mode="r", allow_pickle=False)
-    located = np.array([*_run(ids.loc_first, ids.loc_count), *_run(ids.seg_first, ids.seg_count)])
-    found = Along()
-    for logits, theirs in zip(rows, reference, strict=True):
-        if logits.shape != theirs.shape:
-            return {"refused": f"{len(logits)} logits where the reference has {len(theirs)}: another vocabulary"}
-        found.add(logits.astype(np.float32), theirs, located)
-    return {"along": asdict(found)}
-
-
-def _run(first: int, count: int) -> Sequence[int]:
+def _consecutive(first: int, count: int) -> Sequence[int]:
     return range(first, first + count)
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chart of a report: how long an answer takes against how good it is, a dot a bundle, as large as the bundle.
+"""The chart of a report: time against quality, a dot for each bundle, whose area is the bundle's size.
 
-altair describes it and vl-convert draws it, both without network. What comes from the data is a label, never an expression.
+altair describes the chart and vl-convert draws it, both without network. Text from the data is a label, never
+an expression.
 """
 
 import io
@@ -16,7 +17,7 @@ from pgxport.text import terminal_safe
 
 VERSION = "6.1"  # of Vega-Lite: the oldest that vl-convert 1.8 and 1.9 both bring
 WIDTH, HEIGHT = 620, 340
-# Each is told from white and from black by 3.5 : 1 or more.
+# Each has a contrast of 3.5 : 1 or more to white and to black.
 COLOURS = ("#0e7fa3", "#c2620a", "#8a63c4", "#1a8a50", "#d0447c", "#8a7415", "#4a78d6", "#7a7a7a", "#b0593f", "#2f8a8a")
 GREY = "#808080"  # is legible on white and on black
 LABEL = 28  # characters
@@ -25,22 +26,22 @@ SHIFTS = (-10, 14, -26, 30, -42, 46, -58, 62, -74, 78)  # of a name, in pixels
 
 
 def require_charts() -> None:
-    """The libraries are there.
+    """Check that the libraries are installed.
 
     Raises:
-        UsageError: one is not installed.
+        UsageError: one is not.
     """
     require("altair", "the chart of a report")
     require("vl_convert", "the chart of a report")
 
 
 def svg(report: Report) -> str:
-    """The chart of all devices, one under the other, on white."""
-    return _converter().vegalite_to_svg(_spec(report.devices, background="white"), vl_version=VERSION)
+    """Draw all devices, one under the other, on white, as SVG."""
+    return _converter().vegalite_to_svg(spec(report.devices, background="white"), vl_version=VERSION)
 
 
 def png(drawn: str) -> bytes:
-    """A chart's SVG in pixels, in 256 colours: a third of the bytes."""
+    """Turn a chart's SVG into a PNG of 256 colours, which has a third of the bytes."""
     file = io.BytesIO()
     Image.open(io.BytesIO(_converter().svg_to_png(drawn, scale=2))).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
         file, "PNG", optimize=True
@@ -49,19 +50,19 @@ def png(drawn: str) -> bytes:
 
 
 def device_svg(device: Device) -> str | None:
-    """The chart of one device for a page of either colour; None where nothing can be drawn."""
+    """Draw one device for a page of either colour; None where nothing was measured."""
     if not points(device):
         return None
-    return _converter().vegalite_to_svg(_spec([device], background="transparent"), vl_version=VERSION)
+    return _converter().vegalite_to_svg(spec([device], background="transparent"), vl_version=VERSION)
 
 
 def points(device: Device) -> list[dict[str, Any]]:
-    """What is drawn of a device: milliseconds, percent, megabytes, and their intervals."""
-    found = []
+    """Return the dots of a device: milliseconds, percent and megabytes, with their intervals."""
+    drawn = []
     for row in device.rows:
         if row.status == "ok" and row.quality and "answer" in row.seconds:
             time, quality = row.seconds["answer"], row.quality
-            found.append({
+            drawn.append({
                 "label": _label(row.label),
                 "ms": time.p50 * 1e3, "ms_low": (time.low or time.p50) * 1e3, "ms_high": (time.high or time.p50) * 1e3,
                 "quality": 100 * quality.value,
@@ -69,32 +70,33 @@ def points(device: Device) -> list[dict[str, Any]]:
                 "quality_high": 100 * (quality.value if quality.high is None else quality.high),
                 "MB": row.bytes / 1e6,
             })  # fmt: skip
-    return found
+    return drawn
 
 
 def gate_line(device: Device) -> float | None:
-    """The quality in percent below which a bundle fails the gate; None where the reference has none."""
+    """Return the quality in percent below which a bundle fails the gate; None without a reference's."""
     reference = next(row for row in device.rows if row.label == device.reference)
     return 100 * device.gate * reference.quality.value if reference.quality else None
 
 
 def describe(device: Device) -> str:
-    """The chart in words, for who cannot see it."""
-    said = [f"{p['label']}: {p['ms']:.3g} ms, {p['quality']:.1f} %, {p['MB']:.3g} MB" for p in points(device)]
+    """Describe the chart in words, for readers who cannot see it."""
+    rows = [f"{p['label']}: {p['ms']:.3g} ms, {p['quality']:.1f} %, {p['MB']:.3g} MB" for p in points(device)]
     gate = gate_line(device)
     below = "" if gate is None else f" The gate is at {gate:.1f} %."
-    return f"Median time of an answer against quality.{below} {'; '.join(said)}"
+    return f"Median time of an answer against quality.{below} {'; '.join(rows)}"
 
 
 def metric_title(row: Row) -> str:
-    """What the quality of a row is: the one deciding metric, or a mean."""
+    """Return the name of a row's quality: the one deciding metric, or a mean."""
     deciding = [score for score in row.scores if score.decides]
     if len(deciding) == 1:
         return f"{deciding[0].title} ({deciding[0].task})"
     return f"mean of {len(deciding)} tasks' deciding metrics"
 
 
-def _spec(devices: Any, *, background: str) -> dict[str, Any]:
+def spec(devices: Any, *, background: str) -> dict[str, Any]:
+    """Return the chart of devices as a Vega-Lite specification."""
     alt = require("altair", "the chart of a report")
     charts = [_layers(alt, device, titled=len(devices) > 1) for device in devices]
     charts = [chart for chart in charts if chart is not None]
@@ -109,8 +111,8 @@ def _spec(devices: Any, *, background: str) -> dict[str, Any]:
         .configure_view(stroke=None)
         .configure_title(color=GREY)
     )
-    spec: dict[str, Any] = styled.to_dict(validate=False)  # a test validates it; here it costs as much as all the rest
-    return spec
+    made: dict[str, Any] = styled.to_dict(validate=False)  # a test validates it; here that costs as much as all the rest
+    return made
 
 
 def _layers(alt: Any, device: Device, *, titled: bool) -> Any:
@@ -121,8 +123,8 @@ def _layers(alt: Any, device: Device, *, titled: bool) -> Any:
     base = alt.Chart(alt.Data(values=drawn))
     x_domain = (min(p["ms_low"] for p in drawn) / 1.1, max(p["ms_high"] for p in drawn) * 1.4)  # names stand to the right
     gate = gate_line(device)
-    seen = [p[end] for p in drawn for end in ("quality_low", "quality_high")] + ([] if gate is None else [gate])
-    low, high = min(seen), max(seen)
+    qualities = [p[end] for p in drawn for end in ("quality_low", "quality_high")] + ([] if gate is None else [gate])
+    low, high = min(qualities), max(qualities)
     y_domain = (low - 0.06 * (high - low) - 0.1, high + 0.06 * (high - low) + 0.1)
     x_scale = alt.Scale(type="log", domain=list(x_domain), nice=False)
     x = alt.X("ms:Q", scale=x_scale, title="whole answer, median, ms (logarithmic)")
@@ -152,11 +154,11 @@ def _layers(alt: Any, device: Device, *, titled: bool) -> Any:
 def _places(
     drawn: list[dict[str, Any]], x_domain: tuple[float, float], y_domain: tuple[float, float], gate: float | None
 ) -> list[int]:
-    """How far under its dot each name stands, so that no two names meet, nor the gate's."""
+    """Return how far under its dot each name stands, so that no name overlaps another or the gate's."""
     taken: list[tuple[float, float, float]] = []  # left, right, middle
     if gate is not None:
         taken.append((4, 4 + 6 * len(GATE), HEIGHT * (y_domain[1] - gate) / (y_domain[1] - y_domain[0]) + UNDER))
-    found = []
+    shifts = []
     for point in drawn:
         left = WIDTH * math.log(point["ms"] / x_domain[0]) / math.log(x_domain[1] / x_domain[0]) + 10
         right = left + 7 * len(point["label"])
@@ -164,12 +166,12 @@ def _places(
         free = [dy for dy in SHIFTS if not any(a < right and left < b and abs(at + dy - c) < 14 for a, b, c in taken)]
         dy = (free or list(SHIFTS))[0]
         taken.append((left, right, at + dy))
-        found.append(dy)
-    return found
+        shifts.append(dy)
+    return shifts
 
 
 def _label(text: str) -> str:
-    """Short, and without controls: a NUL ends the whole process inside vl-convert 1.9."""
+    """Shorten a text and remove controls: a NUL ends the whole process inside vl-convert 1.9."""
     plain = terminal_safe(text)
     return plain if len(plain) <= LABEL else plain[: LABEL - 1] + "…"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The samples on which bundles disagree, the worst first, and their pictures with boxes and masks, small."""
+"""The samples on which bundles disagree, the worst first, with small pictures of their boxes and masks."""
 
 import difflib
 import hashlib
@@ -22,13 +22,13 @@ from pgxport.runners.outputs import Answer, Box, Mask
 
 SIDE = 320  # pixels
 QUALITY = 70  # of WebP: 5 to 15 kB a picture
-BUDGET = 4_200_000  # bytes of the page, which ends at 5 MB, for all of this
-BASE64, MARKUP = 4 / 3, 6  # bytes of the page for one of a picture, and for one of a text: alt, caption, a tag a word
+BUDGET = 4_200_000  # bytes of the page, which has 5 MB at most, for all disagreements
+BASE64, MARKUP = 4 / 3, 6  # bytes of the page for a byte of a picture, and of a text: alt, caption, a tag a word
 
 
 @dataclass
 class Album:
-    """Pictures by name, which is their digest."""
+    """Pictures by name; the name is the digest."""
 
     files: dict[str, bytes] = field(default_factory=dict)
 
@@ -46,8 +46,8 @@ class Album:
 def disagreements(
     samples: Sequence[Sample], answers: Mapping[str, Sequence[Answer]], reference: str, count: int, album: Album
 ) -> tuple[schema.Disagreement, ...]:
-    """Up to `count` samples on which rows differ from the reference, one task after the other, the largest losses first."""
-    found: list[schema.Disagreement] = []
+    """Return up to `count` samples on which rows differ, taking tasks in turn, the largest losses first."""
+    shown_samples: list[schema.Disagreement] = []
     spent = 0.0
     for i in _worst(samples, answers, reference, count):
         of_this = Album()
@@ -56,14 +56,14 @@ def disagreements(
         if spent > BUDGET:
             break
         album.files |= of_this.files
-        found.append(shown)
-    return tuple(found)
+        shown_samples.append(shown)
+    return tuple(shown_samples)
 
 
 def within_budget(devices: Sequence[schema.Device], files: Mapping[str, bytes]) -> tuple[schema.Device, ...]:
-    """Devices that share one page, each with as many of its disagreements as its part of the page holds."""
+    """Return the devices of one page, each with the disagreements that its part of the page holds."""
     parts = max(1, sum(bool(device.disagreements) for device in devices))
-    found = []
+    shortened = []
     for device in devices:
         kept, spent = list[schema.Disagreement](), 0.0
         for shown in device.disagreements:
@@ -71,17 +71,17 @@ def within_budget(devices: Sequence[schema.Device], files: Mapping[str, bytes]) 
             if spent > BUDGET / parts:
                 break
             kept.append(shown)
-        found.append(device.model_copy(update={"disagreements": tuple(kept)}))
-    return tuple(found)
+        shortened.append(device.model_copy(update={"disagreements": tuple(kept)}))
+    return tuple(shortened)
 
 
 def named(shown: Sequence[schema.Disagreement]) -> set[str]:
-    """The pictures they name."""
-    return {name for d in shown for name in (d.picture, *(said.picture for said in d.answers)) if name}
+    """Return the names of the pictures that disagreements show."""
+    return {name for d in shown for name in (d.picture, *(answer.picture for answer in d.answers)) if name}
 
 
 def _bytes(shown: schema.Disagreement, files: Mapping[str, bytes]) -> float:
-    """Of the page."""
+    """Estimate the bytes of the page that a disagreement takes."""
     return BASE64 * sum(map(len, files.values())) + MARKUP * len(shown.model_dump_json())
 
 
@@ -95,17 +95,17 @@ def _worst(samples: Sequence[Sample], answers: Mapping[str, Sequence[Answer]], r
             losses = [right - _value(sample, other) for other in others]
             by_task[sample.task].append((-max(losses), i))
     queues = [sorted(entries) for entries in by_task.values()]
-    found: list[tuple[float, int]] = []
-    while len(found) < count and any(queues):
+    chosen: list[tuple[float, int]] = []
+    while len(chosen) < count and any(queues):
         for queue in queues:
-            if queue and len(found) < count:
-                found.append(queue.pop(0))
-    # What was lost comes before what is merely different.
-    return [i for _, i in sorted(found, key=lambda entry: entry[0])]
+            if queue and len(chosen) < count:
+                chosen.append(queue.pop(0))
+    # Answers that lost come before those that are merely different.
+    return [i for _, i in sorted(chosen, key=lambda entry: entry[0])]
 
 
 def _value(sample: Sample, answer: Answer) -> float:
-    """The sample's score, more being better; what cannot be told for one sample alone counts as nothing lost."""
+    """Return the sample's score, more being better; 0 for a metric that one sample alone does not have."""
     part = score(sample, answer)
     if part is None or not part.whole:
         return 0.0
@@ -124,11 +124,11 @@ def _shown(sample: Sample, answers: Mapping[str, Answer], reference: str, album:
     if picture is not None:
         boxes, masks = _regions(sample.regions) if located else ((), ())
         true_picture = album.add(draw(picture, boxes, masks))
-    said = []
+    entries = []
     for label, answer in answers.items():
         part = score(sample, answer)
         drawn = album.add(answer.draw(picture)) if located and picture is not None and (answer.boxes or answer.masks) else None
-        said.append(schema.Said(
+        entries.append(schema.Said(
             label=label, text=answer.text, score=part.part / part.whole if part and part.whole else None,
             same=answer.text == answers[reference].text, fault=_fault(sample, answer), picture=drawn,
         ))  # fmt: skip
@@ -140,7 +140,7 @@ def _shown(sample: Sample, answers: Mapping[str, Answer], reference: str, album:
         truth=truth,
         metric=metric,
         picture=true_picture,
-        answers=tuple(said),
+        answers=tuple(entries),
     )
 
 
@@ -169,17 +169,13 @@ def _regions(regions: Sequence[Region]) -> tuple[list[Box], list[Mask]]:
 
 
 Kind = Literal["same", "gone", "new"]
-
-
-# A token of a place is a word, whatever stands around it.
+# A location token is a word, whatever stands around it.
 WORD = re.compile(r"<loc[0-9]{4}>|<seg[0-9]{3}>|\s+|[^\s<]+|<")
-
-
 MAX_WORDS = 400
 
 
 def word_diff(before: str, after: str) -> list[tuple[Kind, str]]:
-    """Pieces of both texts in order; what is longer than 400 words is shown as it is.
+    """Return the pieces of both texts in order; texts of more than 400 words are whole pieces.
 
     >>> word_diff("a red cat", "a blue cat")
     [('same', 'a '), ('gone', 'red'), ('new', 'blue'), ('same', ' cat')]
@@ -189,10 +185,10 @@ def word_diff(before: str, after: str) -> list[tuple[Kind, str]]:
         return [("same", after)] if after else []
     if max(len(a), len(b)) > MAX_WORDS:
         return [("gone", before), ("new", after)]
-    found: list[tuple[Kind, str]] = []
+    pieces: list[tuple[Kind, str]] = []
     for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         if kind == "equal":
-            found.append(("same", "".join(a[i:j])))
+            pieces.append(("same", "".join(a[i:j])))
             continue
-        found += [(k2, t) for k2, t in (("gone", "".join(a[i:j])), ("new", "".join(b[k:m]))) if t]  # type: ignore[misc]
-    return found
+        pieces += [(k2, t) for k2, t in (("gone", "".join(a[i:j])), ("new", "".join(b[k:m]))) if t]  # type: ignore[misc]
+    return pieces

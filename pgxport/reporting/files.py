@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a report, a pure function of it and its pictures; and reading them back."""
+"""Write the files of a report, a pure function of the report and its pictures, and read them back."""
 
 import csv
 import io
-import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from pgxport.errors import DiskError, InputError, UsageError
+from pgxport.errors import InputError, UsageError
+from pgxport.files import disk_errors, write_whole
 from pgxport.reporting import chart, markdown, page
 from pgxport.reporting.disagreements import named
+from pgxport.reporting.measured import FOLDER
 from pgxport.reporting.schema import Report, Row
-from pgxport.reporting.store import FOLDER
 
 PICTURES = "pictures"
 MAX_REPORT = 256 << 20
@@ -25,7 +25,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def rendered(report: Report, pictures: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Name -> content of every file."""
+    """Return the content of every file by name."""
     drawn = chart.svg(report)
     return {
         "report.json": report.model_dump_json(indent=1).encode() + b"\n",
@@ -39,34 +39,28 @@ def rendered(report: Report, pictures: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def write(report: Report, pictures: Mapping[str, bytes], output: Path) -> None:
-    """Write every file, each whole or not at all, report.json last; pictures of an earlier report go.
+    """Write every file whole or not at all, report.json last, and delete pictures of an earlier report.
 
     Raises:
-        DiskError: one cannot be written.
+        DiskError: a file cannot be written.
     """
     content = rendered(report, pictures)
     last = content.pop("report.json")
-    try:
+    with disk_errors("cannot write", path=output):
         (output / PICTURES).mkdir(parents=True, exist_ok=True)
         for name, data in [*content.items(), ("report.json", last)]:
-            partial = output / (name + ".partial")
-            partial.write_bytes(data)
-            os.replace(partial, output / name)
+            write_whole(output / name, data)
         for old in (output / PICTURES).glob("*.webp"):
             if old.name not in pictures:
                 old.unlink()
-    except OSError as error:
-        raise DiskError(
-            f"cannot write {error.filename or output}: {error.strerror}; free some space or choose another -o"
-        ) from error
 
 
 def read(path: Path) -> Report:
-    """A report.json, or the folder that holds one.
+    """Read a report.json, given as the file or as its folder.
 
     Raises:
         UsageError: there is none.
-        InputError: it is not one of this version.
+        InputError: it is not a report of this version.
     """
     path = path / "report.json" if path.is_dir() else path
     try:
@@ -82,8 +76,8 @@ def read(path: Path) -> Report:
 
 
 def read_pictures(report: Report, folder: Path) -> dict[str, bytes]:
-    """The pictures that a report names, from beside it. One that is missing, or is no WebP of its own, is left out."""
-    found = {}
+    """Read the pictures that a report names, without those that are missing, links or no WebP."""
+    pictures = {}
     for name in sorted(named([d for device in report.devices for d in device.disagreements])):
         file = folder / PICTURES / name
         try:
@@ -91,14 +85,14 @@ def read_pictures(report: Report, folder: Path) -> dict[str, bytes]:
             if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_PICTURE:
                 content = file.read_bytes()
                 if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-                    found[name] = content
+                    pictures[name] = content
         except OSError:
             continue
-    return found
+    return pictures
 
 
 def check_output(output: Path) -> None:
-    """A folder that is not there, is empty, or holds a report.
+    """Check that an output folder does not exist, is empty, or holds a report.
 
     Raises:
         UsageError: it is something else.
@@ -110,7 +104,7 @@ def check_output(output: Path) -> None:
 
 
 def results_csv(report: Report) -> str:
-    """A row a bundle, for spreadsheets; seconds and bytes, and nothing where nothing was measured."""
+    """Return a row for each bundle, in seconds and bytes; a cell that was not measured is empty."""
     rows = [(device.name, row) for device in report.devices for row in device.rows]
     scores = list(dict.fromkeys((s.task, s.metric) for _, row in rows for s in row.scores))
     stages = list(dict.fromkeys(stage for _, row in rows for stage in sorted(row.seconds)))

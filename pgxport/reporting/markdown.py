@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""report.md: the verdict and the tables, for reading where there is no browser. Nothing of the data is Markdown or HTML here."""
+"""report.md: the verdict and the tables. Text from the data is never Markdown or HTML here."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ SHOWN = 12
 
 
 def page(report: Report) -> str:
-    """The whole page."""
+    """Return the whole page."""
     lines = ["# pgx report", "", f"Written {text(report.created)} by pgx {text(report.pgxport)}.", ""]
     if any(device.rows for device in report.devices):
         lines += ["![Time of an answer against quality; the numbers are in the tables](chart.svg)", ""]

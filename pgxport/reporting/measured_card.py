@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pgx card: what a report measured, put into the model card of its bundle, which stays whole and verified."""
+"""pgx card: put a report's measurements into the model card of its bundle, which stays whole and verified."""
 
 import re
 from collections.abc import Mapping
@@ -13,19 +13,19 @@ from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import UsageError
 from pgxport.reporting import files, tables
 from pgxport.reporting.schema import Device, Report, Row
-from pgxport.text import Plain, markdown
+from pgxport.text import Plain, listed, markdown
 
 TASK = "image-text-to-text"
-NO_NAME = re.compile(r"[^A-Za-z0-9_.-]+")  # what the hub refuses in the type of a data set
+NO_NAME = re.compile(r"[^A-Za-z0-9_.-]+")  # characters that the hub refuses in the type of a data set
 
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What to write. Names are those of `pgx card`'s flags.
+    """The card to write. Names are those of `pgx card`'s flags.
 
     Attributes:
         report: A report.json, or the folder that holds one; None writes the card of the export.
-        dry_run: Say what the card would be, and write nothing.
+        dry_run: Return the card, and write nothing.
     """
 
     bundle: Path
@@ -34,7 +34,7 @@ class CardOptions:
 
 
 def write_card(options: CardOptions) -> str:
-    """Write README.md of a bundle anew, and return it: the folder is exchanged for one with the new card and the same files.
+    """Write README.md of a bundle anew, and return it; the folder is exchanged for one with the new card.
 
     Killed in the middle, it leaves the old bundle or the new one, either sound.
 
@@ -56,47 +56,47 @@ def write_card(options: CardOptions) -> str:
 
 
 def measured(report: Report, bundle: Bundle) -> CardResults:
-    """What a report says of a bundle, on every device that measured it.
+    """Return what a report says of a bundle, on every device that measured it.
 
     Raises:
-        UsageError: none did.
+        UsageError: no device did.
     """
     digest = bundle.digest()
-    found = [(d, row) for d in report.devices if (row := next((r for r in d.rows if r.digest == digest), None))]
-    if whole := [(device, row) for device, row in found if row.status == "ok"]:
+    rows = [(d, row) for d in report.devices if (row := next((r for r in d.rows if r.digest == digest), None))]
+    if whole := [(device, row) for device, row in rows if row.status == "ok"]:
         text = "\n".join(["## Measured\n", *(_device(device, row) for device, row in whole)])
         return CardResults(_results(whole), text)
-    if found:
-        raise UsageError(f"{bundle.path} failed in this report: {found[0][1].reason}; measure it again with pgx report")
-    there = ", ".join(sorted({row.label for device in report.devices for row in device.rows})[:5])
+    if rows:
+        raise UsageError(f"{bundle.path} failed in this report: {rows[0][1].reason}; measure it again with pgx report")
+    labels = listed(sorted({row.label for device in report.devices for row in device.rows}))
     raise UsageError(
-        f"this report did not measure {bundle.path} (digest {digest[:12]}), but {there or 'nothing'}; run pgx report on it"
+        f"this report did not measure {bundle.path} (digest {digest[:12]}), but {labels or 'nothing'}; run pgx report on it"
     )
 
 
 def _device(device: Device, row: Row) -> str:
-    """The row of a bundle beside its reference's."""
+    """Return the tables of one device: the bundle's row beside its reference's."""
     rows = [r for r in device.rows if r is row or (r.label == device.reference and r.status == "ok")]
     alone = device.model_copy(update={"rows": tuple(rows)})
     e, d = device.environment, device.data
-    said = (
+    about = (
         f"On {device.name}, {e.cores} cores, {e.engine}, threads: {e.threads or 'as the engine chooses'}; {d.samples} samples of "
         f"{d.source}; baseline {device.reference}; 95 % intervals in brackets."
     )
     shown = [_turned(tables.bundles(alone)), tables.scores(alone), tables.stages(alone)]
-    return "\n".join([f"{markdown(said)}\n", *(table(t.head, t.rows) for t in shown if t.rows)])
+    return "\n".join([f"{markdown(about)}\n", *(table(t.head, t.rows) for t in shown if t.rows)])
 
 
 def _turned(t: tables.Table) -> tables.Table:
-    """Columns as rows, which a page has more room for; without those that say nothing."""
+    """Turn columns into rows, for which a page has more room, and leave out empty ones."""
     head, *rows = zip(t.head, *t.rows, strict=True)
     return tables.Table(t.id, t.caption, ("", *head[1:]), tuple(row for row in rows if any(row[1:])))
 
 
-def _results(found: list[tuple[Device, Row]]) -> list[Mapping[str, Plain]]:
-    """As the hub's model-index has them: a result for each task and data set, from the first device that has it."""
+def _results(rows: list[tuple[Device, Row]]) -> list[Mapping[str, Plain]]:
+    """Return results for the hub's model-index, one for each task and data set, of the first device."""
     results: dict[tuple[str, str], Mapping[str, Plain]] = {}
-    for device, row in found:
+    for device, row in rows:
         kind = NO_NAME.sub("-", device.data.format).strip("-.") or "other"
         for task in dict.fromkeys(score.task for score in row.scores):
             metrics: list[Plain] = [

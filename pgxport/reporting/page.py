@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""report.html: one file, without a script and without a network; a pure function of a report and its pictures.
+"""report.html: one file without scripts and network, a pure function of a report and its pictures.
 
-Whatever comes from data passes `esc`; there is no other way into the page but our own constants and the chart's SVG, whose texts
-vl-convert escapes. The page's own policy lets no script run and nothing be fetched, should both fail.
+All text from data passes `esc`; nothing else enters the page but our own constants and the chart's SVG, whose
+texts vl-convert escapes. Should both fail, the page's own policy lets no script run and nothing be fetched.
 """
 
 import base64
@@ -21,12 +21,12 @@ KINDS = {
     "best": "Advice", "budget": "Budget", "gate": "Accuracy", "noise": "In doubt", "no gain": "Cost", "failed": "Failed",
 }  # fmt: skip
 LONG = 32  # characters of a cell in one line
-# What a cell says -> how it is coloured as well; the words stay, for who does not see the colour.
+# A cell's words -> its colour; the words stay, for readers who do not see the colour.
 TONES = {"passes": "good", "better": "good", "worse": "bad", "inside the noise": "doubt"}
 
 
 def page(report: Report, pictures: Mapping[str, bytes]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     sections = [_device(device, n, pictures, titled=len(report.devices) > 1) for n, device in enumerate(report.devices)]
     style = files("pgxport.reporting").joinpath("page.css").read_text()
     devices = "".join(f'<li><a href="#device-{n}">{esc(d.name)}</a></li>' for n, d in enumerate(report.devices))
@@ -43,7 +43,7 @@ def page(report: Report, pictures: Mapping[str, bytes]) -> str:
 
 
 def esc(text: str) -> str:
-    """Text of any origin as characters of the page, in an element or in a quoted attribute.
+    """Escape text of any origin for an element or a quoted attribute.
 
     >>> esc('"><script>')
     '&quot;&gt;&lt;script&gt;'
@@ -104,7 +104,7 @@ def _table(table: tables.Table, n: int, device: Device) -> str:
     rows = "".join(f"<tr>{_row(row, device)}</tr>\n" for row in table.rows)
     wide = ' class="wide"' if table.id == "environment" else ""
     title, _, rest = table.caption.partition(": ")
-    caption = f"<caption><span>{esc(rest)}</span></caption>" if rest else ""  # what has no more to say is in the heading
+    caption = f"<caption><span>{esc(rest)}</span></caption>" if rest else ""  # a caption without a colon is the heading alone
     return (
         f'<h3 id="{name}">{esc(title)}</h3>\n<div class="scroll" role="region" aria-labelledby="{name}" tabindex="0">\n'
         f"<table{wide}>{caption}<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>\n"
@@ -112,7 +112,7 @@ def _table(table: tables.Table, n: int, device: Device) -> str:
 
 
 def _head(name: str, cells: Sequence[str]) -> str:
-    """Over its column's words, or over its numbers."""
+    """Return the head of a column, aligned as its words or its numbers are."""
     words = ' class="words"' if all(_is_words(cell) for cell in cells) else ""
     return f'<th scope="col"{words}>{esc(name)}</th>'
 
@@ -123,15 +123,16 @@ def _row(row: tuple[str, ...], device: Device) -> str:
 
 
 def _classes(cell: str) -> str:
-    """
+    """Return the class attribute of a cell.
+
     >>> _classes("inside the noise"), _classes("12.5"), _classes("FAILED: " + "a " * 50)
     (' class="words doubt"', '', ' class="words long bad"')
     """
     tone = next((tone for end, tone in TONES.items() if cell.endswith(end)), "")
     tone = "bad" if cell.startswith(("FAILED", "below ")) else tone
     words = ("words long" if len(cell) > LONG else "words") if _is_words(cell) else ""  # to the left; numbers stand to the right
-    found = f"{words} {tone}".strip()
-    return f' class="{found}"' if found else ""
+    classes = f"{words} {tone}".strip()
+    return f' class="{classes}"' if classes else ""
 
 
 def _is_words(cell: str) -> bool:

@@ -10,27 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from pgxport import __version__
-from pgxport.benchmarking.bench import bench, labels, machine, measurement_json
-from pgxport.benchmarking.throughput import Batches
+from pgxport.benchmarking.bench import bench, labels, measurement_json
+from pgxport.benchmarking.measure import Batches
 from pgxport.benchmarking.worker import Measurement, Progress
 from pgxport.bundle.reader import Bundle
 from pgxport.data.loader import DataOptions, DataSet, load
 from pgxport.errors import PgxError, UsageError
-from pgxport.reporting import advice as verdict
-from pgxport.reporting import chart, files, results, schema
-from pgxport.reporting import disagreements as pictures
+from pgxport.machine.conditions import describe_machine
+from pgxport.reporting import advice, chart, disagreements, files, results, schema
 from pgxport.reporting.asking import bundle_facts
-from pgxport.reporting.cluster_pass import Chapter, cluster_pass
+from pgxport.reporting.cluster_pass import NodeResults, cluster_pass
 from pgxport.reporting.environment import board, environment
-from pgxport.reporting.shared_pass import Subject, Work, shared_pass
-from pgxport.reporting.store import Conditions, Folder, answer_of, keys
+from pgxport.reporting.measured import Conditions, answer_of, keys, measured_folder
+from pgxport.reporting.shared_pass import ReportSubject, ReportWork, shared_pass
 from pgxport.reporting.transformers_subject import checkpoint_facts, require_reference
 
 GATE = 0.99
 FOLLOW = 100
 PICTURES = 12
 REPETITIONS = 3  # of each batch size
-EXACT = ("float32", "float16", "bfloat16")  # as the first choice of a reference, in this order
+EXACT = ("float32", "float16", "bfloat16")  # the dtypes of a bundle that may be the reference, the best first
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,11 @@ class ReportOptions:
     Attributes:
         reference: A checkpoint's folder, to be run in transformers.
         gate: The share of the reference's quality that a bundle has to keep.
-        follow: Samples along whose reference answers the next tokens are compared.
+        follow: How many samples are compared token by token, along the reference's answers.
         pictures: Disagreements to show.
         batch: Answers at a time, to measure throughput at as well.
         cluster: The address of a Ray cluster, over which the samples are spread (docs/cluster.md).
-        first_is_reference: Whatever it is; else the checkpoint, the most exact bundle of floats, the first.
+        first_is_reference: Take the first bundle as the reference, whatever it is.
     """
 
     bundles: tuple[str, ...]
@@ -66,29 +65,26 @@ def report(options: ReportOptions, *, progress: Progress | None = None) -> schem
     """Measure what is not measured yet, and write the whole report.
 
     Raises:
-        UsageError: the output is something else, an extra is missing, or the data cannot be told.
+        UsageError: the output is something else, an extra is missing, or the data's format is uncertain.
         InputError: the data is not sound.
     """
-    chart.require_charts()  # said before hours of measuring rather than after
+    chart.require_charts()  # before hours of measuring rather than after
     if options.batch and options.cluster is not None:
         raise UsageError("--batch measures this machine, and --cluster others; run pgx bench --batch on each")
     if options.reference:
         require_reference()
     data = load(options.data)
     sample_keys = keys(data.samples)
-    folder = Folder(options.output)
-    try:
-        here = machine()
+    with measured_folder(options.output) as folder:
+        here = describe_machine()
         subjects = _subjects(options, here)
         reference = 0 if options.first_is_reference else _reference(subjects)
         unique = dict(zip(sample_keys, data.samples, strict=True))
-        work = Work(unique, frozenset(_evenly(list(unique), options.follow)), reference, options.max_new_tokens)
-        chapters = _measured(options, subjects, work, folder, here, progress)
-    finally:
-        folder.close()
+        work = ReportWork(unique, frozenset(_evenly(list(unique), options.follow)), reference, options.max_new_tokens)
+        nodes = _measure(options, subjects, work, folder, here, progress)
     if progress:
         progress("working out intervals")
-    devices, album = _devices(options, data, sample_keys, chapters, reference)
+    devices, album = _devices(options, data, sample_keys, nodes, reference)
     if options.batch:
         devices = (_batched(devices[0], options, progress), *devices[1:])
     made = schema.Report(pgxport=__version__, created=_now(), devices=devices)
@@ -96,48 +92,51 @@ def report(options: ReportOptions, *, progress: Progress | None = None) -> schem
     return made
 
 
-def _subjects(options: ReportOptions, here: dict[str, Any]) -> list[Subject]:
-    found = [_bundle(label, path, options, here) for label, path in zip(_labels(options.bundles), options.bundles, strict=True)]
+def _subjects(options: ReportOptions, here: dict[str, Any]) -> list[ReportSubject]:
+    labels = _labels(options.bundles)
+    subjects = [_bundle(label, path, options, here) for label, path in zip(labels, options.bundles, strict=True)]
     if options.reference:
         # Without a bundle that has a mask decoder, masks keep their codes.
         masks = next((str(m) for path in options.bundles if (m := _mask_decoder(Path(path)))), None)
         facts = checkpoint_facts(options.reference)
         request = {"checkpoint": str(options.reference), "mask_decoder": masks, "threads": options.threads}
-        found.append(Subject(f"{facts['name']} (transformers)", request, facts, _conditions(facts["digest"], options, here)))
+        subjects.append(
+            ReportSubject(f"{facts['name']} (transformers)", request, facts, _conditions(facts["digest"], options, here))
+        )
     copies: dict[str, int] = {}
-    for i, subject in enumerate(found):
+    for i, subject in enumerate(subjects):
         if subject.conditions:
             copies[subject.conditions.digest] = number = copies.get(subject.conditions.digest, 0) + 1
-            found[i] = replace(subject, conditions=subject.conditions.model_copy(update={"copy_number": number}))
-    return found
+            subjects[i] = replace(subject, conditions=replace(subject.conditions, copy_number=number))
+    return subjects
 
 
-def _bundle(label: str, path: str, options: ReportOptions, here: dict[str, Any]) -> Subject:
+def _bundle(label: str, path: str, options: ReportOptions, here: dict[str, Any]) -> ReportSubject:
     request = {"bundle": path, "engine": options.engine, "threads": options.threads}
     try:
         facts = bundle_facts(Bundle.open(path, verify=False))  # its own process verifies it
     except PgxError as error:
-        return Subject(label, request, {}, None, str(error), error.exit_code)
-    return Subject(label, request, facts, _conditions(facts["digest"], options, here))
+        return ReportSubject(label, request, {}, None, str(error), error.exit_code)
+    return ReportSubject(label, request, facts, _conditions(facts["digest"], options, here))
 
 
 def _conditions(digest: str, options: ReportOptions, here: dict[str, Any]) -> Conditions:
     return Conditions(
         digest=digest, copy_number=1, engine=options.engine, threads=options.threads, max_new_tokens=options.max_new_tokens,
-        processor=here["processor"], versions={p: v for p, v in here["versions"].items() if p != "python"},
+        processor=here["processor"] if options.cluster is None else None, versions={p: v for p, v in here["versions"].items() if p != "python"},
     )  # fmt: skip
 
 
 def _labels(paths: Sequence[str]) -> list[str]:
-    """The folders' names where those are enough to tell them apart, else the paths."""
+    """Return the folders' names where those are enough to tell them apart, else the paths."""
     names = [Path(path).resolve().name for path in paths]
     unique = len(set(names)) == len({str(Path(p).resolve()) for p in paths})
     # A name that is no UTF-8 cannot stand in a report as it is.
     return labels(name.encode("utf-8", "replace").decode() for name in (names if unique else paths))
 
 
-def _reference(subjects: Sequence[Subject]) -> int:
-    """The checkpoint, else the most exact bundle of floats, else the first."""
+def _reference(subjects: Sequence[ReportSubject]) -> int:
+    """Return the number of the checkpoint, else of the most exact bundle of floats, else of the first."""
     for i, subject in enumerate(subjects):
         if "checkpoint" in subject.request:
             return i
@@ -156,46 +155,46 @@ def _mask_decoder(path: Path) -> Path | None:
     return bundle.graph("mask_decoder") if "mask_decoder" in bundle.manifest.graphs else None
 
 
-def _measured(
+def _measure(
     options: ReportOptions,
-    subjects: Sequence[Subject],
-    work: Work,
-    folder: Folder,
+    subjects: Sequence[ReportSubject],
+    work: ReportWork,
+    folder: Path,
     here: dict[str, Any],
     progress: Progress | None,
-) -> list[Chapter]:
-    """A chapter for this machine, or one for each node of the cluster."""
+) -> list[NodeResults]:
+    """Measure on this machine, or on each node of the cluster."""
     if options.cluster is not None:
         return cluster_pass(
             subjects, work, folder, options.cluster, engine=options.engine, threads=options.threads, progress=progress
         )
     runs = shared_pass(subjects, work, folder, engine=options.engine, progress=progress)
-    return [Chapter(board() or here["processor"], environment(options.engine, options.threads, here), runs)]
+    return [NodeResults(board() or here["processor"], environment(options.engine, options.threads, here), runs)]
 
 
 def _devices(
-    options: ReportOptions, data: DataSet, sample_keys: list[str], chapters: list[Chapter], reference: int
-) -> tuple[tuple[schema.Device, ...], pictures.Album]:
-    """The first with all that answers say; those after it, of the same answers, with other times."""
-    first, album = _device(options, data, sample_keys, chapters[0], reference)
-    found = [first]
-    for chapter in chapters[1:]:
-        rows = results.retimed(first.rows, chapter.runs, sample_keys)
-        pairs = results.retimed_pairs(first.pairs, chapter.runs, sample_keys)
-        own = {"name": chapter.name, "environment": chapter.environment, "rows": rows, "pairs": pairs, "disagreements": ()}
+    options: ReportOptions, data: DataSet, sample_keys: list[str], nodes: list[NodeResults], reference: int
+) -> tuple[tuple[schema.Device, ...], disagreements.Album]:
+    """Return a device for each node: the first is complete, the others have the same answers and their times."""
+    first, album = _device(options, data, sample_keys, nodes[0], reference)
+    devices = [first]
+    for node in nodes[1:]:
+        rows = results.retimed(first.rows, node.runs, sample_keys)
+        pairs = results.retimed_pairs(first.pairs, node.runs, sample_keys)
+        own = {"name": node.name, "environment": node.environment, "rows": rows, "pairs": pairs, "disagreements": ()}
         device = first.model_copy(update=own)
-        found.append(device.model_copy(update={"verdict": verdict.findings(device)}))
-    return tuple(found), album
+        devices.append(device.model_copy(update={"verdict": advice.findings(device)}))
+    return tuple(devices), album
 
 
 def _batched(device: schema.Device, options: ReportOptions, progress: Progress | None) -> schema.Device:
-    """With the throughput of each bundle that was measured to its end; measured anew each time, for it takes seconds."""
+    """Add the throughput of each complete bundle, measured anew each time, for it takes seconds."""
     named = dict(zip(_labels(options.bundles), options.bundles, strict=True))
     paths = {row.label: named[row.label] for row in device.rows if row.status == "ok" and row.label in named}
     work, engine, threads = Batches(options.batch), options.engine, options.threads
     done = bench(list(paths.values()), work, repetitions=REPETITIONS, engine=engine, threads=threads, progress=progress)
-    found = dict(zip(paths, done.measurements, strict=True))
-    return device.model_copy(update={"rows": tuple(_with_batches(row, found.get(row.label)) for row in device.rows)})
+    measured = dict(zip(paths, done.measurements, strict=True))
+    return device.model_copy(update={"rows": tuple(_with_batches(row, measured.get(row.label)) for row in device.rows)})
 
 
 def _with_batches(row: schema.Row, m: Measurement | None) -> schema.Row:
@@ -208,22 +207,22 @@ def _with_batches(row: schema.Row, m: Measurement | None) -> schema.Row:
 
 
 def _device(
-    options: ReportOptions, data: DataSet, sample_keys: list[str], chapter: Chapter, reference: int
-) -> tuple[schema.Device, pictures.Album]:
-    runs = chapter.runs
+    options: ReportOptions, data: DataSet, sample_keys: list[str], node: NodeResults, reference: int
+) -> tuple[schema.Device, disagreements.Album]:
+    runs = node.runs
     rows = results.rows(data.samples, sample_keys, runs, reference)
     whole = {run.label: run for run, row in zip(runs, rows, strict=True) if row.status == "ok"}
-    album, shown = pictures.Album(), tuple[schema.Disagreement, ...]()
+    album, shown = disagreements.Album(), tuple[schema.Disagreement, ...]()
     name = runs[reference].label
     if name in whole and options.pictures:
         answers = {label: [answer_of(run.asked[key]) for key in sample_keys] for label, run in whole.items()}
-        shown = pictures.disagreements(data.samples, answers, name, options.pictures, album)
+        shown = disagreements.disagreements(data.samples, answers, name, options.pictures, album)
     device = schema.Device(
-        name=chapter.name, command=_command(options), environment=chapter.environment, data=_data(data),
+        name=node.name, command=_command(options), environment=node.environment, data=_data(data),
         reference=name, gate=options.gate, rows=rows, pairs=results.pairs(data.samples, sample_keys, runs), verdict=(),
         disagreements=shown,
     )  # fmt: skip
-    return device.model_copy(update={"verdict": verdict.findings(device)}), album
+    return device.model_copy(update={"verdict": advice.findings(device)}), album
 
 
 def _data(data: DataSet) -> schema.Data:
@@ -265,18 +264,18 @@ def merge(paths: Sequence[Path], output: Path) -> schema.Report:
     """Join reports of several devices into one.
 
     Raises:
-        UsageError: fewer than two are given.
+        UsageError: fewer than two reports are given.
     """
     chart.require_charts()
     if len(paths) < 2:
         raise UsageError("--merge joins two or more report.json; give them after it")
     read = [files.read(path) for path in paths]
-    album: dict[str, bytes] = {}
+    pictures: dict[str, bytes] = {}
     for path, one in zip(paths, read, strict=True):
-        album |= files.read_pictures(one, path if path.is_dir() else path.parent)
-    devices = pictures.within_budget([device for one in read for device in one.devices], album)
+        pictures |= files.read_pictures(one, path if path.is_dir() else path.parent)
+    devices = disagreements.within_budget([device for one in read for device in one.devices], pictures)
     made = schema.Report(pgxport=__version__, created=_now(), devices=devices)
-    shown = pictures.named([d for device in devices for d in device.disagreements])
+    shown = disagreements.named([d for device in devices for d in device.disagreements])
     files.check_output(output)
-    files.write(made, {name: content for name, content in album.items() if name in shown}, output)
+    files.write(made, {name: content for name, content in pictures.items() if name in shown}, output)
     return made

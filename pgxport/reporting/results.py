@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what was measured to the rows of a report: a pure function of samples, answers and times."""
+"""Turn measurements into the rows of a report: a pure function of samples, answers and times."""
 
 import math
 import statistics
@@ -10,15 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from pgxport.metrics import bootstrap, fidelity
-from pgxport.metrics.bootstrap import Curve, Drawn
+from pgxport.metrics.bootstrap import Curve, Resampled
 from pgxport.metrics.metrics import METRICS, groups, metrics_for, tally
 from pgxport.metrics.sample import Sample
 from pgxport.reporting import schema
-from pgxport.reporting.shared_pass import Run
-from pgxport.reporting.store import Asked, answer_of
+from pgxport.reporting.asking import TokenAgreement
+from pgxport.reporting.measured import Asked, answer_of
+from pgxport.reporting.shared_pass import SubjectRun
 from pgxport.runners.outputs import Answer
 
-WORST = 10  # of the matrices that rounding hurt most
+WORST = 10  # matrices that rounding changed most
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class Subset:
 
 
 def subsets(samples: Sequence[Sample]) -> list[Subset]:
-    """Which metric is taken over which samples; the first of a task decides."""
-    found: dict[tuple[str, str], list[int]] = {}
+    """Return which metric is taken over which samples; the first of a task decides."""
+    places: dict[tuple[str, str], list[int]] = {}
     for i, sample in enumerate(samples):
         for metric in metrics_for(sample):
-            found.setdefault((sample.task, metric), []).append(i)
+            places.setdefault((sample.task, metric), []).append(i)
     deciding = {(s.task, s.metric) for s in samples}
-    return [Subset(task, metric, (task, metric) in deciding, tuple(at)) for (task, metric), at in found.items()]
+    return [Subset(task, metric, (task, metric) in deciding, tuple(at)) for (task, metric), at in places.items()]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Judged:
 
 
 def judge(samples: Sequence[Sample], answers: Sequence[Answer], parts: Sequence[Subset]) -> Judged:
-    """The metrics of a run, as functions of how often each sample counts."""
+    """Return the metrics of a run, as functions of how often each sample counts."""
     curves = {part: _restricted(samples, answers, part) for part in parts}
     deciding = [(METRICS[part.metric], curves[part]) for part in parts if part.decides]
 
@@ -61,17 +62,17 @@ def judge(samples: Sequence[Sample], answers: Sequence[Answer], parts: Sequence[
     return Judged(curves, quality)
 
 
-def rows(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[Run], reference: int) -> tuple[schema.Row, ...]:
-    """A row for each run, in their order."""
+def rows(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[SubjectRun], reference: int) -> tuple[schema.Row, ...]:
+    """Return a row for each run, in their order."""
     parts, drawn = subsets(samples), groups(samples)
     whole = [run.reason is None and all(key in run.asked for key in keys) for run in runs]
     theirs = _answers(runs[reference], keys) if whole[reference] else None
     judged = judge(samples, theirs, parts) if theirs else None
     before = _drawn(judged, drawn) if judged else None
-    found = []
+    made = []
     for i, (run, complete) in enumerate(zip(runs, whole, strict=True)):
         if not complete:
-            found.append(_failed(run, keys))
+            made.append(_failed(run, keys))
             continue
         answers = _answers(run, keys)
         mine = judge(samples, answers, parts)
@@ -79,27 +80,27 @@ def rows(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[Run], re
         scores = [_score(part, now[part], before[part] if before and i != reference else None) for part in parts]
         kept = _kept(mine, judged, drawn) if judged else None
         near = _fidelity(run, answers, theirs, keys) if theirs and i != reference else None
-        found.append(_row(run, keys, samples, answers).model_copy(update={
+        made.append(_row(run, keys, samples, answers).model_copy(update={
             "quality": _interval(bootstrap.estimate(mine.quality, drawn)), "kept": kept, "scores": tuple(s for s in scores if s), "fidelity": near,
         }))  # fmt: skip
-    return tuple(found)
+    return tuple(made)
 
 
-def pairs(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[Run]) -> tuple[schema.Pair, ...]:
-    """Every two runs that came to their end: how far their qualities and their times can be told apart."""
+def pairs(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[SubjectRun]) -> tuple[schema.Pair, ...]:
+    """Compare the qualities and the times of every two runs that came to their end."""
     whole = [run for run in runs if run.reason is None and all(key in run.asked for key in keys)]
     parts, drawn = [part for part in subsets(samples) if part.decides], groups(samples)
     quality = {run.label: bootstrap.draw(judge(samples, _answers(run, keys), parts).quality, drawn) for run in whole}
-    found = []
+    compared = []
     for n, first in enumerate(whole):
         for second in whole[n + 1 :]:
             change = quality[second.label].change(quality[first.label])
-            found.append(
+            compared.append(
                 schema.Pair(
                     first=first.label, second=second.label, quality=_interval(change), latency=_ratio(first, second, keys)
                 )
             )
-    return tuple(found)
+    return tuple(compared)
 
 
 def _restricted(samples: Sequence[Sample], answers: Sequence[Answer], part: Subset) -> Curve:
@@ -108,12 +109,12 @@ def _restricted(samples: Sequence[Sample], answers: Sequence[Answer], part: Subs
     return lambda weights: inner(weights[:, at])
 
 
-def _drawn(judged: Judged, groups: Sequence[Hashable]) -> dict[Subset, Drawn]:
-    """Each metric on all draws of its own samples, once: for its interval, and for the difference to another run's."""
+def _drawn(judged: Judged, groups: Sequence[Hashable]) -> dict[Subset, Resampled]:
+    """Draw each metric's samples once, for its interval and for the difference to another run."""
     return {part: bootstrap.draw(_over(part, curve), [groups[at] for at in part.at]) for part, curve in judged.curves.items()}
 
 
-def _score(part: Subset, mine: Drawn, reference: Drawn | None) -> schema.Score | None:
+def _score(part: Subset, mine: Resampled, reference: Resampled | None) -> schema.Score | None:
     metric, change = METRICS[part.metric], None
     if reference is not None:
         d = mine.change(reference, higher_is_better=metric.higher_is_better, biased=metric.biased)
@@ -129,7 +130,7 @@ def _score(part: Subset, mine: Drawn, reference: Drawn | None) -> schema.Score |
 
 
 def _over(part: Subset, curve: Curve) -> Curve:
-    """The curve as a function of its own samples' weights, which are drawn by themselves."""
+    """Return the curve as a function of its own samples' weights, which are drawn by themselves."""
     width, at = max(part.at) + 1, np.array(part.at)
 
     def own(weights: np.ndarray) -> np.ndarray:
@@ -142,7 +143,7 @@ def _over(part: Subset, curve: Curve) -> Curve:
 
 def _kept(mine: Judged, reference: Judged, drawn: Sequence[Hashable]) -> schema.Interval | None:
     if not float(reference.quality(np.ones((1, len(drawn))))[0]) > 0:
-        return None  # of nothing, nothing can be kept
+        return None  # a share of 0 is not defined
 
     def share(weights: np.ndarray) -> np.ndarray:
         before = reference.quality(weights)
@@ -151,20 +152,20 @@ def _kept(mine: Judged, reference: Judged, drawn: Sequence[Hashable]) -> schema.
     return _interval(bootstrap.estimate(share, drawn))
 
 
-def retimed(rows: Sequence[schema.Row], runs: Sequence[Run], keys: Sequence[str]) -> tuple[schema.Row, ...]:
-    """The rows of the same answers, with the times of these runs."""
+def retimed(rows: Sequence[schema.Row], runs: Sequence[SubjectRun], keys: Sequence[str]) -> tuple[schema.Row, ...]:
+    """Return the rows of the same answers with the times of these runs."""
     return tuple(
         row if row.status == "failed" else row.model_copy(update=_cost(run, keys)) for row, run in zip(rows, runs, strict=True)
     )
 
 
-def retimed_pairs(pairs: Sequence[schema.Pair], runs: Sequence[Run], keys: Sequence[str]) -> tuple[schema.Pair, ...]:
-    """The same for pairs."""
+def retimed_pairs(pairs: Sequence[schema.Pair], runs: Sequence[SubjectRun], keys: Sequence[str]) -> tuple[schema.Pair, ...]:
+    """Return the pairs of the same answers with the times of these runs."""
     named = {run.label: run for run in runs}
     return tuple(p.model_copy(update={"latency": _ratio(named[p.first], named[p.second], keys)}) for p in pairs)
 
 
-def _row(run: Run, keys: Sequence[str], samples: Sequence[Sample], answers: Sequence[Answer]) -> schema.Row:
+def _row(run: SubjectRun, keys: Sequence[str], samples: Sequence[Sample], answers: Sequence[Answer]) -> schema.Row:
     asked = [run.asked[key] for key in dict.fromkeys(keys)]
     broken = fidelity.faults(samples, answers)
     facts = run.facts
@@ -175,8 +176,8 @@ def _row(run: Run, keys: Sequence[str], samples: Sequence[Sample], answers: Sequ
     ).model_copy(update=_cost(run, keys))  # fmt: skip
 
 
-def _cost(run: Run, keys: Sequence[str]) -> dict[str, object]:
-    """The fields of a row that depend on the machine: times, memory, energy, clocks."""
+def _cost(run: SubjectRun, keys: Sequence[str]) -> dict[str, object]:
+    """Return the fields of a row that depend on the machine: times, memory, energy, clocks."""
     asked = [run.asked[key] for key in dict.fromkeys(keys)]
     stages = {stage for a in asked for stage in a.seconds}
     rates = [1 / a.seconds["step"] for a in asked if a.seconds.get("step", 0) > 0]
@@ -188,7 +189,7 @@ def _cost(run: Run, keys: Sequence[str]) -> dict[str, object]:
         "seconds": {stage: spread([a.seconds[stage] for a in asked if stage in a.seconds]) for stage in stages},
         "tokens_per_second": spread(rates) if rates else None,
         "load_seconds": opened.seconds if opened else {},
-        "loaded": schema.Memory(**opened.loaded.model_dump()) if opened and opened.loaded else None,
+        "loaded": opened.loaded if opened else None,
         "peak": schema.Memory(**{k: max(getattr(p, k) for p in peaks) for k in ("private", "mapped", "resident")})
         if peaks
         else None,
@@ -198,39 +199,40 @@ def _cost(run: Run, keys: Sequence[str]) -> dict[str, object]:
     }
 
 
-def _failed(run: Run, keys: Sequence[str]) -> schema.Row:
+def _failed(run: SubjectRun, keys: Sequence[str]) -> schema.Row:
     facts = {"name": "?", "recipe": "?", "target": "?", "digest": "", "bytes": 0, **run.facts}
-    there = sum(key in run.asked for key in set(keys))
-    reason = run.reason or f"measured on {there} of {len(set(keys))} samples only"
+    answered = sum(key in run.asked for key in set(keys))
+    reason = run.reason or f"measured on {answered} of {len(set(keys))} samples only"
     return schema.Row(
         label=run.label, name=facts["name"], recipe=facts["recipe"], target=facts["target"], digest=facts["digest"],
-        bytes=facts["bytes"], status="failed", reason=reason, exit_code=run.exit_code, measured=there,
+        bytes=facts["bytes"], status="failed", reason=reason, exit_code=run.exit_code, measured=answered,
     )  # fmt: skip
 
 
-def _fidelity(run: Run, answers: Sequence[Answer], theirs: Sequence[Answer], keys: Sequence[str]) -> schema.Fidelity:
+def _fidelity(run: SubjectRun, answers: Sequence[Answer], theirs: Sequence[Answer], keys: Sequence[str]) -> schema.Fidelity:
     # Samples that share a picture and a prompt share an answer, which counts once.
     once = {key: (a.token_ids, b.token_ids) for key, a, b in zip(keys, answers, theirs, strict=True)}
-    found = list(once.values())
-    diverged = [at for a, b in found if (at := fidelity.first_divergence(a, b)) is not None]
-    along = [run.followed[key].along for key in once if key in run.followed and run.followed[key].along]
-    refused = [f.refused for f in run.followed.values() if f.refused]
-    positions, located = (int(sum(a[of] for a in along)) for of in ("positions", "located"))
+    token_ids = list(once.values())
+    diverged = [at for a, b in token_ids if (at := fidelity.first_divergence(a, b)) is not None]
+    lines = [run.teacher_forced[key].agreement for key in once if key in run.teacher_forced]
+    compared = [agreement for agreement in lines if agreement]
+    total = TokenAgreement.total(compared)
+    refused = [line.refused for line in run.teacher_forced.values() if line.refused]
     return schema.Fidelity(
-        identical=statistics.fmean(float(a == b) for a, b in found),
-        token_agreement=statistics.fmean(fidelity.token_agreement(a, b) for a, b in found),
-        first_divergence=statistics.median(diverged) if diverged else None, diverged=len(diverged), answers=len(found),
-        followed=len(along), positions=positions,
-        top1=sum(a["agreed"] for a in along) / positions if positions else None,
-        kl=sum(a["kl"] for a in along) / positions if positions else None,
-        kl_worst=max(a["kl_worst"] for a in along) if positions else None,
-        kl_located=sum(a["kl_located"] for a in along) / located if located else None,
+        identical=statistics.fmean(float(a == b) for a, b in token_ids),
+        token_agreement=statistics.fmean(fidelity.token_agreement(a, b) for a, b in token_ids),
+        first_divergence=statistics.median(diverged) if diverged else None, diverged=len(diverged), answers=len(token_ids),
+        followed=len(compared), positions=total.positions,
+        top1=total.agreed / total.positions if total.positions else None,
+        kl=total.kl / total.positions if total.positions else None,
+        kl_worst=total.kl_worst if total.positions else None,
+        kl_located=total.kl_located / total.located if total.located else None,
         not_compared=refused[0] if refused else None,
     )  # fmt: skip
 
 
 def spread(values: Sequence[float]) -> schema.Spread:
-    """Percentiles, and the interval of the median from the order of the values (Conover 1999, ch. 3.2).
+    """Return percentiles, and the interval of the median from order statistics (Conover 1999, ch. 3.2).
 
     >>> spread([3.0, 1.0, 2.0]).p50
     2.0
@@ -246,25 +248,25 @@ def spread(values: Sequence[float]) -> schema.Spread:
 
 
 def notes(asked: Sequence[Asked]) -> list[str]:
-    """What the clocks did, in words, whether they were held back first; that is said too where it did not happen or is not told."""
-    found = []
+    """Describe the clocks: whether they were held back or that is not known, their range, and the heat."""
+    texts = []
     if times := sum(a.throttled or 0 for a in asked):
-        found.append(f"throttled {times} times")
+        texts.append(f"throttled {times} times")
     slowed = Counter(reason for a in asked for reason in a.slowed)
-    found += [f"{reason} at the end of {count} of {len(asked)} answers" for reason, count in slowed.items()]
-    if not found:
-        told = any(a.throttled is not None or a.gpu_mhz is not None for a in asked)
-        found.append("not throttled" if told else "throttling not told")
+    texts += [f"{reason} at the end of {count} of {len(asked)} answers" for reason, count in slowed.items()]
+    if not texts:
+        known = any(a.throttled is not None or a.gpu_mhz is not None for a in asked)
+        texts.append("not throttled" if known else "throttling not told")
     for name, clocks in (("clock", [a.mhz for a in asked if a.mhz]), ("GPU clock", [a.gpu_mhz for a in asked if a.gpu_mhz])):
         if clocks and min(clocks) < 0.9 * max(clocks):
-            found.append(f"{name} between {min(clocks):.0f} and {max(clocks):.0f} MHz")
+            texts.append(f"{name} between {min(clocks):.0f} and {max(clocks):.0f} MHz")
     if heat := [a.celsius for a in asked if a.celsius]:
-        found.append(f"up to {max(heat):.0f} °C")
-    return found
+        texts.append(f"up to {max(heat):.0f} °C")
+    return texts
 
 
-def _ratio(first: Run, second: Run, keys: Sequence[str]) -> schema.Interval | None:
-    """How many times as long the second took, sample by sample: of the geometric mean."""
+def _ratio(first: SubjectRun, second: SubjectRun, keys: Sequence[str]) -> schema.Interval | None:
+    """Return the geometric mean over samples of the second's time over the first's."""
     both = [(first.asked[k].seconds.get("answer"), second.asked[k].seconds.get("answer")) for k in dict.fromkeys(keys)]
     logs = np.array([np.log(b / a) for a, b in both if a and b])
     if len(logs) < 2:
@@ -283,11 +285,11 @@ def _rounding(parity: Mapping[str, object] | None) -> schema.Rounding | None:
     return schema.Rounding(positions=parity["positions"], kl=parity["kl"], agreement=parity["agreement"], worst=worst)  # type: ignore[arg-type]
 
 
-def _answers(run: Run, keys: Sequence[str]) -> list[Answer]:
+def _answers(run: SubjectRun, keys: Sequence[str]) -> list[Answer]:
     known: dict[str, Answer] = {}
     return [known[key] if key in known else known.setdefault(key, answer_of(run.asked[key])) for key in keys]
 
 
 def _interval(e: bootstrap.Estimate) -> schema.Interval | None:
-    """None where there was nothing to judge."""
+    """Return the estimate as an interval; None where there was nothing to judge."""
     return None if math.isnan(e.value) else schema.Interval(value=e.value, low=e.low, high=e.high)

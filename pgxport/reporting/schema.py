@@ -224,6 +224,7 @@ class Environment(_Model):
     energy: tuple[str, ...]  # what it was read from; empty: not measured
     versions: dict[str, str]
     board: Board | None = None  # None: no Jetson
+    vectors: str | None = None  # instructions that integers and bfloat16 are multiplied with; None in older reports
 
 
 class Device(_Model):

@@ -1,284 +1,132 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was measured, kept on disk line by line, so that it is never measured again.
+"""Results on disk, line by line, so that nothing is measured twice; arrays have files of their own.
 
-A file for each bundle under the same conditions, named after both. A line that a kill cut off is taken away; any other damage is
-an error, for a report must not lose samples in silence.
+A file holds what was measured under the same conditions: the conditions are its first line, and their digest
+is its name. A line that a kill cut off is taken away; any other damage is an error, for results must not be
+lost in silence.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from pgxport.errors import DiskError, IntegrityError, UsageError
-from pgxport.metrics.sample import Drawn, Sample, Segmentation
-from pgxport.runners.outputs import Answer, Box, Fault, Malformed, Mask
-
-FOLDER = "measured"
+from pgxport.errors import IntegrityError
+from pgxport.files import disk_errors, locked, writing
 
 
-class _Model(BaseModel):
+class StoredLine(BaseModel):
+    """One result: a line of JSON."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Conditions(_Model):
-    """What must be the same for a measurement to hold: the first line of a file."""
-
-    kind: Literal["conditions"] = "conditions"
-    digest: str  # of the manifest, and with it of every file of the bundle
-    copy_number: int  # the same bundle given twice is measured twice
-    engine: str
-    threads: int | None
-    max_new_tokens: int | None
-    processor: str
-    versions: dict[str, str]
-    node: str | None = None  # of a cluster
+Line = TypeVar("Line", bound=StoredLine)
 
 
-class Held(_Model):
-    """Bytes in memory."""
+class ResultFile(Generic[Line]):
+    """The results under one set of conditions, in a file of JSON lines.
 
-    private: int
-    mapped: int
-    resident: int
+    Args:
+        folder: An existing folder, which no other process writes (`alone`).
+        conditions: Plain data that must be the same for the results to hold.
+        kinds: The kinds of lines that the file may hold.
 
+    Attributes:
+        lines: Every line that was kept, the oldest first.
 
-class Opened(_Model):
-    """A process that got ready."""
+    Raises:
+        IntegrityError: a line is damaged.
+    """
 
-    kind: Literal["opened"] = "opened"
-    facts: dict[str, Any]
-    seconds: dict[str, float]
-    loaded: Held | None
-    environment: dict[str, Any] | None = None  # of the node, where it is one of a cluster
+    def __init__(self, folder: Path, conditions: Mapping[str, Any], kinds: TypeAdapter[Line]):
+        self._first = json.dumps({"kind": "conditions", **conditions}, sort_keys=True)
+        self._kinds = kinds
+        self.path = folder / f"{digest(conditions)[:24]}.jsonl"
+        self.lines = self._read()
 
+    def find(self, **fields: Any) -> Line | None:
+        """Return the newest line whose fields have these values."""
+        matching = (line for line in reversed(self.lines) if all(getattr(line, k, None) == v for k, v in fields.items()))
+        return next(matching, None)
 
-class Asked(_Model):
-    """A sample and its answer, or why it cannot be asked."""
+    def add(self, line: Line) -> None:
+        """Append a line; it is on disk when this returns.
 
-    kind: Literal["asked"] = "asked"
-    sample: str
-    answer: dict[str, Any] | None = None
-    refused: str | None = None
-    seconds: dict[str, float] = Field(default_factory=dict)
-    joules: dict[str, float] = Field(default_factory=dict)  # by source
-    mhz: float | None = None
-    celsius: float | None = None
-    throttled: int | None = None  # times, meanwhile
-    gpu_mhz: float | None = None
-    slowed: tuple[str, ...] = ()  # what held the clocks back at its end
-    peak: Held | None = None  # of the process, until then
-    vram: int | None = None  # bytes of GPU memory that the process holds after it
-
-
-class Followed(_Model):
-    """What a bundle thought of each next token along the reference's answer."""
-
-    kind: Literal["followed"] = "followed"
-    sample: str
-    reference: str  # its digest
-    refused: str | None = None
-    along: dict[str, float] = Field(default_factory=dict)
-
-
-Line: TypeAdapter[Opened | Asked | Followed] = TypeAdapter(Annotated[Opened | Asked | Followed, Field(discriminator="kind")])
-
-
-@dataclass(frozen=True)
-class Key:
-    """What is asked: two samples with the same picture and prompt have one answer."""
-
-    picture: str
-    prompt: str
-
-    def __str__(self) -> str:
-        return hashlib.sha256(json.dumps([self.picture, self.prompt]).encode()).hexdigest()[:32]
-
-
-def keys(samples: Sequence[Sample]) -> list[str]:
-    """The key of each sample; a picture is hashed once."""
-    digests: dict[Path | bytes | Drawn, str] = {}
-    found = []
-    for sample in samples:
-        if sample.image not in digests:
-            digests[sample.image] = _picture(sample)
-        found.append(str(Key(digests[sample.image], sample.prompt)))
-    return found
-
-
-class Measured:
-    """The measurements of one bundle, in memory."""
-
-    def __init__(self) -> None:
-        self.opened: list[Opened] = []
-        self.asked: dict[str, Asked] = {}
-        self.followed: dict[tuple[str, str], Followed] = {}  # sample, reference
-
-    def add(self, line: Opened | Asked | Followed) -> None:
-        """Keep it."""
-        self.take(line)
-
-    def take(self, line: Opened | Asked | Followed) -> None:
-        """Know it, as something that is kept already."""
-        match line:
-            case Opened():
-                self.opened.append(line)
-            case Asked():
-                self.asked[line.sample] = line
-            case Followed():
-                self.followed[line.sample, line.reference] = line
-
-
-class Store(Measured):
-    """One file of measurements: what it held, and what is added."""
-
-    def __init__(self, folder: Path, conditions: Conditions):
-        super().__init__()
-        text = conditions.model_dump_json()
-        copy = f"-{conditions.copy_number}" if conditions.copy_number > 1 else ""
-        self.file = folder / f"{conditions.digest[:16]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{copy}.jsonl"
-        if self.file.exists():
-            self._read()
-        if not self.file.exists():
-            self._append(text)
-
-    def add(self, line: Opened | Asked | Followed) -> None:
-        """Keep it, in memory and on disk."""
+        Raises:
+            DiskError: it cannot be written.
+        """
         self._append(line.model_dump_json())
-        self.take(line)
+        self.lines.append(line)
 
-    def _read(self) -> None:
-        content = self.file.read_bytes()
+    def _read(self) -> list[Line]:
+        content = self.path.read_bytes() if self.path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
-            os.truncate(self.file, len(whole))
-        if not whole:  # not even the first line came to its end
-            self.file.unlink()
-            return
-        for number, line in enumerate(whole.splitlines()[1:], start=2):
-            try:
-                self.take(Line.validate_json(line))
-            except ValidationError as error:
-                first = error.errors()[0]
-                raise IntegrityError(
-                    f"{self.file}, line {number}: {first['msg']}; delete the file to measure that bundle again"
-                ) from None
+            os.truncate(self.path, len(whole))
+        first, *rest = whole.splitlines() or [b""]
+        if not first:
+            self._append(self._first)
+        elif first.decode("utf-8", "replace") != self._first:
+            raise self._damage(1, "these are not the conditions that the file is named after")
+        return [self._parse(line, number) for number, line in enumerate(rest, start=2)]
+
+    def _parse(self, line: bytes, number: int) -> Line:
+        try:
+            return self._kinds.validate_json(line)
+        except ValidationError as error:
+            raise self._damage(number, error.errors()[0]["msg"]) from None
+
+    def _damage(self, number: int, what: str) -> IntegrityError:
+        return IntegrityError(f"{self.path}, line {number}: {what}; delete the file to measure its results again")
 
     def _append(self, text: str) -> None:
-        try:
-            with open(self.file, "ab", buffering=0) as file:
-                file.write(text.encode() + b"\n")
-        except OSError as error:
-            raise DiskError(f"cannot write {self.file}: {error.strerror}; free some space or choose another -o") from error
+        with disk_errors(f"cannot write {self.path}"), open(self.path, "ab", buffering=0) as file:
+            file.write(text.encode() + b"\n")
 
 
-@dataclass(frozen=True, order=True)
-class Place:
-    """A node of a cluster; with another processor it is another one, whatever its name."""
-
-    node: str
-    processor: str
+def digest(plain: Any) -> str:
+    """Return the sha256 of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-class NodeStores(Measured):
-    """What all nodes of a cluster measured of one bundle, each in a file of its own; to look at, it is one."""
+@contextmanager
+def alone(folder: Path, flag: str) -> Iterator[None]:
+    """Make a folder and be the only process that works in it.
 
-    def __init__(self, folder: Path, conditions: Conditions):
-        super().__init__()
-        self.places: dict[Place, Store] = {}
-        self._folder, self._conditions = folder, conditions
-        for file in sorted(folder.glob(f"{conditions.digest[:16]}-*.jsonl")):
-            found = _first_line(file)
-            if found and found.node and found == self._at(Place(found.node, found.processor)):
-                store = self.at(Place(found.node, found.processor))
-                self.opened += store.opened
-                self.asked |= store.asked
-                self.followed |= store.followed
+    Args:
+        flag: The command's flag that names the folder, for messages.
 
-    def at(self, place: Place) -> Store:
-        """What one node measured."""
-        if place not in self.places:
-            self.places[place] = Store(self._folder, self._at(place))
-        return self.places[place]
-
-    def add_at(self, place: Place, line: Opened | Asked | Followed) -> None:
-        """Keep what a node measured."""
-        self.at(place).add(line)
-        self.take(line)
-
-    def _at(self, place: Place) -> Conditions:
-        return self._conditions.model_copy(update={"node": place.node, "processor": place.processor})
+    Raises:
+        UsageError: another pgx works in it.
+        DiskError: it cannot be made.
+    """
+    with ExitStack() as stack:
+        with disk_errors(f"cannot use {folder}", f"choose another {flag}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder, f"another pgx works in {folder}; wait for it, or choose another {flag}"))
+        yield
 
 
-class Folder:
-    """The folder of measurements below a report, held by one pgx at a time."""
-
-    def __init__(self, output: Path):
-        self.path = output / FOLDER
-        if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not self.path.is_dir())):
-            raise UsageError(f"{output} exists and holds no report of pgx; choose another -o")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise DiskError(f"cannot write {output}: {error.strerror}; choose another -o") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise UsageError(f"another pgx is measuring into {output}; wait for it, or choose another -o") from None
-
-    def close(self) -> None:
-        os.close(self._lock)
+def save_array(file: Path, array: np.ndarray) -> None:
+    """Write an array, whole or not at all."""
+    with disk_errors(f"cannot write {file}"), writing(file) as out:
+        np.save(out, array, allow_pickle=False)
 
 
-def answer_of(asked: Asked) -> Answer:
-    """The answer as it was given; a sample that was refused has an empty one."""
-    if asked.answer is None:
-        return Answer("")
-    a = asked.answer
-    boxes = tuple(_box(box) for box in a["boxes"])
-    masks = tuple(Mask(m["label"], _box(m["box"]), tuple(m["codes"]), _mask(m["rle"])) for m in a["masks"])
-    warnings = tuple(Malformed(Fault(w["fault"]), w["text"]) for w in a["warnings"])
-    return Answer(a["text"], tuple(a["token_ids"]), boxes, masks, warnings, asked.seconds, truncated=a["truncated"])
+def load_array(file: Path) -> np.ndarray:
+    """Map an array that was written here.
 
-
-def _first_line(file: Path) -> Conditions | None:
-    """The conditions of a file; None where not even they came to their end, and the store will begin it again."""
-    with open(file, "rb") as opened:
-        line = opened.readline()
+    Raises:
+        IntegrityError: it cannot be read.
+    """
     try:
-        return Conditions.model_validate_json(line) if line.endswith(b"\n") else None
-    except ValidationError as error:
-        raise IntegrityError(
-            f"{file}, line 1: {error.errors()[0]['msg']}; delete the file to measure that bundle again"
-        ) from None
-
-
-def _box(box: Mapping[str, Any]) -> Box:
-    return Box(**{**box, "bins": tuple(box["bins"])})
-
-
-def _mask(rle: Mapping[str, Any] | None) -> np.ndarray | None:
-    return None if rle is None else Segmentation((rle["size"][0], rle["size"][1]), runs=tuple(rle["counts"])).mask()
-
-
-def _picture(sample: Sample) -> str:
-    match sample.image:
-        case Drawn(index):
-            return f"scene-{index}"
-        case bytes(content):
-            return hashlib.sha256(content).hexdigest()
-        case path:
-            try:
-                with open(path, "rb") as file:
-                    return hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise DiskError(f"sample {sample.id}: cannot read {path}: {error.strerror}") from error
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{file} cannot be read ({error}); delete its folder and run the command again") from error

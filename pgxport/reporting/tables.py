@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of a report, cell by cell, the same for every page that shows them. Knows no HTML and no Markdown."""
+"""The tables of a report, cell by cell, the same for every page. Knows no HTML and no Markdown."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Table:
-    """A caption, a head and rows; the first cell of a row names it. Numbers stand right."""
+    """A caption, a head and rows; the first cell of a row names it, and numbers are aligned right."""
 
     id: str
     caption: str
@@ -27,8 +27,8 @@ class Table:
 
 
 def all_tables(device: Device) -> list[Table]:
-    """Those that have something to say."""
-    found = [
+    """Return the tables that have rows."""
+    tables = [
         bundles(device),
         scores(device),
         stages(device),
@@ -37,11 +37,11 @@ def all_tables(device: Device) -> list[Table]:
         memory(device),
         rounding(device),
     ]
-    return [table for table in found if table.rows]
+    return [table for table in tables if table.rows]
 
 
 def bundles(device: Device) -> Table:
-    """A row each, with what decides."""
+    """Return a row for each bundle, with the figures that decide."""
     columns: dict[str, Callable[[Row], str]] = {
         "status": lambda row: _status(row, device),
         "MB": lambda row: f"{row.bytes / 1e6:.4g}",
@@ -76,7 +76,7 @@ def bundles(device: Device) -> Table:
 
 
 def scores(device: Device) -> Table:
-    """A row for each metric of each task, with what is said of its difference to the reference on the same samples."""
+    """Return a row for each metric of each task, with its difference to the reference on the same samples."""
     ok = _ok(device)
     given = {row.label: {(s.task, s.metric): s for s in row.scores} for row in ok}
     rows = []
@@ -88,7 +88,7 @@ def scores(device: Device) -> Table:
 
 
 def stages(device: Device) -> Table:
-    """p50 / p90 / p99 of each stage."""
+    """Return p50 / p90 / p99 of each stage."""
     ok = _ok(device)
     rows = []
     for stage, title in STAGES.items():
@@ -102,7 +102,7 @@ def stages(device: Device) -> Table:
 
 
 def throughput(device: Device) -> Table:
-    """Several answers at a time."""
+    """Return the throughput of several answers at a time."""
     rows = [
         (
             row.label, str(b.size), rate(b.images_per_second), rate(b.tokens_per_second),
@@ -118,7 +118,7 @@ def throughput(device: Device) -> Table:
 
 
 def fidelity(device: Device) -> Table:
-    """How close the answers stay to the reference's, whatever is true."""
+    """Return how close the answers stay to the reference's, whether those are right or not."""
     rows = []
     for row in _ok(device):
         if (f := row.fidelity) is None:
@@ -148,7 +148,7 @@ def fidelity(device: Device) -> Table:
 
 
 def memory(device: Device) -> Table:
-    """Resident memory of the process."""
+    """Return the resident memory of each process."""
     rows = []
     for row in _ok(device):
         for title, held in (("loaded", row.loaded), ("peak", row.peak)):
@@ -158,7 +158,7 @@ def memory(device: Device) -> Table:
 
 
 def rounding(device: Device) -> Table:
-    """The matrices that rounding hurt most, as the export measured."""
+    """Return the matrices that rounding changed most, as the export measured."""
     rows = [
         (row.label, path, f"{decibels:.1f}")
         for row in _ok(device)
@@ -181,10 +181,10 @@ def _board(board: Board) -> str:
 
 
 def environment(device: Device) -> Table:
-    """What the figures hold for."""
+    """Return the machine, the data and the command that the figures hold for."""
     e, d = device.environment, device.data
     rows = {
-        "processor": f"{e.processor}, {e.cores} cores",
+        "processor": f"{e.processor}{f' ({e.vectors})' if e.vectors else ''}, {e.cores} cores",
         "memory": f"{e.memory_bytes / 1e9:.1f} GB" if e.memory_bytes else "not told",
         "system": e.system,
         "engine": f"{e.engine}, threads: {e.threads or 'as the engine chooses'}",
@@ -203,7 +203,8 @@ def environment(device: Device) -> Table:
 
 
 def interval(i: Interval | None, scale: float = 1.0) -> str:
-    """
+    """Format a value and its interval.
+
     >>> interval(Interval(value=0.5, low=0.25, high=0.75), 100)
     '50.0 (25.0–75.0)'
     """
@@ -215,7 +216,8 @@ def interval(i: Interval | None, scale: float = 1.0) -> str:
 
 
 def rate(r: Rate) -> str:
-    """
+    """Format a rate, its least and its most.
+
     >>> rate(Rate(median=12.345, low=11, high=13))
     '12.3 (11–13)'
     """
@@ -223,7 +225,7 @@ def rate(r: Rate) -> str:
 
 
 def spread(s: Spread | None, scale: float = 1e3) -> str:
-    """The median and its interval; milliseconds, unless another scale says otherwise."""
+    """Format a median and its interval, in milliseconds unless `scale` is another."""
     if s is None:
         return NOT_MEASURED
     within = "" if s.low is None or s.high is None else f" ({_short(s.low * scale)}–{_short(s.high * scale)})"
@@ -252,8 +254,8 @@ def _score(s: Score | None) -> str:
 def _times(device: Device, row: Row) -> str:
     if row.label == device.reference:
         return ""
-    found = latency(device, device.reference, row.label)
-    return ratio(found) if found else ""
+    times = latency(device, device.reference, row.label)
+    return ratio(times) if times else ""
 
 
 def _percentiles(s: Spread | None) -> str:
@@ -265,7 +267,8 @@ def _ms(seconds: float | None) -> str:
 
 
 def _short(value: float) -> str:
-    """
+    """Format a number in three significant digits, or whole.
+
     >>> _short(1234.5), _short(12.345), _short(0.012345)
     ('1234', '12.3', '0.0123')
     """

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoint in transformers, asked like a bundle: the row that everything else is measured against.
 
-transformers' own processor, masks and greedy generation in float32, so that none of our code decides what is right.
+transformers' own processor, masks and greedy generation in float32, so that none of our code decides what is
+right.
 """
 
 import contextlib
@@ -16,19 +17,19 @@ from PIL import Image
 
 from pgxport.errors import CheckpointError, InputError, UsageError
 from pgxport.files import file_sha256
-from pgxport.reporting.asking import answered, open_picture, write_logits
+from pgxport.reporting.asking import answer_json, open_picture, write_logits
 from pgxport.runners.image import load_image
 from pgxport.runners.open_session import open_session
 from pgxport.runners.outputs import Answer, parse
 
-LIMIT = 512  # new tokens, where the caller and the checkpoint are silent
+LIMIT = 512  # new tokens, where the caller sets no limit
 
 
 def require_reference() -> None:
-    """torch and transformers are installed.
+    """Check that torch and transformers are installed.
 
     Raises:
-        UsageError: one is not.
+        UsageError: one of them is not.
     """
     for package in ("torch", "transformers"):
         try:
@@ -38,7 +39,7 @@ def require_reference() -> None:
 
 
 def checkpoint_facts(folder: Path) -> dict[str, Any]:
-    """What a report says of a checkpoint that it has not measured.
+    """Return what a report says of a checkpoint without measuring it.
 
     Raises:
         CheckpointError: the folder holds no safetensors checkpoint.
@@ -52,7 +53,7 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
 
 
 class CheckpointSubject:
-    """A checkpoint that answers."""
+    """A checkpoint that answers in transformers."""
 
     def __init__(self, request: dict[str, Any]):
         import torch
@@ -82,9 +83,9 @@ class CheckpointSubject:
         picture, prompt = open_picture(request["image"]), request["prompt"]
         try:
             if "write" in request:
-                follow = _Follow(self._torch, request["follow"])
-                self._generate(load_image(picture), prompt, len(request["follow"]) + 1, follow)
-                write_logits(Path(request["write"]), follow.seen, len(follow.seen), len(follow.seen[0]))
+                forcing = _TeacherForcing(self._torch, request["teacher_force"])
+                self._generate(load_image(picture), prompt, len(request["teacher_force"]) + 1, forcing)
+                write_logits(Path(request["write"]), forcing.logits, len(forcing.logits))
                 return {}
             return self._answer(picture, prompt, request["max_new_tokens"] or LIMIT)
         except InputError as error:  # a picture that cannot be read
@@ -100,13 +101,13 @@ class CheckpointSubject:
         text = self._processor.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         boxes, masks, warnings = parse(text, *image.size, self._decode_mask if self._masks else None)
         timings = {"prefill": clock[0] - start, "decode": clock[-1] - clock[0], "post": time.perf_counter() - now}
-        return answered(Answer(text, kept, boxes, masks, warnings, timings=timings, truncated=not ended))
+        return answer_json(Answer(text, kept, boxes, masks, warnings, timings=timings, truncated=not ended))
 
-    def _generate(self, image: Image.Image, prompt: str, limit: int, follow: Any = None) -> tuple[list[int], list[float]]:
-        """The new ids, their end included, and when each of them came."""
+    def _generate(self, image: Image.Image, prompt: str, limit: int, forcing: Any = None) -> tuple[list[int], list[float]]:
+        """Return the new ids, their end included, and the time at which each of them came."""
         inputs = self._processor(images=[image], text=[f"<image>{prompt}"], return_tensors="pt")
         ticks = _Ticks()
-        processors = self._transformers.LogitsProcessorList([follow] if follow else [])
+        processors = self._transformers.LogitsProcessorList([forcing] if forcing else [])
         with self._torch.no_grad(), _quiet(self._transformers):
             out = self._model.generate(
                 **inputs, max_new_tokens=limit, do_sample=False, streamer=ticks, logits_processor=processors
@@ -119,7 +120,7 @@ class CheckpointSubject:
 
 
 class _Ticks:
-    """What `generate` calls with the prompt, and then with each token."""
+    """A streamer, which `generate` calls with the prompt and then with each token; keeps the times."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -131,15 +132,15 @@ class _Ticks:
         pass
 
 
-class _Follow:
-    """Lets `generate` write a given answer, and keeps what it would have thought of each next token."""
+class _TeacherForcing:
+    """A logits processor that makes `generate` write a given answer, and keeps the logits of each token."""
 
     def __init__(self, torch: Any, ids: list[int]):
-        self._torch, self._ids, self.seen = torch, ids, list[np.ndarray]()
+        self._torch, self._ids, self.logits = torch, ids, list[np.ndarray]()
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        at = len(self.seen)
-        self.seen.append(scores[0].float().numpy().copy())
+        at = len(self.logits)
+        self.logits.append(scores[0].float().numpy().copy())
         if at >= len(self._ids):
             return scores
         forced = self._torch.full_like(scores, -float("inf"))
@@ -155,7 +156,7 @@ def _digest(files: list[Path]) -> str:
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """transformers has advice about prompts and padding for every answer."""
+    """Silence transformers, which gives advice about prompts and padding for every answer."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

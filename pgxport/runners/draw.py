@@ -2,13 +2,13 @@
 """Draw an answer's boxes, masks and labels on the image, legible from a thumbnail to a photo."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from pgxport.errors import DiskError, UsageError
+from pgxport.files import disk_errors, writing
 from pgxport.runners.outputs import Box, Mask
 from pgxport.text import terminal_safe
 
@@ -133,12 +133,8 @@ def save_image(picture: Image.Image, path: str | Path) -> None:
         DiskError: it cannot be written.
     """
     path, kind = Path(path), picture_format(path)
-    partial = path.with_name(path.name + ".partial")
     try:
-        picture.save(partial, kind)
-        partial.replace(path)
-    except (OSError, ValueError) as error:  # ValueError: more pixels a side than the format can have
-        raise DiskError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; choose another --save") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+        with disk_errors(f"cannot write {path}", "choose another --save"), writing(path) as file:
+            picture.save(file, kind)
+    except ValueError as error:  # more pixels a side than the format can have
+        raise DiskError(f"cannot write {path}: {error}; choose another --save") from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a bundle's graphs into the engine that was asked for, and no other."""
+"""Load a bundle's graphs into the engine that was asked for, and into no other."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from pgxport.runners.session import ENGINES, Session
 
 
 def open_session(engine: str, graph: Path, *, threads: int | None = None, low_memory: bool = False) -> Session:
-    """Load a graph into the engine that was asked for, and no other.
+    """Load a graph into the engine that was asked for, and into no other.
 
     Args:
         graph: One of `graph_files`.
-        low_memory: Give working memory back after each run, though the next one has to ask for it again.
+        low_memory: Give working memory back after each run, though the next run has to ask for it again.
 
     Raises:
         EngineError: the engine is unknown, not installed, or refuses the graph.
@@ -36,7 +36,7 @@ def open_session(engine: str, graph: Path, *, threads: int | None = None, low_me
 
 
 def graph_files(engine: str, bundle: Bundle) -> dict[str, Path]:
-    """What `open_session` loads, by the graph's name: the bundle's graphs, or the plans that `pgx compile` made of them here.
+    """The files that `open_session` loads, by graph: the bundle's own, or those that `pgx compile` made here.
 
     Raises:
         EngineError: the bundle was written for another engine, or is not compiled.
@@ -48,7 +48,7 @@ def graph_files(engine: str, bundle: Bundle) -> dict[str, Path]:
             f"export it with --target {ENGINES.get(engine, engine)}, or run it with --engine {target}"
         )
     if target == "tensorrt":
-        from pgxport.runners.tensorrt import compiled
+        from pgxport.runners.tensorrt_library import compiled
 
         return compiled(bundle, engine)
     if engine == "cpu":

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX Runtime, on the CPU or on an NVIDIA GPU. Whatever it cannot do on the device that was asked for is an error.
+"""Sessions of ONNX Runtime, on the CPU or on an NVIDIA GPU; what the asked device cannot do is an error.
 
-ONNX Runtime by itself goes on without a GPU: the wheel lists the CUDA provider wherever it is installed, a session that asks for
-it alone opens on the CPU with a warning on stderr, and a failing run is tried again on the CPU (seen with 1.31.1). Here a
-session opens strictly (`session.disable_cpu_ep_fallback`), its nodes are asked where they went, and nothing is tried again.
+ONNX Runtime by itself goes on without a GPU: the wheel lists the CUDA provider wherever it is installed, a
+session that asks for it alone opens on the CPU with a warning on stderr, and a failing run is tried again on
+the CPU (1.31.1). Here a session opens strictly (`session.disable_cpu_ep_fallback`), the provider of every
+node is checked, and nothing is retried.
 """
 
 import io
@@ -19,6 +20,7 @@ from pgxport.machine.cpu import overflows_in_16_bits
 from pgxport.machine.driver import ask_driver, missing_libraries
 from pgxport.runners.allocator import map_blocks
 from pgxport.runners.session import Arrays
+from pgxport.text import listed
 
 try:
     import onnxruntime as ort
@@ -32,14 +34,10 @@ VERSION: str = ort.__version__
 OLDEST = (1, 30)  # the first release whose GroupQueryAttention can look both ways
 CPU = "CPUExecutionProvider"
 OUT_OF_MEMORY = ("bad_alloc", "allocate memory", "out of memory", "ALLOC_FAILED")
-
-
-# Blocks of so many bytes go back to the system when they are freed: while a session loads, which frees as much as it keeps; in
-# runs, where asking for them anew takes time, as glibc would have it; and in runs that are to take little.
+# Freed blocks from this size on go back to the system: while a session loads, which frees as much as it
+# keeps; in runs, where new blocks take time (glibc's own threshold); and in runs with little memory.
 LOADING, RUNNING, RUNNING_SMALL = 1 << 16, 1 << 25, 1 << 20
-
-
-# Weights go to a file beside the graph, once as they were and once packed; ONNX Runtime maps both.
+# ONNX Runtime writes the weights to a file beside the graph, both as they were and packed, and maps both.
 PACKED = {
     "save_external_prepacked_constant_initializers": "1",
     "optimized_model_external_initializers_file_name": "{}.data",
@@ -49,7 +47,7 @@ PACKED = {
 
 @dataclass(frozen=True)
 class Provider:
-    """An execution provider: what ONNX Runtime calls it, where its tensors live, and how it is set up."""
+    """An execution provider: its name in ONNX Runtime, the device of its tensors, and its options."""
 
     name: str
     device: str
@@ -61,12 +59,12 @@ CPU_ONLY = Provider(CPU, "cpu")
 CUDA = Provider(
     "CUDAExecutionProvider",
     "cuda",
-    # What is stored in float32 is computed in float32. The one convolution is not worth trying every algorithm first.
+    # float32 weights are multiplied in float32. One convolution does not repay trying every algorithm.
     (("device_id", "0"), ("use_tf32", "0"), ("cudnn_conv_algo_search", "HEURISTIC")),
-    # The arena grows by what is asked for instead of doubling.
+    # The arena grows by what a run asks for instead of doubling.
     (("arena_extend_strategy", "kSameAsRequested"), ("cudnn_conv_use_max_workspace", "0")),
 )
-# What libonnxruntime_providers_cuda.so of a build for that CUDA is linked to, and cuDNN, which it loads for its first convolution.
+# CUDA version -> what libonnxruntime_providers_cuda.so links to, and cuDNN, which a convolution loads.
 CUDA_LIBRARIES = {
     12: ("libcudart.so.12", "libcublasLt.so.12", "libcublas.so.12", "libcurand.so.10", "libcufft.so.11", "libcudnn.so.9"),
     13: ("libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10", "libcudnn.so.9"),
@@ -83,7 +81,7 @@ class OrtSession:
         provider: Provider = CPU_ONLY,
         threads: int | None = None,
         low_memory: bool = False,
-        save_packed: Path | None = None,  # where to write the graph with its weights as this CPU packs them
+        save_packed: Path | None = None,  # write the graph with packed weights here
     ):
         if tuple(int(n) for n in ort.__version__.split(".")[:2]) < OLDEST:
             raise EngineError(
@@ -128,7 +126,7 @@ class OrtSession:
 
 
 class OrtCache:
-    """KV buffers bound once, each as the graph's past and its present: nothing is copied from step to step."""
+    """KV buffers, each bound once as the graph's past and its present, so that no step copies the cache."""
 
     def __init__(
         self,
@@ -139,12 +137,12 @@ class OrtCache:
     ):
         self.binding = session.io_binding()
         present = {name: name.replace("past_key_values.", "present.") for name in shapes}
-        # Results are bound first, so that they come first among the outputs. They alone leave the device.
+        # Results are bound before the cache, so that they are the first outputs. Only they leave the device.
         self.results = [name for name in outputs if name not in present.values()]
         for name in self.results:
             self.binding.bind_output(name, "cpu")
-        kinds = {i.name: KINDS[i.type] for i in session.get_inputs() if i.name in shapes}
-        self._buffers = {name: _buffer(shape, kinds[name], device) for name, shape in shapes.items()}
+        types = {i.name: TYPES[i.type] for i in session.get_inputs() if i.name in shapes}
+        self._buffers = {name: _buffer(shape, types[name], device) for name, shape in shapes.items()}
         for name, buffer in self._buffers.items():
             self.binding.bind_ortvalue_input(name, buffer.value)
             self.binding.bind_ortvalue_output(present[name], buffer.value)
@@ -159,62 +157,62 @@ class OrtCache:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How numpy holds a type, and its number in ONNX's TensorProto."""
+class TensorType:
+    """A tensor's type: numpy's for it, and its number in ONNX's TensorProto."""
 
     dtype: type[np.generic]
     number: int
 
 
-KINDS = {
-    "tensor(float)": Kind(np.float32, 1),
-    "tensor(int8)": Kind(np.int8, 3),
-    "tensor(float16)": Kind(np.float16, 10),
-    "tensor(bfloat16)": Kind(np.uint16, 16),  # numpy alone has none: two bytes stand for it
+TYPES = {
+    "tensor(float)": TensorType(np.float32, 1),
+    "tensor(int8)": TensorType(np.int8, 3),
+    "tensor(float16)": TensorType(np.float16, 10),
+    "tensor(bfloat16)": TensorType(np.uint16, 16),  # numpy has no bfloat16: its bytes are held as integers
 }
 
 
 @dataclass(frozen=True)
-class Buffer:
-    """Memory of the engine, and numpy's view of it where it is the host's."""
+class OrtBuffer:
+    """Memory of the engine, and numpy's view of it where it is host memory."""
 
     value: ort.OrtValue
-    kind: Kind
+    type: TensorType
     host: np.ndarray | None = None
 
     def array(self) -> np.ndarray:
-        """The buffer itself on the host, a copy of it from a device."""
+        """The buffer itself where it is host memory, else a copy."""
         if self.host is not None:
             return self.host
-        copy = np.empty(self.value.shape(), self.kind.dtype)
-        ort.OrtValue.ortvalue_from_numpy_with_onnx_type(copy, self.kind.number).update_inplace(self.value)
+        copy = np.empty(self.value.shape(), self.type.dtype)
+        ort.OrtValue.ortvalue_from_numpy_with_onnx_type(copy, self.type.number).update_inplace(self.value)
         return copy
 
 
-def _buffer(shape: tuple[int, ...], kind: Kind, device: str) -> Buffer:
+def _buffer(shape: tuple[int, ...], type: TensorType, device: str) -> OrtBuffer:
     if device == "cpu":
-        # An OrtValue on the CPU is the array's own memory; pages that are never touched take none.
-        host = np.empty(shape, kind.dtype)
-        return Buffer(ort.OrtValue.ortvalue_from_numpy(host), kind, host)
-    # Zeros, for kernels may read rows that are not written yet, and what a GPU's memory held before may be no number.
-    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, kind.number, device, 0)
-    value.update_inplace(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, kind.dtype), kind.number))
-    return Buffer(value, kind)
+        # An OrtValue on the CPU shares the array's memory; pages that are never touched take none.
+        host = np.empty(shape, type.dtype)
+        return OrtBuffer(ort.OrtValue.ortvalue_from_numpy(host), type, host)
+    # Zeros: kernels may read rows that are not written yet, and unwritten memory of a GPU may hold NaN.
+    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, type.number, device, 0)
+    value.update_inplace(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, type.dtype), type.number))
+    return OrtBuffer(value, type)
 
 
 def session_options(*, threads: int | None = None, low_memory: bool = False) -> ort.SessionOptions:
-    """How every session here is set up, whatever its provider.
+    """The options of every session here, whatever its provider.
 
-    x86-64 without VNNI adds pairs of uint8 by int8 products in 16 bits, which 2 * 255 * 127 overflows: sums are cut off, and nothing
-    is said. `session.x64quantprecision` lets ONNX Runtime multiply uint8 by uint8, which is exact. It does so on every processor that
-    it is set on, and where there is VNNI that halves the speed of all integer products, so that it is set only where it is needed.
-    AMX counts as VNNI, which every processor with AMX has; its own kernels were not measured.
+    x86-64 without VNNI adds pairs of uint8 by int8 products in 16 bits, which 2 * 255 * 127 overflows: sums
+    saturate, without a word. `session.x64quantprecision` lets ONNX Runtime multiply uint8 by uint8, which is
+    exact, but halves the speed of all integer products where there is VNNI: it is set only where there is
+    none. AMX counts as VNNI, which every processor with AMX has; its own kernels were not measured.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors; they are raised as well
-    # An arena keeps what loading and a prefill took, 0.6 GB of a 3B model. Without one every prefill asks for its pages anew.
+    options.log_severity_level = 3  # errors only; they are raised as well
+    # An arena keeps what loading and a prefill took (3B: 0.6 GB). Without one, prefills ask for pages anew.
     options.enable_cpu_mem_arena = not low_memory
-    # A plan of all buffers of a shape in one block, made in its first run, saves no time that can be measured, and keeps the block.
+    # One block for all buffers of a shape, planned in its first run, saves no measurable time and is kept.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.x64quantprecision", str(int(overflows_in_16_bits())))
     if threads:
@@ -223,24 +221,24 @@ def session_options(*, threads: int | None = None, low_memory: bool = False) -> 
 
 
 def _open_strictly(graph: Path, options: ort.SessionOptions, provider: Provider, *, low_memory: bool) -> ort.InferenceSession:
-    """A session of which every node runs on the provider.
+    """A session all of whose nodes run on the provider.
 
     Raises:
-        EngineError: the provider is not there, does not start, or has no kernel for a node; such nodes are named.
+        EngineError: the provider is missing, does not start, or lacks a kernel; the message names the nodes.
     """
     if provider.name not in ort.get_available_providers():
         raise EngineError(
             f"this build of ONNX Runtime has no {provider.name}: pip uninstall onnxruntime onnxruntime-gpu, "
             f'then pip install "pgxport[gpu]"; the two overwrite each other\'s files'
         )
-    ort.set_default_logger_severity(4)  # what it would say on stderr is raised here
-    with redirect_stdout(io.StringIO()):  # it prints what it does not find, and stdout is for answers
+    ort.set_default_logger_severity(4)  # what it would print on stderr is raised here
+    with redirect_stdout(io.StringIO()):  # it prints what is missing, and stdout is for answers
         ort.preload_dlls(directory="")  # from NVIDIA's packages, else where the system has them
     _require_cuda()
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    # Weights go to the device straight from the mapped file, not by way of the arena, which would keep as much again.
+    # Weights go from the mapped file straight to the device: the arena would take as much again.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     settings = dict(provider.options + (provider.in_little_memory if low_memory else ()))
     with refusals(f"load {graph}"):
@@ -249,7 +247,7 @@ def _open_strictly(graph: Path, options: ort.SessionOptions, provider: Provider,
         except Fail as error:
             if "explicitly disabled" not in str(error):
                 raise
-            # It does not say which nodes. Opened less strictly it tells; that session is thrown away.
+            # The error does not name the nodes. A session without the option does, and is thrown away.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
             session = _open(graph, options, provider, settings)
     if provider.name not in session.get_providers():
@@ -257,10 +255,9 @@ def _open_strictly(graph: Path, options: ort.SessionOptions, provider: Provider,
             f"{provider.name} of onnxruntime {ort.__version__} does not start, though the driver and its libraries do; "
             f"pgx doctor shows their versions"
         )
-    if nodes := _elsewhere(session, provider):
-        rest = f" and {len(nodes) - 5} more" if len(nodes) > 5 else ""
+    if nodes := _on_other_providers(session, provider):
         raise EngineError(
-            f"onnxruntime {ort.__version__} has no {provider.name} kernel for {', '.join(nodes[:5])}{rest} of {graph}, and pgx runs "
+            f"onnxruntime {ort.__version__} has no {provider.name} kernel for {listed(nodes)} of {graph}, and pgx runs "
             f"nothing on the CPU that was meant for the GPU; update onnxruntime-gpu, or export in another --precision"
         )
     return session
@@ -270,8 +267,8 @@ def _open(graph: Path, options: ort.SessionOptions, provider: Provider, settings
     return ort.InferenceSession(graph, options, providers=[(provider.name, settings)], enable_fallback=0)
 
 
-def _elsewhere(session: ort.InferenceSession, provider: Provider) -> list[str]:
-    """Nodes that went to another provider, the CPU's above all."""
+def _on_other_providers(session: ort.InferenceSession, provider: Provider) -> list[str]:
+    """The nodes that another provider runs, the CPU's above all."""
     return [
         f"{node.op_type} {node.name!r}"
         for part in session.get_provider_graph_assignment_info()
@@ -281,13 +278,13 @@ def _elsewhere(session: ort.InferenceSession, provider: Provider) -> list[str]:
 
 
 def _require_cuda() -> None:
-    """The driver, and the libraries that this build of ONNX Runtime loads.
+    """Check the driver, and the libraries that this build of ONNX Runtime loads.
 
     Raises:
         EngineError: there is no driver or GPU, or one of them is too old or missing.
     """
     driver = ask_driver()
-    built = int((ort.cuda_version or "0").partition(".")[0])  # "13.0"; a build of somebody else's may not say
+    built = int((ort.cuda_version or "0").partition(".")[0])  # "13.0"; builds of others may not say
     if driver.cuda[0] < built:
         raise EngineError(
             f"onnxruntime {ort.__version__} is built for CUDA {built}, and the NVIDIA driver runs CUDA {driver.cuda[0]}.{driver.cuda[1]} "
@@ -302,10 +299,10 @@ def _require_cuda() -> None:
 
 @contextmanager
 def refusals(what: str) -> Iterator[None]:
-    """Say whose fault it is when the engine will not: memory's, the graph's, or its own."""
+    """Turn what ONNX Runtime raises into an error about memory (6), the graph (4) or the engine (7)."""
     try:
         yield
-    except Exception as error:  # its exceptions share no base class
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
         message = f"onnxruntime {ort.__version__} cannot {what}: {error}"
         if isinstance(error, MemoryError) or any(sign in message for sign in OUT_OF_MEMORY):
             raise NumericError(f"{message}; close other programs, or ask for fewer tokens") from error

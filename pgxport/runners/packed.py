@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights packed for this CPU once, by `pgx compile`, which ONNX Runtime then maps in place of packing them at every start.
+"""Find the weights that `pgx compile` packed for this CPU, which ONNX Runtime maps instead of packing them.
 
-The graphs compute the same numbers. What changes is that the weights are pages of a file, and no private memory: shared by all
-processes that run the bundle, and dropped by the kernel where memory is short.
+The graphs compute the same numbers. The weights are pages of a file instead of private memory: all processes
+that run the bundle share them, and the kernel drops them where memory is short.
 """
 
 from pathlib import Path
@@ -11,51 +11,51 @@ from pgxport.bundle.reader import Bundle
 from pgxport.errors import IntegrityError
 from pgxport.files import hashed
 from pgxport.machine.cpu import instruction_key, overflows_in_16_bits
-from pgxport.runners.engine_cache import Entry, Flags, Machine, cache_folder, entry_folder, key, read_entry
+from pgxport.runners.engine_cache import EngineKey, Entry, Flags, cache_folder, entry_folder, entry_key, read_entry
 from pgxport.runners.ort import VERSION
 
 ENGINE = "cpu"
 
 
-def machine() -> Machine:
-    """This CPU and its ONNX Runtime: packed weights are of no use to others."""
-    return Machine(ENGINE, VERSION, instruction_key(), cuda="none", driver="none")
+def engine_key() -> EngineKey:
+    """This CPU and its ONNX Runtime, the only ones that can use what they packed."""
+    return EngineKey(ENGINE, VERSION, instruction_key(), cuda="none", driver="none")
 
 
 def flags() -> Flags:
-    """What decides how weights are packed besides the machine: int8 matrices are packed as uint8 ones where products are."""
+    """What else decides how weights are packed: int8 matrices become uint8 where products are of uint8."""
     return {"x64quantprecision": int(overflows_in_16_bits())}
 
 
 def packed(bundle: Bundle) -> dict[str, Path]:
-    """The packed graphs of a bundle, verified; the bundle's own where it was not compiled on this machine with these flags.
+    """The packed graphs of a bundle, verified; its own where it was not compiled here with these flags.
 
     Raises:
-        IntegrityError: what is in the cache is not what `pgx compile` put there.
+        IntegrityError: the cache holds something that `pgx compile` did not put there.
     """
-    folder = entry_folder(cache_folder(), bundle.digest(), machine())
+    folder = entry_folder(cache_folder(), bundle.digest(), engine_key())
     if not folder.is_dir() or not is_current(check(folder), bundle):
         return {name: bundle.graph(name) for name in bundle.manifest.graphs}
     return {name: folder / f"{name}.onnx" for name in bundle.manifest.graphs}
 
 
 def is_current(entry: Entry, bundle: Bundle) -> bool:
-    """Whether an entry was packed from this bundle with the flags of today; those of earlier versions of pgx name none."""
-    return entry.key == key(bundle.digest(), machine(), flags())
+    """Whether an entry is of this bundle and this machine's flags; older entries name no flags."""
+    return entry.key == entry_key(bundle.digest(), engine_key(), flags())
 
 
 def check(folder: Path) -> Entry:
-    """An entry of the cache, every byte of it verified.
+    """Read an entry of the cache and verify every byte of it.
 
     Raises:
-        IntegrityError: it is not what `pgx compile` put there.
+        IntegrityError: the entry is not what `pgx compile` put there.
     """
     entry = read_entry(folder)
     files = entry.files
-    for name, seen in zip(files, hashed([folder / name for name in files]), strict=True):
-        if seen != files[name].sha256:
+    for name, digest in zip(files, hashed([folder / name for name in files]), strict=True):
+        if digest != files[name].sha256:
             raise IntegrityError(
-                f"{folder / name} was changed: its sha256 begins {seen[:12]}, and not {files[name].sha256[:12]}; "
+                f"{folder / name} was changed: its sha256 begins {digest[:12]}, and not {files[name].sha256[:12]}; "
                 f"delete {folder}, and run `pgx compile` again"
             )
     return entry

@@ -160,9 +160,13 @@ class Pipeline:
         decoder = self.decoder(prefix.shape[1] + limit)
         return generate(decoder, prefix, lambda token: self.embed([token]), eos=self.manifest.token_ids.eos, limit=limit)
 
-    def teacher_forced(self, prefix: np.ndarray, ids: Sequence[int]) -> Iterator[np.ndarray]:
-        """Logits [V] after a prefix [1, T, H] and after each token of a given answer; each array stands until the next one."""
-        decoder = self.decoder(prefix.shape[1] + len(ids))
+    def teacher_forced(self, prefix: np.ndarray, ids: Sequence[int], decoder: Decoder | None = None) -> Iterator[np.ndarray]:
+        """Logits [V] after a prefix [1, T, H] and after each token of a given answer; each array stands until the next one.
+
+        Args:
+            decoder: An empty one, for a caller that goes on with it; None: one that is given up at the end.
+        """
+        decoder = decoder or self.decoder(prefix.shape[1] + len(ids))
         yield decoder.feed(prefix)
         for token in ids:
             yield decoder.feed(self.embed([token]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a search may choose: groups of linears, schemes for each, and the recipe that one scheme for every group makes.
+"""The choices of a search: groups of linears, schemes for each, and the recipe of one scheme for every group.
 
 Knows no measurements.
 """
@@ -13,7 +13,8 @@ from pgxport.exporter.recipe import NORMS, PROJECTOR, REST, TABLE, Recipe, Rule,
 from pgxport.models.spec import ModelSpec
 
 FLOAT = "float16"
-# The schemes of the named recipes are among them, so that each of those is a point of the space that is searched.
+# The schemes of the named recipes are among them, so that each of those is a point of the space that is
+# searched.
 CANDIDATES = {
     FLOAT: REST.scheme,
     "w8-dynamic": Scheme(bits=8, activations="dynamic"),
@@ -38,9 +39,9 @@ class Group:
     """Linears that get one scheme.
 
     Attributes:
-        patterns: Of their weights, {} standing for a layer.
-        layers: None, where it is no layer's.
-        fixed: Those of the patterns whose input nothing before can be divided for: they are never rescaled (scaling.py).
+        patterns: Of the weights' names; {} stands for a layer.
+        layers: None where the group belongs to no layer.
+        fixed: The patterns whose input nothing before can divide: they are never rescaled (scaling.py).
     """
 
     name: str
@@ -52,35 +53,36 @@ class Group:
         scheme = CANDIDATES[candidate]
         if pattern in self.fixed:
             scheme = replace(scheme, scaling="none")
-        # Rows of the table are looked up too, for which a grid has to be symmetric (graphs.py). Only its output can be screened.
+        # Rows of the table are looked up too, for which a grid has to be symmetric (graphs.py). Only its
+        # output can have a shortlist.
         return replace(scheme, symmetric=True) if pattern == TABLE else replace(scheme, shortlist=False)
 
 
 def groups(spec: ModelSpec) -> list[Group]:
-    """The groups of a model: what stands at one place of a layer, for each layer of a shallow stack and each third of a deep one.
+    """Return the groups of a model: a place of a layer, for each layer or, in a deep stack, each third.
 
-    Linears that share an input stay together: AWQ scales that input once, and integer products round it once. Of the decoder,
-    where nearly all bytes are, every place is told apart; of the vision encoder, attention and MLP. Thirds, because it is the
-    first and the last layers that differ from the others (executorch keeps those quarters at 8 bits for the same reason), and
-    a probe of every layer of 3B would be 160 groups.
+    Linears that share an input stay together: AWQ scales that input once, and integer products round it once.
+    Of the decoder, where nearly all bytes are, every place is a group; of the vision encoder, attention and
+    MLP. Thirds, because it is the first and the last layers that differ from the others (executorch keeps
+    those quarters at 8 bits for the same reason), and a probe of every layer of 3B would be 160 groups.
     """
     vision, text = "vision_tower.vision_model.encoder.layers.{}.", "language_model.model.layers.{}."
-    found = [Group("token table", (TABLE,), fixed=(TABLE,)), Group("projector", (PROJECTOR,), fixed=(PROJECTOR,))]
+    made = [Group("token table", (TABLE,), fixed=(TABLE,)), Group("projector", (PROJECTOR,), fixed=(PROJECTOR,))]
     for layers in runs(spec.vision.depth):
         attention = (f"{vision}self_attn.[qkv]_proj.weight", f"{vision}self_attn.out_proj.weight")
         fc1, fc2 = f"{vision}mlp.fc1.weight", f"{vision}mlp.fc2.weight"
-        found.append(Group(f"vision {_span(layers)} attention", attention, layers))
-        found.append(Group(f"vision {_span(layers)} mlp", (fc1, fc2), layers, fixed=(fc2,)))
+        made.append(Group(f"vision {_span(layers)} attention", attention, layers))
+        made.append(Group(f"vision {_span(layers)} mlp", (fc1, fc2), layers, fixed=(fc2,)))
     for layers in runs(spec.text.depth):
         for place, pattern in (
             ("q,k,v", "self_attn.[qkv]_proj"), ("o", "self_attn.o_proj"), ("gate,up", "mlp.[gu]*_proj"), ("down", "mlp.down_proj")
         ):  # fmt: skip
-            found.append(Group(f"decoder {_span(layers)} {place}", (f"{text}{pattern}.weight",), layers))
-    return found
+            made.append(Group(f"decoder {_span(layers)} {place}", (f"{text}{pattern}.weight",), layers))
+    return made
 
 
 def runs(depth: int) -> list[tuple[int, ...]]:
-    """Layers, one by one where they are few, else in thirds.
+    """Divide layers one by one where they are few, else in thirds.
 
     >>> runs(2), runs(7)
     ([(0,), (1,)], [(0, 1), (2, 3), (4, 5, 6)])
@@ -90,10 +92,10 @@ def runs(depth: int) -> list[tuple[int, ...]]:
 
 
 def chosen(names: Sequence[str], *, calibrated: bool) -> list[str]:
-    """The candidates of these names; without names all that can be written, the float one always among them.
+    """Return the candidates of these names, or all that can be written; the float one is always among them.
 
     Raises:
-        UsageError: there is none of a name.
+        UsageError: no candidate has one of the names.
     """
     for name in names:
         choose("candidates", name, CANDIDATES)
@@ -102,18 +104,18 @@ def chosen(names: Sequence[str], *, calibrated: bool) -> list[str]:
 
 
 def options(group: Group, candidates: Sequence[str]) -> list[str]:
-    """Those candidates that differ for this group: where nothing can be rescaled, AWQ is what it is without."""
+    """Return the candidates that differ for a group: where nothing is rescaled, AWQ changes nothing."""
     different = {tuple(group.scheme(pattern, name) for pattern in group.patterns): name for name in reversed(candidates)}
     return [name for name in candidates if name in different.values()]
 
 
-def recipe(name: str, found: Sequence[Group], choice: Mapping[str, str]) -> Recipe:
-    """The recipe of a choice, group name -> candidate; groups that are not in it stay floats.
+def recipe(name: str, all_groups: Sequence[Group], choice: Mapping[str, str]) -> Recipe:
+    """Return the recipe of a choice, group name -> candidate; groups that are not in it stay floats.
 
     A pattern's most frequent scheme stands last, for all layers, after those of the layers that differ.
     """
     by_pattern: dict[str, dict[int | None, Scheme]] = {}
-    for group in found:
+    for group in all_groups:
         for pattern in group.patterns:
             scheme = group.scheme(pattern, choice.get(group.name, FLOAT))
             by_pattern.setdefault(pattern, {}).update(dict.fromkeys(group.layers or (None,), scheme))

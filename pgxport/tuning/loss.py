@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a bundle loses to the float model, in points of the task metric, and whether that is known well enough.
+"""The loss of a bundle in points of the task metric, and whether the samples are enough to know it.
 
-Points are hundredths of the metric's best value; with several tasks it is the mean of theirs, each counting the same.
+Points are hundredths of the metric's best value; with several tasks the loss is the mean of theirs, with
+equal weights.
 """
 
 import math
@@ -16,7 +17,7 @@ from pgxport.metrics.metrics import METRICS, groups, tally
 from pgxport.metrics.sample import Sample
 from pgxport.runners.outputs import Answer
 
-RULE_OF_THREE = 3.0  # of n answers none changed: of all, at most 3/n do, at 95 % (Hanley and Lippman-Hand, 1983)
+RULE_OF_THREE = 3.0  # where none of n answers changed, at most 3/n of all do, at 95 % (Hanley and Lippman-Hand, 1983)
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Loss:
     """Points lost, with the 95 % interval of the paired difference; below zero where the bundle is better.
 
     Attributes:
-        tasks: By task and metric.
-        changed: Answers that are not the reference's.
+        tasks: Points lost by task and metric.
+        changed: How many answers are not the reference's.
     """
 
     points: float
@@ -36,7 +37,7 @@ class Loss:
     samples: int
 
     def doubt(self, limit: float) -> str | None:
-        """Why these samples cannot tell the loss from the limit, and how many could; None where they can."""
+        """Return why the samples are too few for the limit, and how many would do; None where they do."""
         if self.low is None or self.high is None:
             return "one picture has no interval; take more with --samples"
         if self.low == self.high:
@@ -65,10 +66,10 @@ def loss(samples: Sequence[Sample], answers: Sequence[Answer], reference: Sequen
     def mean(weights: np.ndarray) -> np.ndarray:
         return np.mean([curve(weights) for curve in curves.values()], axis=0)
 
-    found = bootstrap.estimate(mean, groups(samples), biased=any(METRICS[name].biased for name in names))
+    estimate = bootstrap.estimate(mean, groups(samples), biased=any(METRICS[name].biased for name in names))
     every = np.ones((1, len(samples)))
     return Loss(
-        found.value, found.low, found.high, {name: float(curve(every)[0]) for name, curve in curves.items()},
+        estimate.value, estimate.low, estimate.high, {name: float(curve(every)[0]) for name, curve in curves.items()},
         sum(a.token_ids != b.token_ids for a, b in zip(answers, reference, strict=True)), len(samples),
     )  # fmt: skip
 
@@ -76,11 +77,11 @@ def loss(samples: Sequence[Sample], answers: Sequence[Answer], reference: Sequen
 def _lost(
     name: str, places: np.ndarray, samples: Sequence[Sample], answers: Sequence[Answer], reference: Sequence[Answer]
 ) -> Curve:
-    """Points of one task, for weights of all samples."""
+    """Return the points lost of one task, as a function of the weights of all samples."""
     chosen = [samples[i] for i in places]
     now, before = (tally(name, chosen, [run[i] for i in places]).curve for run in (answers, reference))
     metric = METRICS[name]
     best = metric.scale or 1.0
     sign = 100 / best if metric.higher_is_better else -100 / best
-    # Drawn again, none of a task's samples may be there; NaN says so, and bootstrap leaves that draw out.
+    # A draw may hold none of a task's samples; its value is NaN, and bootstrap leaves that draw out.
     return lambda weights: sign * (before(weights[:, places]) - now(weights[:, places]))

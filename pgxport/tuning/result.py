@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a tune found: probes, whole bundles, which of them keep the limits, and the recipe's file."""
+"""The result of a tune: probes, whole bundles, which of them keep the limits, and the recipe's file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pgxport.exporter.recipe_toml import HEADER, to_toml
-from pgxport.tuning.bundles import Measured, rules_text
+from pgxport.text import table
+from pgxport.tuning.bundles import MeasuredRecipe, rules_text
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,8 @@ class Limits:
     ms: float | None = None
     nbytes: int | None = None
 
-    def excess(self, m: Measured) -> float:
-        """By how much a bundle is over its limits, each as a part of the limit; 0 where it keeps them all."""
+    def excess(self, m: MeasuredRecipe) -> float:
+        """Return by how much a bundle is over its limits, as parts of the limits; 0 where it keeps them."""
         over = [(m.loss.points, self.points), (m.ms, self.ms), (m.nbytes, self.nbytes)]
         return sum(max(0.0, value - limit) / (limit or 1.0) for value, limit in over if limit is not None)
 
@@ -29,14 +30,14 @@ class Probe:
 
     group: str
     candidate: str
-    measured: Measured
+    measured: MeasuredRecipe
 
 
 @dataclass(frozen=True)
 class Mix:
-    """A proposal of the search, measured; and what the sums of its probes had promised."""
+    """A proposal of the search, measured, and the sums that were expected from its probes."""
 
-    measured: Measured
+    measured: MeasuredRecipe
     names: Mapping[str, str]  # group -> candidate
     expected_kl: float
     expected_ms: float
@@ -49,65 +50,65 @@ class Tuning:
     Attributes:
         facts: Model, samples, machine, versions.
         base: The model with every group in floats.
-        skipped: What could not be measured, and why.
+        skipped: The names of recipes and probes that could not be measured, and why.
     """
 
     facts: Mapping[str, Any]
     limits: Limits
-    named: tuple[Measured, ...]
-    base: Measured
+    named: tuple[MeasuredRecipe, ...]
+    base: MeasuredRecipe
     probes: tuple[Probe, ...]
     mixes: tuple[Mix, ...]
     skipped: tuple[str, ...]
 
     @property
-    def wholes(self) -> list[Measured]:
+    def wholes(self) -> list[MeasuredRecipe]:
         """Named recipes and mixes, the smallest first."""
         return sorted([*self.named, *(mix.measured for mix in self.mixes)], key=lambda m: (m.nbytes, m.kl))
 
     @property
-    def front(self) -> list[Measured]:
-        """The wholes that no other is at least as small, as quick and as true as. Of equal losses the smaller KL is truer."""
+    def front(self) -> list[MeasuredRecipe]:
+        """The bundles that no other dominates in size, time and loss; of equal losses a smaller KL is better."""
         return [m for m in self.wholes if not any(_dominates(other, m) for other in self.wholes)]
 
     @property
-    def winner(self) -> Measured | None:
-        """The smallest that keeps every limit, named recipes among them; None: none does."""
+    def winner(self) -> MeasuredRecipe | None:
+        """The smallest bundle that keeps every limit, named recipes among them; None where none does."""
         return next((m for m in self.wholes if self.limits.excess(m) == 0), None)
 
     @property
-    def nearest(self) -> Measured:
-        """What keeps the limits, or is least over them."""
+    def nearest(self) -> MeasuredRecipe:
+        """The bundle that keeps the limits, or is least over them."""
         return min(self.wholes, key=lambda m: (self.limits.excess(m), m.nbytes, m.kl))
 
     def comparisons(self) -> dict[str, str]:
-        """For each named recipe, a mix that is no larger and no farther from float32, or why there is none."""
-        said = {}
+        """Return for each named recipe a mix no larger and no farther from float32, or why there is none."""
+        texts = {}
         for m in self.named:
             same = [x for x in self.mixes if rules_text(x.measured.recipe) == rules_text(m.recipe)]
             better = [x for x in self.mixes if x.measured.nbytes <= m.nbytes and x.measured.kl <= m.kl and x not in same]
             fitting = [x for x in self.mixes if x.measured.nbytes <= m.nbytes]
             if better:
                 best = min(better, key=lambda x: x.measured.kl).measured
-                said[m.label] = (
+                texts[m.label] = (
                     f"{best.label} beats it: {best.nbytes / 1e6:.2f} MB to {m.nbytes / 1e6:.2f}, KL {best.kl:.2g} to {m.kl:.2g}; "
                     f"points lost {best.loss.points:+.2f} to {m.loss.points:+.2f}"
                 )
             elif same:
-                said[m.label] = f"{same[0].measured.label} is the same recipe, the best of its size"
+                texts[m.label] = f"{same[0].measured.label} is the same recipe, the best of its size"
             elif fitting:
                 x = min(fitting, key=lambda x: x.measured.kl)
-                said[m.label] = (
+                texts[m.label] = (
                     f"no mix is better at its size: {x.measured.label} was expected to have KL {x.expected_kl:.2g} and has {x.measured.kl:.2g}, "
                     f"to its {m.kl:.2g}; "
                     + ("losses do not add up here" if x.expected_kl <= m.kl else "no choice of the candidates is as close")
                 )
             else:
-                said[m.label] = "no mix is as small: its schemes are not among the candidates"
-        return said
+                texts[m.label] = "no mix is as small: its schemes are not among the candidates"
+        return texts
 
     def refusal(self) -> str | None:
-        """Why no recipe was written; None where one was."""
+        """Return why no recipe was written; None where one was."""
         if self.winner:
             return None
         n, limits = self.nearest, self.limits
@@ -121,7 +122,7 @@ class Tuning:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: bytes, milliseconds, nats and points."""
+        """Return plain data: bytes, milliseconds, nats and points."""
         keeps = {m.label: self.limits.excess(m) == 0 for m in self.wholes}
         ahead = {m.label for m in self.front}
         return {
@@ -134,7 +135,7 @@ class Tuning:
 
 
 def toml(tuning: Tuning) -> str:
-    """The winner as a recipe's file, with what was measured of it above."""
+    """Return the winner as a recipe's file, with its measurements as comments."""
     m, facts, limits = tuning.winner, tuning.facts, tuning.limits
     assert m is not None, "Bug: there is no recipe to write"
     machine, versions = facts["machine"], facts["machine"]["versions"]
@@ -154,8 +155,8 @@ def toml(tuning: Tuning) -> str:
     return "".join(f"# {' '.join(line.split())}\n" for line in about) + text
 
 
-def points(m: Measured) -> str:
-    """A loss with its interval.
+def points(m: MeasuredRecipe) -> str:
+    """Format a loss and its interval.
 
     >>> from pgxport.tuning.loss import Loss
     >>> from types import SimpleNamespace
@@ -170,38 +171,28 @@ def _counts(samples: Mapping[str, int]) -> str:
     return f"{sum(samples.values())} samples ({', '.join(f'{task} {count}' for task, count in samples.items())})"
 
 
-def _dominates(a: Measured, b: Measured) -> bool:
+def _dominates(a: MeasuredRecipe, b: MeasuredRecipe) -> bool:
     first, second = ((m.nbytes, m.ms, (m.loss.points, m.kl)) for m in (a, b))
     return first != second and all(x <= y for x, y in zip(first, second, strict=True))  # type: ignore[operator]
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows with their columns under each other.
-
-    >>> table([["a", "b"], ["long", "c"]])
-    ['a     b', 'long  c']
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
 def render(t: Tuning) -> str:
-    """For people: the front, what each group loses, and what was chosen."""
+    """Return the result as text: what each group loses, the whole bundles, and which was chosen."""
     facts, reference = t.facts, t.facts["reference"]
     lines = [
         f"{facts['checkpoint']} on {_counts(facts['samples'])}; {facts['engine']}, {facts['key']['threads'] or 'all'} threads, "
         f"load average {facts['machine']['load_average']} before",
         f"float32: {reference['bytes'] / 1e6:.2f} MB, {reference['ms']:.1f} ms an answer of {facts['answer_tokens']:.1f} tokens",
         "", "what each group loses by itself: KL to float32 in nats",
-        *table(_sensitivity(t)),
+        table(_sensitivity(t)),
         "", "whole bundles; * no other is as small, as quick and loses as little; points of the task metric, 95 % interval",
     ]  # fmt: skip
     front, rows = {m.label for m in t.front}, [["", "MB", "ms", "points lost", "KL", "same next token", "limits", "recipe"]]
     for m in t.wholes:
         cells = [f"{m.nbytes / 1e6:.2f}", f"{m.ms:.1f}", points(m), f"{m.kl:.2g}", f"{m.agreement:.2%}"]
         rows.append(["*" if m.label in front else "", *cells, "holds" if t.limits.excess(m) == 0 else "–", m.label])
-    lines += [*table(rows), ""]
-    lines += [f"{name}: {said}" for name, said in t.comparisons().items()]
+    lines += [table(rows), ""]
+    lines += [f"{name}: {text}" for name, text in t.comparisons().items()]
     lines += [f"not measured: {reason}" for reason in t.skipped]
     if chosen := t.winner:
         tasks = ", ".join(f"{task} {lost:+.2f}" for task, lost in chosen.loss.tasks.items())
@@ -215,8 +206,8 @@ def render(t: Tuning) -> str:
 
 def _sensitivity(t: Tuning) -> list[list[str]]:
     names = list(dict.fromkeys(p.candidate for p in t.probes))
-    found = {(p.group, p.candidate): f"{max(0.0, p.measured.kl - t.base.kl):.1e}" for p in t.probes}
+    losses = {(p.group, p.candidate): f"{max(0.0, p.measured.kl - t.base.kl):.1e}" for p in t.probes}
     return [
         ["", *names],
-        *([group, *(found.get((group, n), "") for n in names)] for group in dict.fromkeys(p.group for p in t.probes)),
+        *([group, *(losses.get((group, n), "") for n in names)] for group in dict.fromkeys(p.group for p in t.probes)),
     ]

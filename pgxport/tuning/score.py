@@ -1,26 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a bundle over the samples beside the reference's answers: the answers it gives, how far its logits are, how long it takes.
+"""Run a bundle over the samples beside the reference: its answers, its agreement and its times.
 
-A sample costs one prefill. The bundle is forced along the reference's answer, which gives logits to compare; as long as it would
-have said the same, that is its own answer too, and where it first differs the cache is wound back to there and it goes on alone.
+A sample costs one prefill: the bundle is fed the reference's answer (reporting/asking.py), and its own answer
+is taken from there.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pgxport.benchmarking.worker import turns
-from pgxport.errors import IntegrityError
-from pgxport.exporter.calibration_file import disk
-from pgxport.metrics.fidelity import kl_divergence, top1_agreement
+from pgxport.cluster.open_bundle import OpenBundle
+from pgxport.cluster.pool import Cluster
+from pgxport.cluster.tasks import Workers
+from pgxport.files import disk_errors
 from pgxport.metrics.sample import Sample
+from pgxport.reporting.asking import TokenAgreement, compare_and_answer, write_logits
+from pgxport.reporting.cluster_pass import travelling
+from pgxport.reporting.store import load_array, save_array
 from pgxport.runners.outputs import Answer
 from pgxport.runners.pipeline import Pipeline
+from pgxport.runners.runner import Runner
 
 ROUNDS = 9  # of timing, in turns
 STEPS = 8  # decode steps a round
@@ -29,134 +33,150 @@ Seconds = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Score:
-    """What a bundle did on the samples. KL is of the next token, in nats, over all positions of the reference's answers."""
+class CandidateScore:
+    """A bundle's answers, and the KL of the next token in nats over all positions of the reference's answers."""
 
     ids: list[list[int]]  # the answer to each sample
     kl: float
     kl_worst: float
-    agreement: float  # share of positions at which both find the same token likeliest
+    agreement: float  # share of positions at which the same token is likeliest to both
 
 
-class Samples:
-    """The samples, the reference's answers and logits, and what the float vision encoder makes of them; arrays are on disk.
+@dataclass(frozen=True)
+class ScoreTask:
+    """One sample for a bundle, with the reference's answer.
 
-    They take 4 bytes for each logit of an answer and each number of an image's features: 10 MB and 2.4 MB a sample for 3B at 224 px.
+    Attributes:
+        ids: The reference's answer.
+        logits: The reference's, [T, V].
+        features: [1, N, H], where a bundle with the same vision encoder had them.
+        keep: Whether the features are wanted back.
+    """
+
+    number: int
+    sample: Sample
+    ids: list[int]
+    logits: np.ndarray
+    features: np.ndarray | None
+    keep: bool
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """The bundle's own answer to a sample, its agreement with the reference, and the wanted features."""
+
+    ids: list[int]
+    agreement: TokenAgreement
+    features: np.ndarray | None
+
+
+Scorer = Callable[[Iterable[ScoreTask]], Iterator[tuple[ScoreTask, ScoreResult]]]
+
+
+def score_here(pipeline: Pipeline, tasks: Iterable[ScoreTask]) -> Iterator[tuple[ScoreTask, ScoreResult]]:
+    """Score each sample with a bundle that is open in this process."""
+    for task in tasks:
+        yield task, score(pipeline, task)
+
+
+def score_on_cluster(
+    cluster: Cluster, bundle: Path, engine: str, threads: int | None, tasks: Iterable[ScoreTask]
+) -> Iterator[tuple[ScoreTask, ScoreResult]]:
+    """Score the samples on a cluster, in any order.
+
+    Results are those of `score_here` on one kind of processor.
+
+    Raises:
+        NumericError: the bundle's numbers are not finite.
+        EngineError: the cluster has no room, or a sample was lost again and again.
+    """
+    digest = cluster.offer(bundle)
+    setup = OpenBundle(digest, _score_on_node, engine, threads, keep=False)
+    prepared = (replace(task, sample=travelling(task.sample)) for task in tasks)
+    for done in cluster.spread(setup, prepared, Workers(threads, gpu=engine != "cpu")):
+        yield done.task, done.get(f"sample {done.task.sample.id}")
+    cluster.withdraw(digest)
+
+
+def score(pipeline: Pipeline, task: ScoreTask) -> ScoreResult:
+    """Score one sample."""
+    features = features_of(pipeline, task.sample) if task.features is None else task.features
+    agreement, ids = compare_and_answer(pipeline, prefix_of(pipeline, task.sample, features), task.ids, task.logits)
+    return ScoreResult(ids, agreement, features if task.keep else None)
+
+
+def _score_on_node(runner: Runner, task: ScoreTask) -> ScoreResult:
+    return score(runner.pipeline, task)
+
+
+class ReferenceAnswers:
+    """The samples, the reference's answers and logits, and image features; arrays are on disk.
+
+    They take 4 bytes for each logit of an answer and each number of an image's features: 10 MB and 2.4 MB a
+    sample for 3B at 224 px.
     """
 
     def __init__(self, samples: Sequence[Sample], folder: Path, ids: Sequence[Sequence[int]] = ()):
         self.samples, self.ids, self._folder = list(samples), [list(i) for i in ids], folder
-        with disk(f"cannot use {folder}"):
+        with disk_errors(f"cannot use {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
 
     def complete(self) -> bool:
         """Whether there is an answer to every sample, and its logits."""
         return len(self.ids) == len(self.samples) and all(self._logits(i).exists() for i in range(len(self.ids)))
 
-    def logits(self, i: int) -> np.ndarray:
-        """[T, V], of every token of the reference's answer and what follows it"""
-        return _load(self._logits(i))
-
-    def _logits(self, i: int) -> Path:
-        return self._folder / f"logits-{i}.npy"
-
     def answer_all(self, pipeline: Pipeline, progress: Callable[[str], None]) -> None:
-        """Let the reference answer, and keep what it says."""
+        """Let the reference answer every sample, and keep its answers and logits."""
         self.ids = []
-        for i in range(len(self.samples)):
+        for i, sample in enumerate(self.samples):
             progress(f"the float model, sample {i + 1} of {len(self.samples)}")
-            prefix = prefix_of(pipeline, self.samples[i], features_of(pipeline, self.samples[i]))
-            _, answer = along(pipeline, prefix, ())
-            logits, again = along(pipeline, prefix, answer)
-            assert answer == again, f"Bug: sample {i} was answered in two ways"
-            _save(self._logits(i), logits)
-            self.ids.append(answer)
+            prefix = prefix_of(pipeline, sample, features_of(pipeline, sample))
+            ids = list(pipeline.generate(prefix, pipeline.answer_limit(prefix)))
+            write_logits(self._logits(i), pipeline.teacher_forced(prefix, ids), len(ids) + 1)
+            self.ids.append(ids)
 
-    def score(self, pipeline: Pipeline, places: Sequence[int], vision: str, *, keep: bool) -> Score:
+    def score(self, places: Sequence[int], vision: str, scorer: Scorer, *, keep: bool) -> CandidateScore:
         """Run a bundle over the samples at these places.
 
         Args:
-            vision: A digest of all that its image features depend on.
-            keep: Whether to keep those features, for other bundles with the same ones.
+            vision: A digest of all that the bundle's image features depend on.
+            scorer: `score_here` or `score_on_cluster`, with the bundle.
+            keep: Whether to keep the features, for other bundles with the same vision encoder.
         """
-        found = []
-        for i in places:
-            features = self.features(i, vision)
-            if features is None:
-                features = features_of(pipeline, self.samples[i])
-                if keep:
-                    self.keep_features(i, vision, features)
-            found.append(score_one(pipeline, prefix_of(pipeline, self.samples[i], features), self.ids[i], self.logits(i)))
-        return together(found)
+        results: dict[int, ScoreResult] = {}
+        for task, result in scorer(self._task(i, vision, keep=keep) for i in places):
+            results[task.number] = result
+            if result.features is not None:
+                save_array(self._features(task.number, vision), result.features)
+        ordered = [results[i] for i in places]
+        total = TokenAgreement.total([result.agreement for result in ordered])
+        ids = [result.ids for result in ordered]
+        return CandidateScore(ids, total.kl / total.positions, total.kl_worst, total.agreed / total.positions)
 
-    def features(self, i: int, vision: str) -> np.ndarray | None:
-        """[1, N, H], where they are kept"""
-        kept = self._features(i, vision)
-        return _load(kept) if kept.exists() else None
+    def _task(self, i: int, vision: str, *, keep: bool) -> ScoreTask:
+        file = self._features(i, vision)
+        features = load_array(file) if file.exists() else None
+        return ScoreTask(i, self.samples[i], self.ids[i], load_array(self._logits(i)), features, keep and features is None)
 
-    def keep_features(self, i: int, vision: str, features: np.ndarray) -> None:
-        _save(self._features(i, vision), features)
+    def _logits(self, i: int) -> Path:
+        return self._folder / f"logits-{i}.npy"
 
     def _features(self, i: int, vision: str) -> Path:
         return self._folder / f"features-{vision[:16]}-{i}.npy"
 
 
-@dataclass(frozen=True)
-class Scored:
-    """One sample: the bundle's answer; and of each position of the reference's the KL, and whether the likeliest token is the same."""
-
-    ids: list[int]
-    kl: np.ndarray  # [T]
-    agreed: np.ndarray  # [T]
-
-
-def score_one(pipeline: Pipeline, prefix: np.ndarray, ids: Sequence[int], expected: np.ndarray) -> Scored:
-    """Run a bundle along the reference's answer, whose logits [T, V] were expected."""
-    logits, answer = along(pipeline, prefix, ids)
-    return Scored(answer, kl_divergence(logits, expected), top1_agreement(logits, expected))
-
-
-def together(found: Sequence[Scored]) -> Score:
-    """Of all samples."""
-    every = np.concatenate([one.kl for one in found])
-    agreed = np.concatenate([one.agreed for one in found])
-    return Score([one.ids for one in found], float(every.mean()), float(every.max()), float(agreed.mean()))
-
-
 def features_of(pipeline: Pipeline, sample: Sample) -> np.ndarray:
-    """Image features [1, N, H] of a sample's picture."""
+    """Return the image features [1, N, H] of a sample's picture."""
     return pipeline.encode([sample.open()])
 
 
 def prefix_of(pipeline: Pipeline, sample: Sample, features: np.ndarray) -> np.ndarray:
-    """Image features [1, N, H] and a sample's prompt to the prefix's embeddings [1, T, H]."""
+    """Return the embeddings [1, T, H] of image features [1, N, H] and a sample's prompt."""
     return pipeline.prefix(features, pipeline.prompt_ids(sample.prompt))
 
 
-def along(pipeline: Pipeline, prefix: np.ndarray, reference: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-    """Logits [T, V] of each token of a given answer and of what follows it; and the answer the bundle gives by itself."""
-    limit, eos = pipeline.answer_limit(prefix), pipeline.manifest.token_ids.eos
-    decoder = pipeline.decoder(prefix.shape[1] + limit)
-    rows = [decoder.feed(prefix).copy()]
-    rows += [decoder.feed(pipeline.embed([token])).copy() for token in reference[: limit - 1]]
-    logits = np.stack(rows)
-    said = logits.argmax(-1).tolist()
-    same = next((i for i, (a, b) in enumerate(zip(said, reference, strict=False)) if a != b), min(len(said), len(reference)))
-    answer = list(reference[:same])
-    if same == len(said):  # the reference was cut off at the limit, and this agreed to the end
-        return logits, answer
-    decoder.length = prefix.shape[1] + same
-    token = said[same]
-    while token != eos:
-        answer.append(token)
-        if len(answer) == limit:
-            break
-        token = int(decoder.feed(pipeline.embed([token])).argmax())
-    return logits, answer
-
-
-class Answers:
-    """Token ids as text, boxes and masks; each different answer to a sample is read once.
+class ParsedAnswers:
+    """Token ids as text, boxes and masks; each different answer to a sample is parsed once.
 
     Args:
         pipeline: Of the reference, whose mask decoder is used for all, and which stays open.
@@ -179,9 +199,9 @@ class Answers:
 
 
 def ratios(pipeline: Pipeline, reference: Pipeline, prefix: int) -> tuple[Seconds, Seconds]:
-    """How many times as long as the reference a bundle takes, by stage, and the reference's seconds; medians.
+    """Return a bundle's times over the reference's, by stage, and the reference's seconds; medians.
 
-    Both run in turns on the same random numbers, so that a machine that slows down does it to both.
+    Both run in turns on the same random numbers, so that a machine that slows down affects both alike.
 
     Args:
         prefix: Tokens of an image and a prompt.
@@ -189,12 +209,12 @@ def ratios(pipeline: Pipeline, reference: Pipeline, prefix: int) -> tuple[Second
     both = (reference, pipeline)
     for warm_up in both:
         _lap(warm_up, prefix)
-    found: list[tuple[Seconds, Seconds]] = []
+    rounds: list[tuple[Seconds, Seconds]] = []
     for turn in turns(2, ROUNDS):
         laps = {i: _lap(both[i], prefix) for i in turn}
-        found.append((laps[0], laps[1]))
-    times = {stage: statistics.median(b[stage] / a[stage] for a, b in found) for stage in STAGES}
-    return times, {stage: statistics.median(a[stage] for a, _ in found) for stage in STAGES}
+        rounds.append((laps[0], laps[1]))
+    times = {stage: statistics.median(b[stage] / a[stage] for a, b in rounds) for stage in STAGES}
+    return times, {stage: statistics.median(a[stage] for a, _ in rounds) for stage in STAGES}
 
 
 def _lap(pipeline: Pipeline, prefix: int) -> Seconds:
@@ -210,18 +230,3 @@ def _lap(pipeline: Pipeline, prefix: int) -> Seconds:
     for _ in range(STEPS):
         decoder.feed(embeds[:, :1])
     return {"vision": encoded - start, "prefill": filled - encoded, "step": (time.perf_counter() - filled) / STEPS}
-
-
-def _save(file: Path, array: np.ndarray) -> None:
-    partial: Any = file.with_suffix(".partial")
-    with disk(f"cannot write {file}"):
-        with partial.open("wb") as out:
-            np.save(out, array, allow_pickle=False)
-        partial.replace(file)
-
-
-def _load(file: Path) -> np.ndarray:
-    try:
-        return np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{file} cannot be read ({error}); delete its folder and tune again") from error

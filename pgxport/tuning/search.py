@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose one option for each group: the recipes that lose least for every size. Pure functions of numbers.
 
-Losses are taken to add up, as HAWQ-V2 (Dong et al., 2020, arXiv 1911.03852) takes the perturbations of layers and HAWQ-V3
-(Yao et al., 2021, arXiv 2011.10680) those of its integer program. What is left is a multiple-choice knapsack (Kellerer, Pferschy
-and Pisinger, 2004, ch. 11), solved for all sizes at once by dynamic programming, exactly but for the rounding of costs to bins.
-Losses do not add up in truth, so whoever uses this measures what it proposes.
+Losses are assumed to add up, as HAWQ-V2 (Dong et al., 2020, arXiv 1911.03852) assumes of the perturbations of
+layers and HAWQ-V3 (Yao et al., 2021, arXiv 2011.10680) of its integer program. The problem is then a
+multiple-choice knapsack (Kellerer, Pferschy and Pisinger, 2004, ch. 11), solved for all sizes at once by
+dynamic programming, exactly but for the rounding of costs to bins. Losses do not really add up, so callers
+measure what this proposes.
 """
 
 import math
@@ -19,7 +20,7 @@ TIME_BINS = 64
 
 @dataclass(frozen=True)
 class Option:
-    """What one scheme for one group changes, beside the same model in floats."""
+    """The changes that one scheme makes for one group, against the same model in floats."""
 
     name: str
     nbytes: int
@@ -29,7 +30,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Choice:
-    """An option's name for each group, and the sums of what they change."""
+    """An option's name for each group, and the sums of the options' changes."""
 
     names: Mapping[str, str]
     nbytes: int
@@ -38,11 +39,11 @@ class Choice:
 
 
 def front(table: Mapping[str, Sequence[Option]], *, max_ms: float | None = None) -> list[Choice]:
-    """The choices that lose least for their size, smallest first; each loses less than those before.
+    """Return the choices that lose least for their size, smallest first; each loses less than those before.
 
     Args:
-        max_ms: Leave out choices that change the time by more. Times are rounded up, so that none is beyond it. Where
-            no choice is so fast, there is none.
+        max_ms: Leave out choices that change the time by more; times are rounded up to bins. The front is
+            empty where no choice is so fast.
     """
     sizes = [_bins([o.nbytes for o in options], _unit(table, "nbytes", SIZE_BINS, least=1)) for options in table.values()]
     times, most = [[0] * len(options) for options in table.values()], 0
@@ -62,32 +63,32 @@ def front(table: Mapping[str, Sequence[Option]], *, max_ms: float | None = None)
         for i, (option, size, time) in enumerate(zip(options, size_bins, time_bins, strict=True)):
             if time > most:
                 continue
-            losses, there = least[: shape[0] - size, : shape[1] - time] + option.loss, after[size:, time:]
-            better = losses < there
-            there[better] = losses[better]
+            losses, kept = least[: shape[0] - size, : shape[1] - time] + option.loss, after[size:, time:]
+            better = losses < kept
+            kept[better] = losses[better]
             taken[size:, time:][better] = i
         least = after
         steps.append(taken)
-    found = []
+    choices = []
     for size in range(shape[0]):
         time = int(least[size].argmin())
         if np.isfinite(least[size, time]):
-            found.append(_back(table, steps, (sizes, times), (size, time)))
-    return _undominated(found)
+            choices.append(_back(table, steps, (sizes, times), (size, time)))
+    return _undominated(choices)
 
 
-def spread(found: Sequence[Choice], count: int) -> list[Choice]:
-    """Some of a front, by losses that are evenly apart on a logarithmic scale; the first and the last are among them."""
-    if len(found) <= count:
-        return list(found)
-    low, high = max(found[-1].loss, found[0].loss * 1e-6, 1e-12), max(found[0].loss, 1e-12)
+def spread(choices: Sequence[Choice], count: int) -> list[Choice]:
+    """Return some of a front, evenly spaced by the logarithm of their losses, with both ends."""
+    if len(choices) <= count:
+        return list(choices)
+    low, high = max(choices[-1].loss, choices[0].loss * 1e-6, 1e-12), max(choices[0].loss, 1e-12)
     levels = np.geomspace(high, low, count)
-    places = {0, len(found) - 1} | {next((i for i, c in enumerate(found) if c.loss <= level), 0) for level in levels}
-    return [found[i] for i in sorted(places)]
+    places = {0, len(choices) - 1} | {next((i for i, c in enumerate(choices) if c.loss <= level), 0) for level in levels}
+    return [choices[i] for i in sorted(places)]
 
 
 def _unit(table: Mapping[str, Sequence[Option]], cost: str, bins: int, *, least: float) -> float:
-    """How much of a cost is a bin, so that all there may be fits."""
+    """Return the width of a bin, so that the largest sum of costs fits."""
     costs = [[getattr(o, cost) for o in options] for options in table.values()]
     return max(sum(max(c) - min(c) for c in costs) / bins, least)
 
@@ -103,7 +104,7 @@ def _back(
     bins: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]],
     at: tuple[int, int],
 ) -> Choice:
-    """The options that led to a place of the last table."""
+    """Return the options that led to a place of the last table."""
     size, time = at
     picked: dict[str, Option] = {}
     for (group, options), taken, sizes, times in reversed(list(zip(table.items(), steps, *bins, strict=True))):
@@ -119,9 +120,9 @@ def _back(
     )
 
 
-def _undominated(found: Sequence[Choice]) -> list[Choice]:
+def _undominated(choices: Sequence[Choice]) -> list[Choice]:
     kept: list[Choice] = []
-    for choice in sorted(found, key=lambda c: (c.nbytes, c.loss)):
+    for choice in sorted(choices, key=lambda c: (c.nbytes, c.loss)):
         if not kept or choice.loss < kept[-1].loss:
             kept.append(choice)
     return kept

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pipeline of `pgx tune`: measure every group by itself, search, measure what the search proposes, and write the best recipe."""
+"""pgx tune: measure every group by itself, search, measure the proposals, and write the best recipe."""
 
 import hashlib
 import time
@@ -9,25 +9,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pgxport.benchmarking.bench import machine, versions
 from pgxport.cluster.pool import Cluster
 from pgxport.data.loader import DataOptions, load
 from pgxport.errors import EngineError, NumericError, UsageError, choose
-from pgxport.exporter.calibration_file import Calibration, check_output, checkpoint_sha256, disk
+from pgxport.exporter.calibration_file import Calibration, checkpoint_sha256
 from pgxport.exporter.export import ExportOptions, check_weights
 from pgxport.exporter.recipe import RECIPE_NAMES, Recipe
 from pgxport.exporter.targets import TARGETS, Target
+from pgxport.files import check_output, disk_errors, write_whole
 from pgxport.hub.locate import ModelChoice, locate
+from pgxport.machine.conditions import describe_machine, versions
+from pgxport.machine.driver import ask_driver
 from pgxport.metrics.sample import Sample
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.config import read_config
-from pgxport.tuning.bundles import Bundles, Measured, Say, Subject
+from pgxport.reporting.measured import keys
+from pgxport.reporting.store import alone, digest
+from pgxport.runners.session import ENGINES
+from pgxport.text import duration
+from pgxport.tuning.bundles import Bundles, MeasuredRecipe, Say, TunedModel
 from pgxport.tuning.candidates import FLOAT, Group, chosen, groups, options, recipe
 from pgxport.tuning.result import Limits, Mix, Probe, Tuning, toml
 from pgxport.tuning.search import Choice, Option, front, spread
-from pgxport.tuning.store import alone, digest
 
-ENGINES = ("cpu",)  # that this pgx runs
 LADDER = 32  # choices of a front, among which the smallest that keeps the limit is looked for by halving
 TRIES = 3  # fronts, each with less time than the one before, where those proposed were slower than predicted
 VERSIONS = ("pgxport", "numpy", "onnxruntime")
@@ -35,7 +39,7 @@ VERSIONS = ("pgxport", "numpy", "onnxruntime")
 
 @dataclass(frozen=True)
 class TuneOptions(ModelChoice):
-    """What to tune. Names are those of `pgx tune`'s flags.
+    """The model to tune and the limits. Names are those of `pgx tune`'s flags.
 
     Attributes:
         data: Samples to judge by, a file or a folder (docs/tune.md); None: the embedded scenes.
@@ -48,7 +52,8 @@ class TuneOptions(ModelChoice):
         candidates: Names of CANDIDATES; none: all that can be written.
         work: The folder of results, kept for the next time; None: beside the output.
         threads: Of the engine; None: its choice.
-        cluster: The address of a Ray cluster that scores the samples (docs/cluster.md); None: this machine does.
+        cluster: The address of a Ray cluster that scores the samples (docs/cluster.md); None: this machine
+            does.
     """
 
     output: str | Path = "recipe.toml"
@@ -68,7 +73,9 @@ class TuneOptions(ModelChoice):
 
 
 def tune(options: TuneOptions, *, progress: Say | None = None) -> Tuning:
-    """Search the recipe with the smallest bundle within the limits, and write it; what was measured before is not measured again.
+    """Search the recipe with the smallest bundle within the limits, and write it.
+
+    Kept results are not measured again.
 
     Raises:
         UsageError: an option names what does not exist, or the output is there already.
@@ -78,82 +85,97 @@ def tune(options: TuneOptions, *, progress: Say | None = None) -> Tuning:
     output = Path(options.output)
     check_output(output, overwrite=options.overwrite)
     target = choose("target", options.target, TARGETS)
-    if target.name not in ENGINES:
-        raise EngineError(
-            f"pgx tune measures where a recipe will run, and this pgx does not run target {target.name!r}; use --target cpu"
-        )
+    _check_engine(target)
     if not options.max_loss >= 0:  # NaN is not either
         raise UsageError(f"--max-loss {options.max_loss:g}: give points from 0 on, as in 1%")
     names = chosen(options.candidates, calibrated=options.calibration is not None)
-    subject = _subject(options)
-    found = groups(subject.spec)
+    subject = tuned_model(options)
+    model_groups = groups(subject.spec)
     limits = Limits(options.max_loss, options.max_latency, None if options.max_size is None else round(options.max_size * 1e6))
     work = Path(options.work) if options.work else output.with_name(output.name + ".work")
     say = progress or (lambda text: None)
     cluster = Cluster(options.cluster) if options.cluster is not None else None
-    with alone(work), cluster or nullcontext(), Bundles(subject, work, say, cluster) as bundles:
-        bench = _Bench(bundles, say)
-        named, skipped = _named(bench, target, calibrated=options.calibration is not None)
-        base, probes = _probes(bench, found, names, skipped)
-        mixes = _search(bench, found, base, probes, named, limits)
+    with alone(work, "--work"), cluster or nullcontext(), Bundles(subject, work, say, cluster) as bundles:
+        meter = RecipeMeter(bundles, say)
+        named, skipped = _named(meter, target, calibrated=options.calibration is not None)
+        base, probes = _probes(meter, model_groups, names, skipped)
+        mixes = _search(meter, model_groups, base, probes, named, limits)
         tuning = Tuning(_facts(subject, bundles, options), limits, named, base, tuple(probes), tuple(mixes), tuple(skipped))
     if tuning.winner:
-        with disk(f"cannot write {output}"):
-            partial = output.with_name(output.name + ".partial")
-            partial.write_text(toml(tuning))
-            partial.replace(output)
+        with disk_errors(f"cannot write {output}"):
+            write_whole(output, toml(tuning))
     return tuning
 
 
+def _check_engine(target: Target) -> None:
+    """Check that an engine runs the target's bundles here, as they are exported.
+
+    Raises:
+        EngineError: none does.
+    """
+    if target.tensorrt is not None:
+        raise EngineError(
+            f"pgx tune runs a bundle as it is exported, and one for target {target.name!r} has to be compiled first; use --target cpu"
+        )
+    if ENGINES[target.name] != "cpu":
+        try:
+            ask_driver()
+        except EngineError as error:
+            raise EngineError(
+                f"pgx tune measures where a recipe will run, and this machine does not run target {target.name!r}: {error}"
+            ) from error
+
+
 @dataclass
-class _Bench:
-    """Measures one after another, and tells how long the rest will take."""
+class RecipeMeter:
+    """Measures one recipe after another, and tells how long the rest will take."""
 
     bundles: Bundles
     say: Say
     seconds: list[float] = field(default_factory=list)
 
-    def __call__(self, label: str, recipe: Recipe, *, left: int = 0, probe: bool = False) -> Measured:
+    def __call__(self, label: str, recipe: Recipe, *, left: int = 0, probe: bool = False) -> MeasuredRecipe:
         start, known = time.perf_counter(), self.bundles.known(recipe, probe=probe)
         if not known:
             recent = self.seconds[-10:]
             pace = sum(recent) / len(recent) if recent else 0.0
-            self.say(f"{label}" + (f"; {left} to go, about {_duration(pace * left)}" if left and pace else ""))
+            self.say(f"{label}" + (f"; {left} to go, about {duration(pace * left)}" if left and pace else ""))
         measured = self.bundles.measure(label, recipe, probe=probe)
         if not known:
             self.seconds.append(time.perf_counter() - start)
         return measured
 
 
-def _subject(o: TuneOptions) -> Subject:
+def tuned_model(o: TuneOptions) -> TunedModel:
+    """Open the checkpoint, the calibration and the samples that the options name."""
     if (o.checkpoint is None) == (o.size is None):
         raise UsageError("name one model: a checkpoint, or --size tiny --res 224")
-    found = locate(o, precision="fp32")
-    checkpoint = Checkpoint.open(found.path, Path(o.adapter) if o.adapter else None)
+    located = locate(o, precision="fp32")
+    checkpoint = Checkpoint.open(located.path, Path(o.adapter) if o.adapter else None)
     spec = read_config(checkpoint.config)
     check_weights(checkpoint, spec)
     sha256 = checkpoint_sha256(checkpoint.files())
     calibration = Calibration.open(o.calibration) if o.calibration else None
     if calibration:
-        calibration.check(sha256, found.name)
+        calibration.check(sha256, located.name)
     data = load(DataOptions(data=Path(o.data) if o.data else None, format=o.format, limit=o.samples))
     common = {
         "checkpoint": sha256, "calibration": calibration.digest if calibration else None, "samples": _digest(data.samples),
-        "masks": bool(o.masks or found.masks), "target": o.target, "threads": o.threads, "versions": versions(VERSIONS),
+        "masks": bool(o.masks or located.masks), "target": o.target, "threads": o.threads, "versions": versions(VERSIONS),
     }  # fmt: skip
     export = ExportOptions(
-        checkpoint=found.path,
+        checkpoint=located.path,
         adapter=o.adapter,
-        masks=o.masks or found.masks,
+        masks=o.masks or located.masks,
         calibration=o.calibration,
         target=o.target,
         parity=0,
     )
-    return Subject(export, spec, data.samples, common, o.threads)
+    return TunedModel(export, spec, data.samples, common, o.threads)
 
 
-def _named(bench: _Bench, target: Target, *, calibrated: bool) -> tuple[tuple[Measured, ...], list[str]]:
-    """The named recipes as the target has them, and why some are not among them."""
+def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tuple[MeasuredRecipe, ...], list[str]]:
+    """Measure the named recipes as the target has them; returns also why some were skipped."""
     measured, skipped = [], []
     for i, name in enumerate(RECIPE_NAMES):
         try:
@@ -161,22 +183,24 @@ def _named(bench: _Bench, target: Target, *, calibrated: bool) -> tuple[tuple[Me
             target.check(recipe)
             if recipe.calibrated and not calibrated:
                 raise UsageError(f"recipe {name!r} needs --calibration")
-            measured.append(bench(name, recipe, left=len(RECIPE_NAMES) - i))
+            measured.append(meter(name, recipe, left=len(RECIPE_NAMES) - i))
         except (UsageError, NumericError) as error:
             skipped.append(f"{name}: {error}")
     return tuple(measured), skipped
 
 
-def _probes(bench: _Bench, found: Sequence[Group], names: Sequence[str], skipped: list[str]) -> tuple[Measured, list[Probe]]:
-    """The model in floats, and each group by itself in each candidate."""
-    base = bench(FLOAT, recipe("tuned", found, {}))
-    wanted = [(group, name) for group in found for name in options(group, names) if name != FLOAT]
-    recipes = [recipe("tuned", found, {group.name: name}) for group, name in wanted]
-    unknown = [not bench.bundles.known(r, probe=True) for r in recipes]
+def _probes(
+    meter: RecipeMeter, model_groups: Sequence[Group], names: Sequence[str], skipped: list[str]
+) -> tuple[MeasuredRecipe, list[Probe]]:
+    """Measure the model in floats, and each group by itself in each candidate."""
+    base = meter(FLOAT, recipe("tuned", model_groups, {}))
+    wanted = [(group, name) for group in model_groups for name in options(group, names) if name != FLOAT]
+    recipes = [recipe("tuned", model_groups, {group.name: name}) for group, name in wanted]
+    unknown = [not meter.bundles.known(r, probe=True) for r in recipes]
     probes = []
     for i, ((group, name), tried) in enumerate(zip(wanted, recipes, strict=True)):
         try:
-            measured = bench(f"{group.name} in {name}", tried, left=sum(unknown[i:]), probe=True)
+            measured = meter(f"{group.name} in {name}", tried, left=sum(unknown[i:]), probe=True)
         except (UsageError, NumericError) as error:
             skipped.append(f"{group.name} in {name}: {error}")
         else:
@@ -185,21 +209,26 @@ def _probes(bench: _Bench, found: Sequence[Group], names: Sequence[str], skipped
 
 
 def _search(
-    bench: _Bench, found: Sequence[Group], base: Measured, probes: Sequence[Probe], named: Sequence[Measured], limits: Limits
+    meter: RecipeMeter,
+    model_groups: Sequence[Group],
+    base: MeasuredRecipe,
+    probes: Sequence[Probe],
+    named: Sequence[MeasuredRecipe],
+    limits: Limits,
 ) -> list[Mix]:
-    """Propose and measure: at each named recipe's size, and by halving until the smallest that keeps the limits is found."""
-    table = {group.name: [Option(FLOAT, 0, 0.0, 0.0)] for group in found}
+    """Measure proposals: at each named recipe's size, and by halving down to the smallest within the limits."""
+    table = {group.name: [Option(FLOAT, 0, 0.0, 0.0)] for group in model_groups}
     for p in probes:
         m = p.measured
         table[p.group].append(Option(p.candidate, m.nbytes - base.nbytes, m.ms - base.ms, max(0.0, m.kl - base.kl)))
     mixes: dict[str, Mix] = {}
 
     def measured(choice: Choice) -> Mix:
-        made = recipe("tuned", found, choice.names)
+        made = recipe("tuned", model_groups, choice.names)
         key = digest(dict(choice.names))
         if key not in mixes:
             label = f"mix {len(mixes) + 1}"
-            mixes[key] = Mix(bench(label, made), dict(choice.names), base.kl + choice.loss, base.ms + choice.ms)
+            mixes[key] = Mix(meter(label, made), dict(choice.names), base.kl + choice.loss, base.ms + choice.ms)
         return mixes[key]
 
     everything = front(table)
@@ -221,7 +250,7 @@ def _search(
 
 
 def _smallest(ladder: Sequence[Choice], holds: Callable[[Choice], bool]) -> Choice:
-    """The first that holds, if all after one that holds do; the last, where none does."""
+    """Return the first choice that holds, if all after one that holds do; the last, where none does."""
     low, high = 0, len(ladder) - 1
     while low < high:
         middle = (low + high) // 2
@@ -229,7 +258,7 @@ def _smallest(ladder: Sequence[Choice], holds: Callable[[Choice], bool]) -> Choi
     return ladder[high]
 
 
-def _facts(subject: Subject, bundles: Bundles, o: TuneOptions) -> dict[str, Any]:
+def _facts(subject: TunedModel, bundles: Bundles, o: TuneOptions) -> dict[str, Any]:
     tasks: dict[str, int] = {}
     for sample in subject.samples:
         tasks[sample.task] = tasks.get(sample.task, 0) + 1
@@ -237,24 +266,13 @@ def _facts(subject: Subject, bundles: Bundles, o: TuneOptions) -> dict[str, Any]
         "checkpoint": str(o.checkpoint or f"--size {o.size}" + (f" --res {o.res}" if o.res else "")), "calibration": str(o.calibration) if o.calibration else None,
         "output": str(o.output), "samples": tasks, "answer_tokens": bundles.answer_tokens, "engine": o.target,
         "reference": {"recipe": "fp32", "bytes": bundles.reference_bytes, "ms": bundles.reference_ms},
-        "key": subject.common, "machine": machine(),
+        "key": subject.common, "machine": describe_machine(),
     }  # fmt: skip
 
 
 def _digest(samples: Sequence[Sample]) -> str:
-    """Of pictures, prompts and truths."""
+    """Return the sha256 of pictures, prompts and truths."""
     whole = hashlib.sha256()
-    for sample in samples:
-        plain = replace(sample, image=b"")
-        image = sample.image
-        content = image.read_bytes() if isinstance(image, Path) else image if isinstance(image, bytes) else repr(image).encode()
-        whole.update(hashlib.sha256(content).digest() + repr(plain).encode())
+    for sample, key in zip(samples, keys(samples), strict=True):
+        whole.update(key.encode() + repr(replace(sample, image=b"")).encode())
     return whole.hexdigest()
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(40), _duration(400), _duration(9000)
-    ('40 s', '7 min', '2.5 h')
-    """
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -14,22 +14,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pgxport import cli
 from pgxport.benchmarking import measure
 from pgxport.benchmarking.bench import Bench, bench, render
 from pgxport.benchmarking.intervals import T, paired_ratio, verdict
-from pgxport.benchmarking.measure import Answers, Steps, lengths, open_bundle
-from pgxport.benchmarking.worker import Measurement, Worker, interleave, read_memory, turns
+from pgxport.benchmarking.measure import Steps, WholeAnswers, lengths, open_bundle
+from pgxport.benchmarking.worker import Measurement, Worker, environment, interleave, turns
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import InputError, UsageError
+from pgxport.machine.cpu import processor_name, vectors
+from pgxport.machine.memory import process_memory
 
 pytest.importorskip("onnxruntime")
-SHORT = Answers(prompt_tokens=4, new_tokens=3)
+SHORT = WholeAnswers(prompt_tokens=4, new_tokens=3)
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's memory")
 
 # A worker that needs no bundle: it writes what it does to a file, and takes the seconds it was given.
 STUB = """
-import os, sys, time
+import os, sys
 from pathlib import Path
 from pgxport.errors import IntegrityError
 from pgxport.benchmarking.worker import serve
@@ -51,8 +52,8 @@ class Stub:
             raise ZeroDivisionError("by nought")
         print("an engine that prints", flush=True)
         if size := self.request.get("allocate"):
-            block = bytearray(size)
-            time.sleep(0.1)
+            self.block = None  # the one of the repetition before
+            self.block = bytearray(size)
         return {"step": self.request["seconds"][self.done - 1]}
 
 serve(Stub)
@@ -164,13 +165,13 @@ def test_private_memory_is_seen_in_the_worker_that_took_it(stubs):
 @linux
 def test_mapped_memory_is_told_from_private(tmp_path: Path):
     (tmp_path / "f").write_bytes(b"x" * (50 << 20))
-    before = read_memory(os.getpid())
+    before = process_memory(os.getpid())
     mapped = np.memmap(tmp_path / "f", np.uint8, "r")
     assert mapped[:: 1 << 12].sum()
-    after = read_memory(os.getpid())
+    after = process_memory(os.getpid())
     assert after.mapped - before.mapped > 45 << 20
     assert after.private - before.private < 5 << 20
-    assert read_memory(os.getpid(), peak=True).resident >= after.resident
+    assert process_memory(os.getpid(), peak=True).resident >= after.resident
 
 
 # A bundle
@@ -214,14 +215,14 @@ def test_the_decoder_alone_steps_where_it_was_told_to(a_bundle: Path, monkeypatc
 
 def test_the_decoder_alone_begins_with_a_cache_of_finite_random_numbers(a_bundle: Path):
     subject: Any = open_bundle({"bundle": str(a_bundle), "engine": "cpu", "threads": 1, "Steps": {"pasts": [50]}})
-    for array in subject._decoder.cache.arrays.values():
+    for array in subject.decoder.cache.arrays.values():
         assert np.isfinite(array).all()
         assert array.std() == pytest.approx(1, abs=0.1)
 
 
 def test_a_cache_of_integers_is_filled_too():
     arrays = {"key": np.zeros((1, 2, 300, 4), np.int8), "value": np.zeros((1, 2, 300, 4), np.float16)}
-    measure._fill(arrays, np.random.default_rng(0))
+    measure.fill(arrays, np.random.default_rng(0))
     assert all(array.std() > 0.9 for array in arrays.values())
 
 
@@ -237,7 +238,7 @@ def test_what_does_not_fit_the_bundle_is_refused(a_bundle: Path):
 
 @pytest.mark.parametrize("text", ["x", "1,,2", "0", "-5", "1.5"])
 def test_a_past_that_is_no_length_is_refused(text: str):
-    with pytest.raises(UsageError, match="whole numbers"):
+    with pytest.raises(UsageError, match="give integers"):
         lengths(text)
 
 
@@ -270,13 +271,14 @@ def test_there_is_a_row_for_every_stage(measured: Bench):
     assert "2 repetitions" in text
     assert "cpu, threads: 1" in text
     assert "onnxruntime " in text
+    assert f"cores of {processor_name()} ({vectors()})" in text
     assert text.count("A and C") + text.count("than A") + text.count("than C") == 3
 
 
 def test_the_json_says_everything(measured: Bench):
     found = json.loads(json.dumps(measured.to_json()))
     assert found.keys() == {"machine", "engine", "threads", "repetitions", "work", "spread", "bundles", "comparisons"}
-    assert found["machine"].keys() == {"processor", "cores", "system", "load_average", "versions"}
+    assert found["machine"].keys() == {"processor", "vectors", "cores", "system", "load_average", "versions"}
     assert found["work"] == {"kind": "Answers", "prompt_tokens": 4, "new_tokens": 3, "images": []}
     first, broken, second = found["bundles"]
     assert (first["status"], broken["status"]) == ("ok", "failed")
@@ -310,8 +312,7 @@ def test_the_memory_of_a_bundle_is_plausible(measured: Bench):
 
 def pgx(*args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from pgxport.cli import main; main()", "bench", *map(str, args)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=False)
 
 
 def test_the_command_measures_and_prints_json(a_bundle: Path):
@@ -352,6 +353,6 @@ def test_nothing_measured_ends_with_the_first_reasons_code(tmp_path: Path):
 def test_the_decoder_alone_is_measured_at_its_default_past(a_bundle: Path):
     work = Steps(steps=2)
     (found,) = bench([a_bundle], work, repetitions=1, threads=1).measurements
-    past = found.facts["image_tokens"] + Answers.prompt_tokens
+    past = found.facts["image_tokens"] + WholeAnswers.prompt_tokens
     assert found.seconds.keys() == {"verify", "load", f"step@{past}", f"overhead@{past}"}
     assert f"decode step after {past}" in render(Bench([found], work, 1, "cpu", 1, bench([], work).machine))

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from pgxport import cli
-from pgxport.benchmarking import throughput
+from pgxport.benchmarking import measure
 from pgxport.benchmarking.bench import bench, render
-from pgxport.benchmarking.throughput import Batches, Batching, sizes
+from pgxport.benchmarking.measure import Batches, batch_sizes, open_bundle
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import UsageError
 from pgxport.models.tiny.scenes import draw
@@ -98,15 +98,15 @@ def test_a_cache_of_one_sequence_is_refused(tiny_112: Path, monkeypatch: pytest.
     opened = Bundle.open(tiny_112)
     cache = opened.manifest.cache.model_copy(update={"kind": "delta"})
     other = Bundle(opened.path, opened.manifest.model_copy(update={"cache": cache}))
-    monkeypatch.setattr(throughput.Bundle, "open", lambda _: other)
+    monkeypatch.setattr(measure.Bundle, "open", lambda _: other)
     with pytest.raises(UsageError, match="holds one sequence; measure it without --batch"):
-        Batching({"bundle": str(tiny_112), "engine": "cpu", "threads": 1, "Batches": {"sizes": [1]}})
+        open_bundle({"bundle": str(tiny_112), "engine": "cpu", "threads": 1, "Batches": {"sizes": [1]}})
 
 
 @pytest.mark.parametrize("text", ["", "0", "1,,2", "-1", "two", "1.5", "²", "5000"])
 def test_what_is_no_batch_size_is_a_usage_error(text: str):
     with pytest.raises(UsageError, match="is not a batch size"):
-        sizes(text)
+        batch_sizes(text)
 
 
 @pytest.mark.parametrize("more", [["--decoder-only"], ["--image", "a.png", "--image", "b.png"]])

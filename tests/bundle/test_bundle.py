@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A bundle is there whole or not at all, and a bundle that was tampered with never reaches the engine."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -120,7 +121,7 @@ def test_replacing_works_where_names_cannot_be_exchanged_at_once(a_bundle: Path,
     write_again(a_bundle, tmp_path / "b")
     (tmp_path / "b.replaced").mkdir()  # of a process that was killed in between
     (tmp_path / "b.replaced" / "old").touch()
-    monkeypatch.setattr(writer_module.ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     write_again(a_bundle, tmp_path / "b", overwrite=True)
     assert contents(tmp_path / "b") == contents(a_bundle)
     assert os.listdir(tmp_path) == ["b"]
@@ -177,7 +178,7 @@ def test_a_folder_that_cannot_be_written_is_a_disk_error(a_bundle: Path, tmp_pat
 TRIALS = """
 import json, os, random, resource, signal, sys, time
 from pathlib import Path
-from pgxport.bundle import writer
+from pgxport import files
 from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import PgxError
@@ -230,7 +231,7 @@ def die_at(step):
             return real(*args, **kwargs)
         return call
     os.fsync, os.mkdir, os.rename, os.unlink, os.rmdir = map(counted, (os.fsync, os.mkdir, os.rename, os.unlink, os.rmdir))
-    writer._exchange = counted(writer._exchange)
+    files.exchange = counted(files.exchange)
     write()
 """
 

@@ -35,7 +35,7 @@ FAMILIES = ("paligemma", "paligemma2")
 
 
 class Killed(BaseException):
-    """What no handler expects."""
+    """An exception that no handler catches."""
 
 
 def data(folder: Path, *samples: tuple[str, str | None]) -> Path:
@@ -51,7 +51,7 @@ def data(folder: Path, *samples: tuple[str, str | None]) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without the search that takes half of the time here."""
+    """Replace the entropy search, which takes half of the time here."""
     monkeypatch.setitem(observe.OBSERVER, "entropy", observe.minmax)
 
 
@@ -80,8 +80,8 @@ def random(request, tmp_path_factory) -> tuple[Path, Any]:
 def hooked(
     folder: Path, model: Any, samples: tuple[tuple[str, str | None], ...]
 ) -> tuple[dict[str, np.ndarray], list[Any], np.ndarray]:
-    """What each linear of transformers is given, [tokens, K], by the weight's published name; the caches of each sample; and
-    which tokens an answer is read from."""
+    """The inputs of transformers' linears, [tokens, K], by the weight's published name; the caches of each
+    sample; and which tokens an answer is read from."""
     import torch
 
     config = Checkpoint.open(folder).config
@@ -170,7 +170,9 @@ def test_the_ranges_are_those_of_an_export_on_the_same_scenes(random, tmp_path):
     made = calibrate(CalibrateOptions(tmp_path / "c", checkpoint=folder, data=data(tmp_path / "data", *scenes)))
     checkpoint = Checkpoint.open(folder)
     words = folder / "tokenizer.json"
-    expected = measure_ranges(checkpoint, read_config(checkpoint.config), words, read_token_ids(words, checkpoint.config), scenes=2)
+    expected = measure_ranges(
+        checkpoint, read_config(checkpoint.config), words, read_token_ids(words, checkpoint.config), scenes=2
+    )
     assert made.ranges is not None
     assert made.ranges.largest.keys() == expected.largest.keys()
     for kind, top in expected.largest.items():
@@ -282,7 +284,9 @@ def test_options_that_name_nothing_or_too_much_are_refused(tmp_path, random_chec
     with pytest.raises(UsageError, match="--overwrite"):
         calibrate(CalibrateOptions(tmp_path / "c", checkpoint=random_checkpoint))
     with pytest.raises(InputError, match=r"samples\.jsonl:2"):
-        calibrate(CalibrateOptions(tmp_path / "d", checkpoint=random_checkpoint, data=data(tmp_path / "x", ("ocr", None), ("", None))))
+        calibrate(
+            CalibrateOptions(tmp_path / "d", checkpoint=random_checkpoint, data=data(tmp_path / "x", ("ocr", None), ("", None)))
+        )
 
 
 def test_the_command_writes_the_file_and_says_what_to_do_with_it(tmp_path):

@@ -13,9 +13,9 @@ from pgxport.calib.observe import (
     ENTROPY_LEVELS,
     LEVELS,
     PERCENTILE,
-    Site,
-    Spread,
-    Statistics,
+    InputStatistics,
+    LinearInput,
+    RangeHistogram,
     entropy,
     mse,
     percentile,
@@ -39,17 +39,17 @@ def x(request) -> np.ndarray:
     return request.param.astype(np.float32)
 
 
-def spread_of(x: np.ndarray, parts: int = 7) -> Spread:
-    """Of numbers that arrive in parts, the smallest first, so that the range grows."""
-    spread = Spread()
+def histogram_of(x: np.ndarray, parts: int = 7) -> RangeHistogram:
+    """A histogram to which the numbers are added in parts, the smallest first, so that its range grows."""
+    histogram = RangeHistogram()
     for part in np.array_split(x[np.argsort(np.abs(x))], parts):
-        spread.add(part)
-    return spread
+        histogram.add(part)
+    return histogram
 
 
 def test_a_histogram_is_numpys_over_everything_whatever_the_order(x):
-    counts, edges = spread_of(x).histogram()
-    again, same = spread_of(x[::-1], 3).histogram()
+    counts, edges = histogram_of(x).counts_and_edges()
+    again, same = histogram_of(x[::-1], 3).counts_and_edges()
     expected, _ = np.histogram(x.astype(np.float64), BINS, range=(edges[0], edges[-1]))
     assert np.array_equal(counts, expected)
     assert np.array_equal(counts, again)
@@ -58,21 +58,21 @@ def test_a_histogram_is_numpys_over_everything_whatever_the_order(x):
 
 
 def test_zeros_are_counted_before_and_after_anything_else():
-    spread = Spread()
+    histogram = RangeHistogram()
     for values in (np.zeros(5), np.array([0.75, -0.5]), np.zeros(3)):
-        spread.add(values.astype(np.float32))
-    counts, edges = spread.histogram()
+        histogram.add(values.astype(np.float32))
+    counts, edges = histogram.counts_and_edges()
     assert np.array_equal(counts, np.histogram([0.0] * 8 + [0.75, -0.5], BINS, range=(edges[0], edges[-1]))[0])
 
 
 def test_the_ranges_of_nothing_but_zeros_are_zero():
-    site = Site("zero", 3, moments=False)
+    site = LinearInput("zero", 3, moments=False)
     site.add(np.zeros((4, 3), np.float32))
     assert not site.tensors()["range/zero"].any()
 
 
 def test_a_percentile_is_numpys_within_a_bin(x):
-    low, high = percentile(spread_of(x))
+    low, high = percentile(histogram_of(x))
     cut = (100 - PERCENTILE) / 2
     expected = np.percentile(x, [cut, 100 - cut], method="inverted_cdf")
     width = 2 * 2.0 ** np.frexp(np.abs(x).max())[1] / BINS
@@ -81,7 +81,7 @@ def test_a_percentile_is_numpys_within_a_bin(x):
 
 
 def divergence(x: np.ndarray, reach: float, end: float) -> float:
-    """KL of x in bins against x in 128 levels of ±end, what lies outside being put at the ends (Migacz, 2017)."""
+    """The KL divergence of x in 128 levels of ±end from x in bins; values outside are clipped (Migacz, 2017)."""
     width = 2 * reach / ENTROPY_BINS
     half = round(end / width)
     counts, _ = np.histogram(x, ENTROPY_BINS, range=(-reach, reach))
@@ -100,7 +100,7 @@ def divergence(x: np.ndarray, reach: float, end: float) -> float:
 def test_entropy_finds_nearly_the_least_divergence(name):
     x = DATA[name].astype(np.float32)
     reach = 2.0 ** np.frexp(np.abs(x).max())[1]
-    low, high = entropy(spread_of(x))
+    low, high = entropy(histogram_of(x))
     ends = np.arange(ENTROPY_LEVELS // 2, ENTROPY_BINS // 2) * 2 * reach / ENTROPY_BINS
     found = [divergence(x, reach, end) for end in ends]
     ours = divergence(x, reach, min(max(-low, high), ends[-1]))
@@ -117,7 +117,7 @@ def squared_error(x: np.ndarray, low: float, high: float) -> float:
 
 
 def test_mse_finds_a_range_that_no_other_beats_by_much(x):
-    low, high = mse(spread_of(x))
+    low, high = mse(histogram_of(x))
     ends = [f * max(x.max(), 0) for f in np.linspace(0.05, 1, 60)], [f * min(x.min(), 0) for f in np.linspace(0.05, 1, 60)]
     best = min(squared_error(x, a, b) for a in ends[1] for b in ends[0] if b > a)
     assert low <= 0 <= high
@@ -126,7 +126,7 @@ def test_mse_finds_a_range_that_no_other_beats_by_much(x):
 
 def test_a_sites_numbers_are_those_of_all_tokens_together():
     x = (RNG.normal(0, 1, (50, 7)) * np.arange(1, 8) + 0.5).astype(np.float32)
-    site = Site("a", 7, moments=True)
+    site = LinearInput("a", 7, moments=True)
     for part in (x[:20].reshape(2, 10, 7), x[20:21], x[21:]):
         site.add(part)
     found, whole = site.tensors(), x.astype(np.float64)
@@ -138,7 +138,7 @@ def test_a_sites_numbers_are_those_of_all_tokens_together():
 
 def test_a_wide_sites_moment_is_summed_in_blocks():
     x = RNG.normal(0, 1, (30, 1100)).astype(np.float32)
-    site = Site("a", 1100, moments=True)
+    site = LinearInput("a", 1100, moments=True)
     site.add(x)
     expected = (x.T @ x / 30)[np.tril_indices(1100)]
     assert np.abs(site.tensors()["moment/a"] - expected).max() < 1e-5
@@ -149,11 +149,11 @@ def test_a_number_that_is_not_finite_is_refused_with_its_place(bad):
     x = np.ones((3, 5), np.float32)
     x[1, 2] = bad
     with pytest.raises(NumericError, match=r"layers\.3\.fc1.*channel 2"):
-        Site("layers.3.fc1", 5, moments=False).add(x)
+        LinearInput("layers.3.fc1", 5, moments=False).add(x)
 
 
 def test_linears_that_share_an_input_are_stored_once():
-    statistics = Statistics(moments=False)
+    statistics = InputStatistics(moments=False)
     statistics.add_input(["q", "k", "v"], np.ones((1, 2, 3), np.float32))
     statistics.add_cache(0, "key", np.array([[[[1.0, -5.0]], [[2.0, 3.0]]]]))
     statistics.add_cache(0, "key", np.array([[[[-2.0, 1.0]], [[0.0, 4.0]]]]))

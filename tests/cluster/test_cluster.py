@@ -31,9 +31,9 @@ from ray.cluster_utils import Cluster as RayCluster  # noqa: E402
 from pgxport import cli  # noqa: E402
 from pgxport.bundle.manifest import MANIFEST  # noqa: E402
 from pgxport.bundle.reader import Bundle  # noqa: E402
-from pgxport.cluster import file_server as parcels  # noqa: E402
-from pgxport.cluster import pool  # noqa: E402
-from pgxport.cluster.pool import Cluster, Lanes, Site  # noqa: E402
+from pgxport.cluster import file_server  # noqa: E402
+from pgxport.cluster.pool import Cluster, TaskQueue, WorkerContext  # noqa: E402
+from pgxport.cluster.tasks import TRIES, Workers  # noqa: E402
 from pgxport.data.loader import DataOptions  # noqa: E402
 from pgxport.errors import EngineError, IntegrityError, NumericError, UsageError  # noqa: E402
 from pgxport.files import file_sha256  # noqa: E402
@@ -50,7 +50,7 @@ class Nodes:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 3}
+        quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 8}
         head = {"num_cpus": 0, "object_store_memory": SMALL, "include_dashboard": False, "_system_config": quick}
         self._cluster = RayCluster(initialize_head=True, connect=False, head_node_args=head)
         self.address = self._cluster.address
@@ -93,15 +93,15 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 
 @pytest.fixture(scope="module", autouse=True)
 def both_begin() -> Iterator[None]:
-    """Nothing is handed out while a lane gets ready: a sample takes 50 ms, so the first would have done all before the second is there."""
-    hand_out = pool._Shift._hand_out
+    """No task is assigned while a worker gets ready: a sample takes 50 ms, so the first worker would do all of them alone."""
+    assign = TaskQueue.assign
 
-    def patient(shift: Any) -> None:
-        if all(call.order for call in shift.calls.values()):
-            hand_out(shift)
+    def patient(queue: Any) -> None:
+        if all(call.queued for call in queue.running.values()):
+            assign(queue)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool._Shift, "_hand_out", patient)
+        patch.setattr(TaskQueue, "assign", patient)
         yield
 
 
@@ -145,7 +145,7 @@ def asked(output: Path) -> list[tuple[str, str, str]]:
     found = []
     for file in (output / "measured").glob("*.jsonl"):
         first, *rest = map(json.loads, file.read_text().splitlines())
-        found += [(first["digest"], line["sample"], first["node"]) for line in rest if line["kind"] == "asked"]
+        found += [(first["digest"], line["sample"], line["place"]["node"]) for line in rest if line["kind"] == "asked"]
     return found
 
 
@@ -211,8 +211,8 @@ def test_a_killed_nodes_samples_are_done_again(
     nodes: Nodes, bundles: tuple[Path, Path], alone: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     said, lost, killed = list[str](), list[Any](), list[str]()
-    lose = pool._Shift._lose
-    monkeypatch.setattr(pool._Shift, "_lose", lambda self, call, reason: [lost.append(call.order), *lose(self, call, reason)][1:])
+    lose = TaskQueue.lose
+    monkeypatch.setattr(TaskQueue, "lose", lambda self, call, reason: [lost.append(call.queued), *lose(self, call, reason)][1:])
 
     def progress(what: str) -> None:
         said.append(what)
@@ -283,18 +283,18 @@ def test_a_bundle_that_crashes_is_a_row_and_the_others_go_on(
 # The pool -----------------------------------------------------------------------------------------------------------
 
 
-ONE = Lanes(1)
+ONE = Workers(1)
 
 
 @dataclass(frozen=True)
 class Toy:
-    """What its items say: a number of seconds to sleep, or how often to die, or what to raise."""
+    """Does what its tasks say: sleep for some seconds, die some times, or raise."""
 
     folder: Path
 
-    def start(self, site: Site) -> Any:
-        def do(item: tuple[str, float]) -> str:
-            what, amount = item
+    def start(self, context: WorkerContext) -> Any:
+        def do(task: tuple[str, float]) -> str:
+            what, amount = task
             file = self.folder / f"{what}-{amount}"
             with open(file, "a") as log:
                 log.write("x")
@@ -311,15 +311,15 @@ class Toy:
 @pytest.fixture
 def toy(nodes: Nodes, tmp_path: Path) -> Iterator[Any]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield lambda items, lanes=ONE: list(Cluster(nodes.address).__enter__().spread(Toy(tmp_path), items, lanes))
+    yield lambda tasks, workers=ONE: list(Cluster(nodes.address).__enter__().spread(Toy(tmp_path), tasks, workers))
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 def test_whoever_is_free_takes_the_next_and_what_the_dead_held_is_not_for_ever(toy: Any, tmp_path: Path):
-    found = {d.item: d for d in toy([("sleep", 3.0), *[("sleep", 0.01 * n) for n in range(9)], ("die", 1), ("die", 99)])}
+    found = {d.task: d for d in toy([("sleep", 3.0), *[("sleep", 0.01 * n) for n in range(9)], ("die", 1), ("die", 99)])}
     assert sum(d.node != found["sleep", 3.0].node for d in found.values()) >= 9
     assert found["die", 1].result == "die"
-    assert (found["die", 99].result, len((tmp_path / "die-99").read_text())) == (None, pool.TRIES)
+    assert (found["die", 99].result, len((tmp_path / "die-99").read_text())) == (None, TRIES)
     assert found["die", 99].lost
 
 
@@ -330,9 +330,9 @@ def test_an_error_keeps_its_kind_and_names_its_node(toy: Any):
 
 def test_a_cluster_without_room_says_what_it_has(toy: Any):
     with pytest.raises(EngineError, match=r"room for 8 CPUs; there are: .*one with 1 CPUs"):
-        toy([("sleep", 0.0)], Lanes(8))
+        toy([("sleep", 0.0)], Workers(8))
     with pytest.raises(EngineError, match="1 CPUs and a GPU"):
-        toy([("sleep", 0.0)], Lanes(1, gpu=True))
+        toy([("sleep", 0.0)], Workers(1, gpu=True))
 
 
 def test_nodes_with_other_versions_are_refused(toy: Any, monkeypatch: pytest.MonkeyPatch):
@@ -363,15 +363,15 @@ def test_a_cluster_that_does_not_answer_is_an_error_at_once():
     assert f"EngineError: no Ray cluster answers at --cluster {address}" in done.stderr
 
 
-# Bundles on their way ------------------------------------------------------------------------------------------------
+# Bundles in transfer ------------------------------------------------------------------------------------------------
 
 
-class Counting(parcels.Depot):
-    """A depot without Ray."""
+class Counting(file_server.FileServer):
+    """A file server without Ray."""
 
-    def stream(self, digest: str, *, wrong: str = "") -> parcels.Stream:
+    def transfer(self, digest: str, *, wrong: str = "") -> file_server.Transfer:
         def chunks(name: str, size: int | None) -> Iterator[bytes]:
-            for offset in range(0, size or 1, parcels.CHUNK):
+            for offset in range(0, size or 1, file_server.CHUNK):
                 content = self.chunk(digest, name, offset)
                 yield content[:-1] + bytes([content[-1] ^ 1]) if name == wrong else content
 
@@ -379,40 +379,40 @@ class Counting(parcels.Depot):
 
 
 @pytest.fixture
-def depot(tiny_112: Path) -> tuple[Counting, str]:
-    made, digest = Counting(), parcels.digest_of(tiny_112)
+def served(tiny_112: Path) -> tuple[Counting, str]:
+    made, digest = Counting(), file_server.digest_of(tiny_112)
     made.offer(digest, str(tiny_112))
     return made, digest
 
 
-def test_workers_of_one_node_fetch_a_bundle_once(depot: tuple[Counting, str], tiny_112: Path, tmp_path: Path):
-    made, digest = depot
+def test_workers_of_one_node_fetch_a_bundle_once(served: tuple[Counting, str], tiny_112: Path, tmp_path: Path):
+    made, digest = served
     with ThreadPoolExecutor(4) as workers:  # a lock of flock is one of an open file, whichever thread or process has it
-        found = list(workers.map(lambda _: parcels.fetch(digest, made.stream(digest), tmp_path / "cache"), range(4)))
+        found = list(workers.map(lambda _: file_server.fetch(digest, made.transfer(digest), tmp_path / "cache"), range(4)))
     assert set(found) == {tmp_path / "cache" / digest}
     assert made.served() == {digest: sum(file.stat().st_size for file in tiny_112.iterdir())}
     assert {file.name: file_sha256(file) for file in found[0].iterdir()} == {f.name: file_sha256(f) for f in tiny_112.iterdir()}
 
 
-def test_a_damaged_bundle_is_never_used(depot: tuple[Counting, str], tmp_path: Path):
-    made, digest = depot
+def test_a_damaged_bundle_is_never_used(served: tuple[Counting, str], tmp_path: Path):
+    made, digest = served
     for name in (MANIFEST, "tokenizer.json"):
         with pytest.raises(IntegrityError, match="sha256"):
-            parcels.fetch(digest, made.stream(digest, wrong=name), tmp_path)
+            file_server.fetch(digest, made.transfer(digest, wrong=name), tmp_path)
         assert not (tmp_path / digest).exists()
-    path = parcels.fetch(digest, made.stream(digest), tmp_path)
+    path = file_server.fetch(digest, made.transfer(digest), tmp_path)
     (path / "tokenizer.json").write_text("{}")
-    assert parcels.fetch(digest, made.stream(digest), tmp_path) == path
-    assert parcels.digest_of(path) == digest
+    assert file_server.fetch(digest, made.transfer(digest), tmp_path) == path
+    assert file_server.digest_of(path) == digest
 
 
-def test_a_folder_that_others_may_write_is_refused(depot: tuple[Counting, str], tmp_path: Path):
+def test_a_folder_that_others_may_write_is_refused(served: tuple[Counting, str], tmp_path: Path):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     (tmp_path / "link").symlink_to(tmp_path)
     for name in ("open", "link"):
         with pytest.raises(IntegrityError, match="this user alone"):
-            parcels.fetch(depot[1], depot[0].stream(depot[1]), tmp_path / name)
+            file_server.fetch(served[1], served[0].transfer(served[1]), tmp_path / name)
 
 
 def test_folders_of_dead_processes_are_deleted(tmp_path: Path):
@@ -420,7 +420,7 @@ def test_folders_of_dead_processes_are_deleted(tmp_path: Path):
     dead.wait()
     for pid in (dead.pid, os.getpid(), os.getppid()):
         (tmp_path / f"passing-{pid}").mkdir()
-    assert parcels.passing(tmp_path) == tmp_path / f"passing-{os.getpid()}"
+    assert file_server.temporary_folder(tmp_path) == tmp_path / f"passing-{os.getpid()}"
     assert {path.name for path in tmp_path.iterdir()} == {f"passing-{pid}" for pid in (os.getpid(), os.getppid())}
 
 
@@ -450,7 +450,7 @@ def test_many_pictures_are_answered_as_alone(nodes: Nodes, tiny_112: Path, tmp_p
 @pytest.fixture
 def dying(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The node of the first result is killed as soon as that is there, and given the next item; yields what was lost with it."""
-    lost, killed, lose, spread = list[Any](), list[str](), pool._Shift._lose, Cluster.spread
+    lost, killed, lose, spread = list[Any](), list[str](), TaskQueue.lose, Cluster.spread
 
     def killing(self: Cluster, *given: Any) -> Iterator[Any]:
         for done in spread(self, *given):
@@ -459,7 +459,7 @@ def dying(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
                 nodes.kill(done.node)
             yield done
 
-    monkeypatch.setattr(pool._Shift, "_lose", lambda self, call, reason: [lost.append(call.order), *lose(self, call, reason)][1:])
+    monkeypatch.setattr(TaskQueue, "lose", lambda self, call, reason: [lost.append(call.queued), *lose(self, call, reason)][1:])
     monkeypatch.setattr(Cluster, "spread", killing)
     yield lost
     nodes.add(killed[0])
@@ -468,12 +468,12 @@ def dying(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 def test_a_killed_nodes_pictures_are_answered_by_another(nodes: Nodes, tiny_112: Path, tmp_path: Path, dying: list[Any]):
     from pgxport.cluster.many_pictures import ask_each as ask_there
     from pgxport.models.tiny.scenes import draw
-    from pgxport.runners.many import Question, ask_each
+    from pgxport.runners.many import PictureQuestion, ask_each
 
     pictures = [tmp_path / f"{n}.png" for n in range(6)]
     for n, path in enumerate(pictures):
         draw("test", n).image.save(path)
-    question = Question("caption en", threads=1)
+    question = PictureQuestion("caption en", threads=1)
     here = [row.to_json() for row in ask_each(str(tiny_112), pictures, question)]
     there = [row.to_json() for row in ask_there(str(tiny_112), pictures, question, nodes.address)]
     assert any(dying)
@@ -489,9 +489,9 @@ def test_a_killed_nodes_pictures_are_answered_by_another(nodes: Nodes, tiny_112:
 def test_a_candidates_score_is_that_of_one_machine(nodes: Nodes, tmp_path: Path):
     from pgxport.tuning.bundles import Bundles
     from pgxport.tuning.candidates import groups, recipe
-    from pgxport.tuning.tune import TuneOptions, _subject
+    from pgxport.tuning.tune import TuneOptions, tuned_model
 
-    subject = _subject(TuneOptions(size="tiny", res=112, samples=1, threads=1))
+    subject = tuned_model(TuneOptions(size="tiny", res=112, samples=1, threads=1))
     found = {}
     with Cluster(nodes.address) as cluster:
         for name, where in (("alone", None), ("spread", cluster)):
@@ -516,9 +516,9 @@ def test_a_candidates_score_is_that_of_one_machine(nodes: Nodes, tmp_path: Path)
 def test_a_killed_nodes_samples_of_a_candidate_are_scored_by_another(nodes: Nodes, tmp_path: Path, dying: list[Any]):
     from pgxport.tuning.bundles import Bundles
     from pgxport.tuning.candidates import groups, recipe
-    from pgxport.tuning.tune import TuneOptions, _subject
+    from pgxport.tuning.tune import TuneOptions, tuned_model
 
-    subject = _subject(TuneOptions(size="tiny", res=112, samples=1, threads=1))
+    subject = tuned_model(TuneOptions(size="tiny", res=112, samples=1, threads=1))
     every = groups(subject.spec)
     tried = recipe("tuned", every, {every[-1].name: "w8-dynamic"})
     found = []

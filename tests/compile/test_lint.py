@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the lint refuses, graph by graph; what it takes is taken by NVIDIA's parser (tests/exporter/test_tensorrt_builds.py)."""
+"""The lint refuses graphs that TensorRT would not take; test_tensorrt_builds.py has the rest."""
 
 import importlib.util
 
@@ -92,8 +92,8 @@ def test_what_tensorrt_would_not_take_is_refused_with_what_to_do(given, trt, sm,
 
 def test_a_branch_is_read_too():
     branch = helper.make_graph([node("DynamicQuantizeLinear")], "b", [], [Y])
-    found = lint("g", graph(helper.make_node("If", ["x"], ["y"], name="outer", then_branch=branch, else_branch=branch)), "11")
-    assert [f.operator for f in found] == ["DynamicQuantizeLinear"] * 2
+    findings = lint("g", graph(helper.make_node("If", ["x"], ["y"], name="outer", then_branch=branch, else_branch=branch)), "11")
+    assert [f.operator for f in findings] == ["DynamicQuantizeLinear"] * 2
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pgxport.calib.encoding import answer_text
 from pgxport.data import records
 from pgxport.data.formats import FORMATS
-from pgxport.data.loader import DataOptions, load
+from pgxport.data.loader import DataOptions, first_samples, load
+from pgxport.data.pictures import find_pictures
 from pgxport.errors import InputError, PgxError, UsageError
 from pgxport.metrics.metrics import METRICS, TASKS
 from pgxport.metrics.sample import Sample
@@ -278,6 +280,20 @@ def test_no_name_of_a_file_says_what_it_holds(name, tmp_path):
     assert load(DataOptions(tmp_path, split=SPLIT.get(name))).format == name
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_report_reads_calibrate_and_run_read_too(name, tmp_path):
+    (mdetr if name == "refcoco" else WRITERS[name])(tmp_path)
+    judged = read(tmp_path)
+    assert [(s.prompt, s.answers) for s in first_samples(tmp_path, 99)] == [(s.prompt, s.answers) for s in judged]
+    assert all(answer_text(sample) for sample in first_samples(tmp_path, 99))
+    assert find_pictures([str(file) for file in data_files(tmp_path)]) == list(dict.fromkeys(s.image for s in judged))
+
+
+def data_files(folder: Path) -> list[Path]:
+    """A folder of records, or its file of records where it has pictures of its own."""
+    return sorted(folder.glob("*.json*")) if list(folder.glob("*.png")) + list(folder.glob("*.jpg")) else [folder]
+
+
 def test_vqav2(tmp_path):
     vqav2(tmp_path)
     first, second = read(tmp_path)
@@ -404,7 +420,7 @@ def test_an_image_without_its_text_is_not_dropped_in_silence(tmp_path):
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png")
     (tmp_path / "a.txt").write_text("ocr\nAB")
-    with pytest.raises(InputError, match=r"b\.png: has neither a \.json nor a \.txt beside it"):
+    with pytest.raises(InputError, match=r"b\.png: has neither of b\.json and b\.txt beside it"):
         read(tmp_path)
     dump(tmp_path / "a.json", {"prompt": "ocr", "answer": "AB"})
     with pytest.raises(InputError, match=r"a\.png: has both"):
@@ -525,7 +541,9 @@ def test_scenes_are_the_default():
 def test_two_data_sets_in_a_folder_are_ambiguous(tmp_path):
     coco_captions(tmp_path)
     coco_instances(tmp_path)
-    with pytest.raises(UsageError, match=r"holds 2 data sets: .*coco-captions.*coco-instances.*give the file, or --format"):
+    with pytest.raises(
+        UsageError, match=r"holds 2 data sets: .*coco-captions.*coco-instances.*give the file, or choose with --format"
+    ):
         read(tmp_path)
     assert load(DataOptions(tmp_path, format="coco-captions")).format == "coco-captions"
     assert (
@@ -662,7 +680,7 @@ WRONG = (None, [], {}, "", "x", -1, 1e400, True, [None], [[]], {"a": 1}, "../../
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_spoilt_document_is_refused_and_never_a_bug(name, tmp_path):
-    """Any value in any place: samples, or an error of ours."""
+    """A record with any value in any place gives samples, or an error of ours."""
     WRITERS[name](tmp_path)
     files = [f for f in sorted(tmp_path.rglob("*")) if f.suffix in (".json", ".jsonl")]
     rng, refused = random.Random(0), 0

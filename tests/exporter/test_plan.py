@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("onnx_ir")
 
 from pgxport.errors import UsageError
-from pgxport.exporter.plan import BOARDS, GIB, PlanOptions, _computes, plan, render
+from pgxport.exporter.plan import PlanOptions, _computes, plan, render
 from pgxport.exporter.recipe import RECIPE_NAMES
 from pgxport.exporter.targets import TARGETS
+from pgxport.machine.board import BOARDS, GIB
 from pgxport.models.spec import RESOLUTIONS, TEXT
 from pgxport.models.tiny import __file__ as tiny
 
@@ -185,7 +186,7 @@ def test_what_a_board_needs_to_compile_is_what_compile_refuses_below(tmp_path: P
     from fake_tensorrt import FakeCudart
 
     from pgxport.bundle.reader import Bundle
-    from pgxport.compile import tensorrt as compiling
+    from pgxport.compile import memory as compiling
     from pgxport.errors import NumericError
     from pgxport.exporter.export import ExportOptions, export
     from pgxport.runners.cuda import Cuda

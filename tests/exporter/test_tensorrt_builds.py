@@ -26,7 +26,7 @@ from pgxport.exporter.recipe import RECIPES
 from pgxport.exporter.stream import DataLayout
 from pgxport.exporter.targets import TARGETS, TENSORRT, find_target
 from pgxport.hub.locate import TINY
-from pgxport.machine.board import ROWS
+from pgxport.machine.board import SETUPS
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import ModelSpec, published
 from pgxport.models.weights import weight_shapes
@@ -140,7 +140,7 @@ def recommended() -> list[tuple[str, str, str, str]]:
         "JetPack 7.2 on Thor": "11.0",
         "JetPack 7.0 and 7.1": "11.0",
     }
-    boards = [row for row in ROWS if row.jetpacks and row.trt]
+    boards = [row for row in SETUPS if row.jetpacks and row.trt]
     return [(precision, row.trt or "", capabilities[row.name], row.tensorrt) for row in boards for precision in row.precisions]
 
 

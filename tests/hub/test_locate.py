@@ -54,7 +54,7 @@ class Hub:
     branches: tuple[str, ...] = ("main",)
     refuse: tuple[int, str] | None = None  # for everything: a status, and the hub's name of the error
     gated: int | None = None  # for files only: 401 or 403
-    break_after: list[int] = field(default_factory=list)  # bytes after which the next requests for the weights are cut off
+    break_after: list[int] = field(default_factory=list)  # bytes that the next requests get
     corrupt: str | None = None
     ranges: bool = True
     asked: list[tuple[str, str | None]] = field(default_factory=list)  # file and Range of every GET

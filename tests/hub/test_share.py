@@ -339,7 +339,7 @@ def test_what_is_no_name_of_a_repository_is_a_usage_error(source: Path, name: st
         ({"api/repos/create": 401}, r"lets nobody write to me/my-paligemma .*HTTP 401.*token that may write, as me or"),
         ({"api/repos/create": 403}, "lets nobody write"),
         ({"preupload": 403}, "lets nobody write"),
-        ({"commit": 409}, "changed by somebody else meanwhile"),
+        ({"commit": 409}, "changed by another commit meanwhile"),
         ({"commit": 500}, "HTTP 500; try again later"),
     ],
 )
@@ -352,7 +352,7 @@ def test_a_refusal_to_write_is_explained(server: Hub, source: Path, refuse: dict
 
 def test_a_card_that_the_hub_does_not_take_is_explained(server: Hub, source: Path):
     server.yaml_errors = [{"message": '"license" is unknown'}]
-    with pytest.raises(HubError, match=r'the hub refuses it: (.|\n)*"license" is unknown'):
+    with pytest.raises(HubError, match=r'the hub refuses the commit: (.|\n)*"license" is unknown'):
         push(PushOptions(source, REPOSITORY))
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from machines import MACHINES, ORIN_NANO, tree
 
-from pgxport.machine.board import BOARDS, JETPACKS, ROWS, Memory, advise, jetpack, look, read_memory
+from pgxport.machine.board import BOARDS, GIB, JETPACKS, SETUPS, advise, jetpack, look
 from pgxport.machine.driver import Driver, Gpu
+from pgxport.machine.memory import SystemMemory, available_memory, process_memory, system_memory
 
 MIB = 1 << 20
 ADA = Driver((13, 0), (Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24 << 30, False),))
@@ -22,7 +23,7 @@ def test_an_orin_nano_of_jetpack_6(tmp_path: Path):
     assert (found.driver, found.cuda, found.cudnn, found.tensorrt) == ("540.4.0", "12.6.11", "9.3.0", "10.3.0")
     assert found.vnni is None
     # The largest of buddyinfo's blocks is 2**10 pages of 4 KiB; two disks of zram, and no other swap.
-    assert found.memory == Memory(7802808 * 1024, 5606700 * 1024, 4 * MIB, 2 * 650228 * 1024, 0)
+    assert found.memory == SystemMemory(7802808 * 1024, 5606700 * 1024, 4 * MIB, 2 * 650228 * 1024, 0)
 
 
 def test_a_thor_of_jetpack_7_with_its_memory_in_pieces(tmp_path: Path):
@@ -79,12 +80,12 @@ def test_two_modules_of_one_name_are_told_apart_by_memory(tmp_path: Path, gib: f
     assert look(tree(tmp_path, files)).board == board
 
 
-def test_boards_are_those_of_the_plan():
-    pytest.importorskip("onnx_ir")
-    from pgxport.exporter.plan import BOARDS as PLANNED
-
-    ours = {name: size for _, sizes in BOARDS for size, name in sizes.items()}
-    assert {name: board.memory >> 30 for name, board in PLANNED.items() if not board.gpu_only} == ours
+def test_a_boards_name_tells_its_memory():
+    for name, board in BOARDS.items():
+        assert board.name == name
+        assert name.endswith(f"-{board.memory // GIB}gb")
+    of_one_model = [(board.model, board.memory) for board in BOARDS.values() if board.model]
+    assert len(set(of_one_model)) == len(of_one_model)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_a_row_promises_only_what_can_be_written_for_it():
     pytest.importorskip("onnx_ir")
     from pgxport.exporter.targets import CPU, CUDA, TENSORRT
 
-    for row in ROWS:
+    for row in SETUPS:
         assert (row.trt is None) == (row.tensorrt in ("8.5", "8.6", "none"))
         for precision in row.precisions:
             targets = [TENSORRT[row.trt]] if row.trt else [CPU]  # type: ignore[index]
@@ -138,23 +139,30 @@ def test_a_row_promises_only_what_can_be_written_for_it():
 
 def test_nothing_of_a_row_is_out_of_a_gpus_reach():
     """FP8 begins with Ada (8.9), bfloat16 with Ampere (8.0): NVIDIA's table of compute capabilities. Orin is 8.7, Thor 11.0."""
-    for row in ROWS:
+    for row in SETUPS:
         sm = row.sm if row.sm != (0, 0) else (11, 0) if "Thor" in row.name or row.jetpacks == ("7",) else (8, 7)
         assert "fp8" not in row.precisions or sm >= (8, 9), row
         assert "bf16" not in row.precisions or sm >= (8, 0), row
 
 
 def test_the_rows_commands_name_this_package():
-    assert all(any("pgxport" in command for command in row.commands) for row in ROWS if row.commands)
+    assert all(any("pgxport" in command for command in row.commands) for row in SETUPS if row.commands)
 
 
 def test_the_memory_of_this_machine_is_what_the_kernel_says():
     import os
 
-    here = read_memory()
+    here = system_memory()
     if here is None:
         pytest.skip("no /proc/meminfo")
     assert here.total == pytest.approx(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), rel=0.02)
+    available = available_memory()
+    assert available
+    assert 0 < available <= here.total
+    held = process_memory()
+    assert held
+    assert 0 < held.private < held.resident < here.total
+    assert process_memory(1 << 30) is None
 
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -180,7 +188,7 @@ def test_the_page_says_what_the_table_does():
     if not (DOCS / "jetson.md").exists():
         pytest.skip("docs/ is not beside the tests")
     page = (DOCS / "jetson.md").read_text()
-    for row in ROWS:
+    for row in SETUPS:
         if row.jetpacks and row.trt:
             told = f"| {row.tensorrt} | `--trt {row.trt}` | {', '.join(row.precisions)} |"
             assert told in page, row.name

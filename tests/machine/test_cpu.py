@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pgxport.machine.cpu import has_vnni, instruction_key, instruction_sets, overflows_in_16_bits
+from pgxport.machine.cpu import has_vnni, instruction_key, instruction_sets, overflows_in_16_bits, processor_name, vectors
 
 AVX2 = "fpu sse2 avx avx2 fma"
 AVX512 = f"{AVX2} avx512f avx512bw avx512vl"
@@ -59,3 +59,30 @@ def test_a_cpu_is_known_by_what_it_can_do_and_not_by_its_clock_or_the_order_of_i
     assert key(AVX2).startswith(platform.machine())
     assert key(AVX512) != key(f"{AVX512} avx512_vnni")
     assert key("fp asimd i8mm", "fp asimd", field="Features") != key("fp asimd", field="Features")
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ([AVX2], "AVX2"),
+        ([f"{AVX512} avx512_vnni avx512_bf16 amx_int8"], "AVX2, AVX-512, VNNI, BF16, AMX"),
+        ([f"{AVX2} avx_vnni", AVX2], "AVX2"),  # a session's threads may be on either core
+        (["fpu sse2"], "none known"),
+        ([], "none known"),
+    ],
+)
+def test_vectors_are_those_that_all_cores_have(tmp_path, flags, names):
+    assert vectors(cpuinfo(tmp_path, *flags)) == names
+
+
+def test_an_arm_core_has_vectors_too(tmp_path):
+    assert vectors(cpuinfo(tmp_path, "fp asimd asimddp i8mm", field="Features")) == "NEON, dot product, I8MM"
+
+
+def test_a_processor_tells_its_name_and_a_board_its_model(tmp_path):
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nmodel name\t: AMD EPYC 9B14\nflags\t: avx2\n")
+    assert processor_name(file) == "AMD EPYC 9B14"
+    file.write_text("processor\t: 0\nCPU part\t: 0xd08\n\nModel\t\t: Raspberry Pi 4\n")
+    assert processor_name(file) == "Raspberry Pi 4"
+    assert processor_name(tmp_path / "missing")

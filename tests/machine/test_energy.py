@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_nvml import FakeGpu, FakeNvml
 from machines import MACHINES
 from machines import tree as machine
 from made_up_report import device, row
 
-from pgxport.machine.clocks import REASONS, SM_CLOCK, Gpus, find_gpus, look, power_mode
-from pgxport.machine.energy import Ina3221, Nvml, Rapl, find_meters, ina3221_rails, rapl_zones
+from pgxport.machine.clocks import look, power_mode
+from pgxport.machine.energy import Ina3221, NvmlMeter, Rapl, find_meters, ina3221_rails, rapl_zones
+from pgxport.machine.nvml import Nvml
 from pgxport.reporting.environment import settings
 from pgxport.reporting.schema import Board
 from pgxport.reporting.tables import environment
@@ -155,42 +157,31 @@ def test_find_meters_tells_what_is_there(tmp_path: Path):
     assert find_meters(tmp_path / "nothing") == []
 
 
-class Driver:
-    """libnvidia-ml with two GPUs, of which the second is too old to count."""
-
-    def __init__(self) -> None:
-        self.millijoules = 1_000
-
-    def nvmlInit_v2(self) -> int:
-        return 0
-
-    def nvmlShutdown(self) -> int:
-        return 0
-
-    def nvmlDeviceGetCount_v2(self, count: Any) -> int:
-        count._obj.value = 2
-        return 0
-
-    def nvmlDeviceGetHandleByIndex_v2(self, index: int, device: Any) -> int:
-        device._obj.value = 100 + index
-        return 0
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, device: ctypes.c_void_p, value: Any) -> int:
-        value._obj.value = self.millijoules
-        return 0 if device.value == 100 else 3  # NVML_ERROR_NOT_SUPPORTED
+def two_gpus(**told: Any) -> FakeNvml:
+    """The first tells what is given, the second nothing: as an H100 and a GeForce beside it."""
+    return FakeNvml(FakeGpu(**told), FakeGpu())
 
 
 def test_nvml_counts_the_gpus_that_can():
-    driver = Driver()
-    meter = Nvml(driver)
-    driver.millijoules = 4_500
+    library = two_gpus(millijoules=1_000)
+    meter = NvmlMeter(Nvml(library))
+    library.gpus[0].millijoules = 4_500
     assert meter.source == "NVML, 1 GPU"
     assert meter.joules() == pytest.approx(4.5)
+    meter.close()
+    assert library.open == 0
+
+
+def test_gpus_without_a_counter_are_no_meter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    library = two_gpus()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    assert find_meters(tmp_path, engine="cuda") == []
+    assert library.open == 0
 
 
 def test_a_boards_rails_are_not_added_to_what_its_gpu_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As on Thor, whose driver counts the GPU's joules, which the board's input has as well."""
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: two_gpus(millijoules=1_000))
 
     def sources(root: Path) -> list[str]:
         meters = find_meters(root, engine="cuda")
@@ -202,46 +193,19 @@ def test_a_boards_rails_are_not_added_to_what_its_gpu_says(tmp_path: Path, monke
     assert sources(tree(tmp_path / "xeon", XEON)) == ["RAPL, 2 packages", "NVML, 1 GPU"]
 
 
-class Slowed(Driver):
-    """As the H100 and the GeForce beside it: the first tells what slows it, the second does not."""
-
-    reasons = 0x01  # idle
-    mhz = 1980
-
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, device: ctypes.c_void_p, value: Any) -> int:
-        value._obj.value = self.reasons
-        return 0 if device.value == 100 else 3
-
-    def nvmlDeviceGetClockInfo(self, device: ctypes.c_void_p, which: int, value: Any) -> int:
-        value._obj.value = self.mhz
-        return 0 if (device.value, which) == (100, 1) else 3
-
-
 def test_what_slows_a_gpu_is_noted_and_what_somebody_chose_is_not(tmp_path: Path):
-    driver = Slowed()
-    gpus = Gpus(driver)
-    assert look(tmp_path, gpus).hot == ()
-    driver.reasons, driver.mhz = (
-        0x02 | 0x04 | 0x20 | 0x40,
-        1200,
-    )  # a chosen clock, the power limit, heat by software and by hardware
-    found = look(tmp_path, gpus)
-    assert (found.gpu_mhz, found.hot) == (1200.0, ("GPU at its power limit", "GPU slowed by heat"))
+    library = two_gpus(reasons=0x01, mhz=1980)  # idle
+    nvml = Nvml(library)
+    assert look(tmp_path, nvml).hot == ()
+    # A chosen clock, the power limit, heat by software and by hardware.
+    library.gpus[0].reasons, library.gpus[0].mhz = 0x02 | 0x04 | 0x20 | 0x40, 1200
+    clocks = look(tmp_path, nvml)
+    assert (clocks.gpu_mhz, clocks.hot) == (1200.0, ("GPU at its power limit", "GPU slowed by heat"))
 
 
-def test_a_gpu_that_does_not_tell_is_not_asked():
-    driver = Slowed()
-    driver.nvmlDeviceGetCurrentClocksThrottleReasons = lambda device, value: 3  # type: ignore[method-assign]
-    with pytest.raises(OSError, match="no GPU tells what slows it"):
-        Gpus(driver)
-    assert find_gpus("cpu") is None
-
-
-def test_the_reasons_are_those_of_the_library():
-    pynvml = pytest.importorskip("pynvml")
-    names = ("SwPowerCap", "HwSlowdown", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown")
-    assert set(REASONS) == {getattr(pynvml, f"nvmlClocksEventReason{name}") for name in names}
-    assert pynvml.NVML_CLOCK_SM == SM_CLOCK
+def test_gpus_that_do_not_tell_slow_nothing(tmp_path: Path):
+    clocks = look(tmp_path, Nvml(two_gpus()))
+    assert (clocks.gpu_mhz, clocks.hot) == (None, ())
 
 
 def test_clocks_are_read_as_linux_tells_them(tmp_path: Path):

@@ -1,54 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPU memory by process, as a library like nvidia-ml-py tells it."""
+"""NVML's calls, and GPU memory by process, on a library made up for it."""
 
-import sys
-from collections.abc import Sequence
+import ctypes
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_nvml import FakeGpu, FakeNvml
 from made_up_report import device, row
 
 from pgxport.benchmarking import bench
-from pgxport.benchmarking.measure import Answers
-from pgxport.machine.nvml import Vram, find_vram
+from pgxport.benchmarking.measure import WholeAnswers
+from pgxport.machine.nvml import INSUFFICIENT_SIZE, LIBRARY, NOT_AVAILABLE, REASONS, SM_CLOCK, Nvml, ProcessInfo, find_nvml
 from pgxport.reporting import asking, files, tables
 from pgxport.reporting.asking import BundleSubject
 from pgxport.reporting.schema import Report
 
 
-class NVMLError(Exception):
-    pass
-
-
-class Library:
-    """Two GPUs, and who holds how much of each."""
-
-    NVMLError = NVMLError
-
-    def __init__(self, *gpus: Sequence[tuple[int, int | None]] | None, driver: bool = True):
-        self.gpus, self.driver, self.open = gpus, driver, 0
-
-    def nvmlInit(self) -> None:
-        if not self.driver:
-            raise NVMLError("Driver Not Loaded")
-        self.open += 1
-
-    def nvmlShutdown(self) -> None:
-        self.open -= 1
-
-    def nvmlDeviceGetCount(self) -> int:
-        return len(self.gpus)
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        return index
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:
-        found = self.gpus[handle]
-        if found is None:
-            raise NVMLError("Not Supported")
-        return [SimpleNamespace(pid=pid, usedGpuMemory=held) for pid, held in found]
+def holding(*gpus: Any) -> FakeNvml:
+    """A library whose GPUs tell their processes; None for a GPU that does not."""
+    return FakeNvml(*(FakeGpu(processes=processes) for processes in gpus))
 
 
 @pytest.mark.parametrize(
@@ -65,28 +37,69 @@ class Library:
     ],
 )
 def test_a_process_holds_what_all_gpus_say(gpus: list[Any], held: int | None):
-    assert Vram(Library(*gpus)).held_by(7) == held
+    assert Nvml(holding(*gpus)).held_by(7) == held
 
 
-def test_the_names_are_those_of_the_library():
+def test_processes_that_start_between_the_two_calls_have_room():
+    library = holding([(7, 100)])
+    plain = library.nvmlDeviceGetComputeRunningProcesses_v3
+
+    def more_each_time(device: Any, count: Any, infos: Any) -> int:
+        library.gpus[0].processes = [*(library.gpus[0].processes or ()), (8, 5)]
+        return plain(device, count, infos)
+
+    library.nvmlDeviceGetComputeRunningProcesses_v3 = more_each_time  # type: ignore[method-assign]
+    assert Nvml(library).held_by(7) == 100
+
+
+def test_a_library_that_lacks_calls_tells_nothing():
+    """As a Jetson's."""
+    whole = holding([(7, 100)])
+    names = ("nvmlInit_v2", "nvmlShutdown", "nvmlDeviceGetCount_v2", "nvmlDeviceGetHandleByIndex_v2")
+    nvml = Nvml(SimpleNamespace(**{name: getattr(whole, name) for name in names}))
+    assert (nvml.clock_mhz(), nvml.slowed_by(), nvml.millijoules(), nvml.held_by(7)) == (None, (), [], None)
+
+
+def test_a_process_is_laid_out_as_in_nvml_h():
+    """nvmlProcessInfo_t: unsigned int, unsigned long long, two unsigned int."""
+    assert ctypes.sizeof(ProcessInfo) == 24
+    fields = (ProcessInfo.pid, ProcessInfo.used_gpu_memory, ProcessInfo.gpu_instance_id, ProcessInfo.compute_instance_id)
+    assert [(field.offset, field.size) for field in fields] == [(0, 4), (8, 8), (16, 4), (20, 4)]
+
+
+def test_the_constants_and_the_calls_are_those_of_the_library():
     pynvml = pytest.importorskip("pynvml")
-    asked = [name for name in vars(Library) if name.startswith("nvml")] + ["NVMLError"]
-    assert all(hasattr(pynvml, name) for name in asked)
-    assert {"pid", "usedGpuMemory"} <= {name for name, _ in pynvml.c_nvmlProcessInfo_t._fields_}
+    names = ("SwPowerCap", "HwSlowdown", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown")
+    assert set(REASONS) == {getattr(pynvml, f"nvmlClocksEventReason{name}") for name in names}
+    assert (pynvml.NVML_CLOCK_SM, pynvml.NVML_ERROR_INSUFFICIENT_SIZE) == (SM_CLOCK, INSUFFICIENT_SIZE)
+    assert pynvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value == NOT_AVAILABLE
+
+
+def test_the_driver_of_this_machine_has_every_call():
+    try:
+        library = ctypes.CDLL(LIBRARY)
+    except OSError:
+        pytest.skip("no NVIDIA driver")
+    assert all(hasattr(library, name) for name in vars(FakeNvml) if name.startswith("nvml"))
 
 
 def test_it_is_looked_for_where_the_engine_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "pynvml", library := Library([]))
-    assert find_vram("cpu") is None
-    found = find_vram("cuda")
-    assert found
+    library = holding([])
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    assert find_nvml("cpu") is None
+    nvml = find_nvml("cuda")
+    assert nvml
     assert library.open == 1
-    found.close()
+    nvml.close()
     assert library.open == 0
-    monkeypatch.setitem(sys.modules, "pynvml", Library(driver=False))
-    assert find_vram("cuda") is None
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert find_vram("cuda") is None
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeNvml(init=9))  # NVML_ERROR_DRIVER_NOT_LOADED
+    assert find_nvml("cuda") is None
+
+    def absent(name: str) -> Any:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    assert find_nvml("cuda") is None
 
 
 def test_a_report_shows_the_most_or_says_not_measured():
@@ -103,7 +116,7 @@ def test_what_an_answer_left_held_is_told_with_it(tiny_112: Path, monkeypatch: p
     pytest.importorskip("onnxruntime")
     import os
 
-    monkeypatch.setattr(asking, "find_vram", lambda engine: Vram(Library([(os.getpid(), 123)])))
+    monkeypatch.setattr(asking, "find_nvml", lambda engine: Nvml(holding([(os.getpid(), 123)])))
     subject = BundleSubject({"bundle": str(tiny_112), "engine": "cpu", "threads": 1})
     found = subject.ask({"image": {"scene": 0}, "prompt": "caption en", "max_new_tokens": 2})
     assert found["vram"] == 123
@@ -113,12 +126,12 @@ def test_pgx_bench_looks_at_the_worker(tiny_112: Path, monkeypatch: pytest.Monke
     pytest.importorskip("onnxruntime")
     asked = list[int]()
 
-    class Told(Vram):
+    class Told(Nvml):
         def held_by(self, process: int) -> int | None:
             asked.append(process)
             return 42
 
-    monkeypatch.setattr(bench, "find_vram", lambda engine: Told(Library([])))
-    done = bench.bench([tiny_112], Answers(4, 2), repetitions=1, threads=1)
+    monkeypatch.setattr(bench, "find_nvml", lambda engine: Told(holding([])))
+    done = bench.bench([tiny_112], WholeAnswers(4, 2), repetitions=1, threads=1)
     assert done.measurements[0].facts["peak_vram"] == 42
     assert len(asked) == 1

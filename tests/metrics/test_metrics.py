@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgxport.data.loader import scene_samples
+from pgxport.data.scenes import scene_samples
 from pgxport.errors import UsageError
 from pgxport.metrics.bootstrap import estimate
 from pgxport.metrics.metrics import METRICS, TASKS, groups, metrics_for, score, tally

@@ -25,7 +25,7 @@ def test_vqa_accuracy_is_the_evaluation_codes():
 
 @pytest.mark.parametrize(("people", "accuracy"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_vqa_accuracy_of_so_many_of_ten_people_is_the_published_one(people, accuracy):
-    """The values visualqa.org/evaluation.html lists."""
+    """The values are those that visualqa.org/evaluation.html lists."""
     assert text.vqa_accuracy("yes", ["yes"] * people + ["no"] * (10 - people)) == pytest.approx(accuracy)
 
 

@@ -209,15 +209,15 @@ def test_a_bundle_that_was_changed_gets_no_card(bundle: Path):
 KILLED = """
 import os, sys
 from pathlib import Path
-from pgxport.bundle import writer
+from pgxport import files
 from pgxport.reporting.measured_card import CardOptions, write_card
 when, path = sys.argv[1], Path(sys.argv[2])
-exchange = writer._exchange
+exchange = files.exchange
 def killed(new, old):
     if when == "after":
         exchange(new, old)
     os.kill(os.getpid(), 9)
-writer._exchange = killed
+files.exchange = killed
 write_card(CardOptions(path, Path(sys.argv[3])))
 """
 

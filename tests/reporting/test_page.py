@@ -124,7 +124,7 @@ def test_the_chart_is_one_that_vega_lite_knows(devices: int):
 
     made = report(*(device(row("fp32"), row("int8", ms=5)) for _ in range(devices)))
     kind = altair.VConcatChart if devices > 1 else altair.LayerChart
-    kind.from_dict(chart._spec(made.devices, background="white"), validate=True)
+    kind.from_dict(chart.spec(made.devices, background="white"), validate=True)
 
 
 def test_a_spreadsheet_computes_nothing():

@@ -298,7 +298,7 @@ def test_a_sample_that_cannot_be_asked_is_counted_and_the_rest_go_on(tiny_112: P
 
 def test_a_board_that_was_slowed_by_heat_says_so_in_its_row(tiny_112: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     hot = Clocks(None, None, None, None, None, gpu_mhz=600.0, hot=("gpu-throttle-alert",))
-    monkeypatch.setattr("pgxport.reporting.shared_pass.look", lambda gpus=None: hot)
+    monkeypatch.setattr("pgxport.reporting.shared_pass.look", lambda nvml=None: hot)
     made = report(options(tmp_path / "report", tiny_112, data=DataOptions(limit=1)))
     assert made.devices[0].rows[0].notes == ("gpu-throttle-alert at the end of 5 of 5 answers",)
 

@@ -2,6 +2,7 @@
 """From answers and times to rows: by hand where a hand can, and intervals that hold what they promise."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 
 from pgxport.metrics.metrics import Tally, tally
 from pgxport.metrics.sample import Sample
+from pgxport.reporting.measured import Asked, Opened, TeacherForced
 from pgxport.reporting.results import notes, pairs, rows, spread, subsets
-from pgxport.reporting.shared_pass import Run
-from pgxport.reporting.store import Asked, Followed, Held, Opened
+from pgxport.reporting.schema import Memory
+from pgxport.reporting.shared_pass import SubjectRun
 
 FACTS = {"name": "n", "recipe": "r", "target": "cpu", "digest": "d", "bytes": 10, "parity": None}
 
@@ -26,7 +28,7 @@ def samples(*tasks: str) -> list[Sample]:
     ]
 
 
-def run(label: str, texts: list[str], seconds: float = 1.0, **more: object) -> Run:
+def run(label: str, texts: list[str], seconds: float = 1.0, **more: object) -> SubjectRun:
     """Tokens are the text's characters."""
     asked = {
         f"k{i}": Asked(
@@ -35,7 +37,7 @@ def run(label: str, texts: list[str], seconds: float = 1.0, **more: object) -> R
         )
         for i, t in enumerate(texts)
     }  # fmt: skip
-    return Run(label, FACTS, [Opened(facts={}, seconds={"load": 1.0}, loaded=None)], asked, **more)  # type: ignore[arg-type]
+    return SubjectRun(label, FACTS, [Opened(facts={}, seconds={"load": 1.0}, loaded=None)], asked, **more)  # type: ignore[arg-type]
 
 
 def keys(count: int) -> list[str]:
@@ -127,19 +129,19 @@ def test_a_failed_reference_leaves_the_others_uncompared():
     assert (row.kept, row.fidelity, row.scores[0].change) == (None, None, None)
 
 
-def test_positions_are_added_up_over_the_answers_that_were_followed():
+def test_positions_are_added_up_over_the_answers_that_were_compared():
     asked = samples(*["answer"] * 2)
     mine = run("mine", ["abcd"] * 2)
     of = {"positions": 4, "agreed": 3, "kl": 0.4, "kl_worst": 0.3, "located": 0, "kl_located": 0.0}
-    mine.followed = {
-        "k0": Followed(sample="k0", reference="d", along=of),
-        "k1": Followed(sample="k1", reference="d", along=of | {"positions": 6, "agreed": 6, "located": 2, "kl_located": 0.1}),
+    mine.teacher_forced = {
+        "k0": TeacherForced(sample="k0", reference="d", agreement=of),
+        "k1": TeacherForced(sample="k1", reference="d", agreement=replace(of, positions=6, agreed=6, located=2, kl_located=0.1)),
     }
     found = rows(asked, keys(2), [run("whole", ["abcd"] * 2), mine], 0)[1].fidelity
     assert found is not None
     assert (found.followed, found.positions, found.top1) == (2, 10, 0.9)
     assert (found.kl, found.kl_worst, found.kl_located) == pytest.approx((0.08, 0.3, 0.05))
-    mine.followed = {"k0": Followed(sample="k0", reference="d", refused="another vocabulary")}
+    mine.teacher_forced = {"k0": TeacherForced(sample="k0", reference="d", refused="another vocabulary")}
     found = rows(asked, keys(2), [run("whole", ["abcd"] * 2), mine], 0)[1].fidelity
     assert found is not None
     assert (found.top1, found.kl, found.not_compared) == (None, None, "another vocabulary")
@@ -177,7 +179,7 @@ def test_joules_and_memory_are_of_the_samples():
     mine = run("mine", ["abcd"] * 3)
     mine.asked = {
         key: a.model_copy(
-            update={"joules": {"RAPL, 1 package": 2.0 + i}, "peak": Held(private=10 * i, mapped=5, resident=40 - i)}
+            update={"joules": {"RAPL, 1 package": 2.0 + i}, "peak": Memory(private=10 * i, mapped=5, resident=40 - i)}
         )
         for i, (key, a) in enumerate(mine.asked.items())
     }

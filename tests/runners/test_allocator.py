@@ -15,7 +15,7 @@ from pgxport.errors import IntegrityError
 from pgxport.runners import allocator, ort
 from pgxport.runners.runner import Runner
 
-# A block of 24 MB that is freed teaches glibc to take the next ones of 8 from its heap, where others lie between them.
+# Once a block of 24 MB is freed, glibc takes the next ones of 8 MB from its heap, with others between them.
 FREED = """
 import ctypes, sys
 from pathlib import Path

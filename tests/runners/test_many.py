@@ -11,8 +11,8 @@ from PIL import Image
 pytest.importorskip("onnxruntime")
 
 from pgxport import cli
-from pgxport.errors import UsageError
-from pgxport.runners.many import Question, ask_each, find_pictures
+from pgxport.data.pictures import find_pictures
+from pgxport.runners.many import PictureQuestion, ask_each
 from pgxport.runners.runner import Runner
 
 PROMPT = "caption en"
@@ -28,25 +28,9 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_folders_patterns_and_files_are_found_once_each(album: Path):
-    def names(*patterns: str) -> list[str]:
-        return [path.name for path in find_pictures([str(album / p) for p in patterns])]
-
-    assert names("") == ["a.JPG", "b.png", "broken.png", "c.webp"]
-    assert names("[bc].*", "b.png", "gone.png") == ["b.png", "c.webp", "gone.png"]
-    (album / "[1].png").write_bytes(b"a name, not a pattern")
-    assert names("[1].png") == ["[1].png"]
-    (album / "[1].png").unlink()
-    for nothing in ("*.gif", "empty"):
-        (album / "empty").mkdir(exist_ok=True)
-        with pytest.raises(UsageError, match="finds no picture"):
-            names(nothing)
-    (album / "empty").rmdir()
-
-
 def test_each_is_answered_as_by_itself_and_a_broken_one_is_a_row(tiny_112: Path, album: Path):
     pictures = [*find_pictures([str(album)]), album / "gone.png"]
-    rows = {Path(row.image).name: row for row in ask_each(str(tiny_112), pictures, Question(PROMPT, threads=1))}
+    rows = {Path(row.image).name: row for row in ask_each(str(tiny_112), pictures, PictureQuestion(PROMPT, threads=1))}
     assert list(rows) == ["a.JPG", "b.png", "broken.png", "c.webp", "gone.png"]
     with Runner.from_pretrained(tiny_112, threads=1) as runner:
         for name in ("a.JPG", "b.png", "c.webp"):

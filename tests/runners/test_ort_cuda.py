@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engine cuda on a machine without a GPU: ONNX Runtime's CPU stands in for one, and notes all that is asked of it.
+"""Engine cuda on a machine without a GPU: ONNX Runtime's CPU stands in for one, and records all calls.
 
-What ONNX Runtime says and does without a GPU, and which messages it has, was seen with onnxruntime-gpu 1.31.1.
+The behaviour and the messages of ONNX Runtime without a GPU are those of onnxruntime-gpu 1.31.1.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ PROMPTS = ("caption en", "ocr", "detect ring ; cross")
 
 @dataclass
 class Gpu0:
-    """A GPU that is not there. It does what ONNX Runtime does with one, on the CPU."""
+    """A made-up GPU, which does on the CPU what ONNX Runtime does with a real one."""
 
     starts: bool = True
     on_cpu: tuple[tuple[str, str], ...] = ()  # operator and name of nodes that it has no kernel for
@@ -125,9 +125,9 @@ class Session:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu0:
     """`pgxport.runners.ort` believes in a GPU with a driver for CUDA 13."""
-    found = Gpu0()
+    device = Gpu0()
     values = SimpleNamespace(
-        ortvalue_from_shape_and_type=found.allocate,
+        ortvalue_from_shape_and_type=device.allocate,
         ortvalue_from_numpy=ort.OrtValue.ortvalue_from_numpy,
         ortvalue_from_numpy_with_onnx_type=ort.OrtValue.ortvalue_from_numpy_with_onnx_type,
     )
@@ -135,13 +135,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu0:
         engine, "ort",
         SimpleNamespace(
             __version__="1.31.1", cuda_version="13.0", SessionOptions=ort.SessionOptions, RunOptions=ort.RunOptions, OrtValue=values,
-            InferenceSession=found.InferenceSession, preload_dlls=found.preload_dlls,
-            get_available_providers=found.get_available_providers, set_default_logger_severity=lambda level: None,
+            InferenceSession=device.InferenceSession, preload_dlls=device.preload_dlls,
+            get_available_providers=device.get_available_providers, set_default_logger_severity=lambda level: None,
         ),
     )  # fmt: skip
     monkeypatch.setattr(engine, "ask_driver", lambda: Driver((13, 2), (Gpu("NVIDIA L4", (8, 9), 24 << 30, False),)))
     monkeypatch.setattr(engine, "missing_libraries", lambda names: [])
-    return found
+    return device
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_a_step_moves_its_token_in_and_its_logits_out_and_no_cache(gpu: Gpu0, bu
         m = runner.manifest
         decoder = runner.pipeline.decoder(30)
         width, buffers = m.token_table.shape[1], 2 * m.cache.layers
-        assert [(device, number) for device, number, _ in gpu.made] == [("cuda", 10)] * buffers  # 10 is FLOAT16 in onnx.proto
+        assert [(device, number) for device, number, _ in gpu.made] == [("cuda", 10)] * buffers  # 10: FLOAT16
         assert all(not value.numpy().any() for _, _, value in gpu.made), "a buffer holds what was in the memory before"
         bound = list(gpu.bound)
         assert [name for what, name in bound if what == "to cpu"] == ["logits"]
@@ -216,17 +216,14 @@ def test_a_step_moves_its_token_in_and_its_logits_out_and_no_cache(gpu: Gpu0, bu
         assert decoder.cache.nbytes == buffers * 30 * m.cache.kv_heads * m.cache.head_dim * 2
 
 
-def test_a_bfloat16_cache_is_made_without_a_numpy_that_knows_it(gpu: Gpu0, bundles: dict[str, Path]):
-    session = engine.OrtSession.__new__(engine.OrtSession)
+def test_a_bfloat16_cache_is_made_without_a_numpy_that_knows_it(gpu: Gpu0):
     binding = SimpleNamespace(
         bind_output=lambda *a: None, bind_ortvalue_input=lambda *a: None, bind_ortvalue_output=lambda *a: None
     )
     name = "past_key_values.0.key"
-    session._session = SimpleNamespace(
-        io_binding=lambda: binding, get_inputs=lambda: [SimpleNamespace(name=name, type="tensor(bfloat16)")]
-    )
-    session._graph, session._outputs, session._provider = bundles["bf16"], ["logits", "present.0.key"], engine.CUDA
-    cache = session.new_cache({name: (1, 2, 5, 4)})
+    inputs = [SimpleNamespace(name=name, type="tensor(bfloat16)")]
+    session = SimpleNamespace(io_binding=lambda: binding, get_inputs=lambda: inputs)
+    cache = engine.OrtCache(session, {name: (1, 2, 5, 4)}, ["logits", "present.0.key"], engine.CUDA.device)
     ((device, number, value),) = gpu.made
     assert (device, number, value.data_type()) == ("cuda", 16, "tensor(bfloat16)")
     assert cache.nbytes == 1 * 2 * 5 * 4 * 2
@@ -275,7 +272,7 @@ def test_nodes_that_went_to_the_cpu_are_named(gpu: Gpu0, bundles: dict[str, Path
         EngineError, match=r"no CUDAExecutionProvider kernel for ConvTranspose 'decoder\.4', If 'n0'.* and 2 more of"
     ):
         Runner.from_pretrained(bundles["fp16"], engine="cuda")
-    assert [opened[STRICT] for opened in gpu.opened] == ["1", "0"]  # the second tells the names, and is thrown away
+    assert [opened[STRICT] for opened in gpu.opened] == ["1", "0"]  # the second names the nodes
 
 
 def test_a_provider_that_does_not_start_is_no_fault_of_the_graph(gpu: Gpu0, bundles: dict[str, Path]):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real CUDA provider of onnxruntime-gpu, on libraries that stand in for CUDA (cuda_stand_in.py): where nodes go, what is copied."""
+"""The real CUDA provider of onnxruntime-gpu on stand-in libraries (cuda_stand_in.py): nodes and copies."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_every_node_has_a_kernel_and_no_cache_is_copied(precision: str, environm
     from pgxport.exporter.export import ExportOptions, export
 
     options = ExportOptions(output=tmp_path / "b", size="tiny", res=112, precision=precision, target="cuda", parity=0)
-    said, copies = run(export(options).path, environment)  # opening it names nodes that went to the CPU, if there are any
+    said, copies = run(export(options).path, environment)  # an error names nodes on the CPU
     for step in copies[1:]:
         moved = [(line.rpartition(" ")[0], int(line.rpartition(" ")[2])) for line in step]
         assert sum(size for _, size in moved) < said["cache"] / 4, moved

@@ -23,7 +23,7 @@ from pgxport.exporter.export import ExportOptions, export
 from pgxport.runners import packed as lookup
 from pgxport.runners.engine_cache import FOLDER_VARIABLE, entry_folder
 from pgxport.runners.ort import OrtSession
-from pgxport.runners.packed import machine, packed
+from pgxport.runners.packed import engine_key, packed
 from pgxport.runners.runner import Runner
 
 PRECISIONS = ("fp32", "int8", "w8a8", "int4", "mixed")
@@ -43,13 +43,34 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "engines"
 
 
+@pytest.fixture(scope="module")
+def packed_once(bundles, tmp_path_factory) -> Path:
+    """A cache with the packed weights of every bundle, which tests only copy from."""
+    cache = tmp_path_factory.mktemp("cache") / "engines"
+    for bundle in bundles.values():
+        pack(bundle, cache)
+    return cache
+
+
+@pytest.fixture
+def pack_copy(cache, packed_once):
+    """Put the packed weights of a bundle into the test's cache, as `pack` does: the folder of the entry."""
+
+    def copy(bundle: Bundle) -> Path:
+        folder = entry_folder(packed_once, bundle.digest(), engine_key())
+        cache.mkdir(mode=0o700, exist_ok=True)
+        shutil.copy2(packed_once / "seal.key", cache)
+        return shutil.copytree(folder, cache / folder.name)
+
+    return copy
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_compiled_bundle_answers_the_same_from_its_packed_weights(bundles, cache, precision, monkeypatch):
+def test_a_compiled_bundle_answers_the_same_from_its_packed_weights(bundles, pack_copy, precision, monkeypatch):
     bundle = bundles[precision]
     with Runner(bundle, threads=1) as runner:
         expected = runner.answer(PICTURE, PROMPT)
-    pack(bundle)
-    folder = entry_folder(cache, bundle.digest(), machine())
+    folder = pack_copy(bundle)
     loaded = []
     monkeypatch.setattr(OrtSession, "__init__", _noting(loaded, OrtSession.__init__))
     with Runner(bundle, threads=1) as runner:
@@ -90,10 +111,9 @@ def test_what_was_packed_for_a_branch_is_moved_as_well(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["int8", "mixed"])
-def test_packed_weights_of_any_size_are_aligned_in_their_file(bundles, cache, precision):
-    """MatMulNBits reads them shifted otherwise: tiny's int8 came back as NaN. Those of mixed are in branches."""
-    pack(bundles[precision])
-    (folder,) = (f for f in cache.iterdir() if f.is_dir())
+def test_packed_weights_of_any_size_are_aligned_in_their_file(bundles, packed_once, precision):
+    """MatMulNBits reads unaligned ones shifted: tiny's int8 gave NaN. Those of mixed are in branches."""
+    folder = entry_folder(packed_once, bundles[precision].digest(), engine_key())
     model = onnx.load(folder / "decoder_step.onnx", load_external_data=False)
     entries = [e.value for t in initializers(model.graph) for e in t.external_data if e.key.startswith("prepacked_")]
     blobs = [tuple(map(int, blob.split(";")[:2])) for value in entries for blob in value.split("|")[1:]]
@@ -103,19 +123,20 @@ def test_packed_weights_of_any_size_are_aligned_in_their_file(bundles, cache, pr
     assert max(offset + length for offset, length in blobs) <= size
 
 
-def test_a_bundle_that_is_not_compiled_loads_its_own_graphs(bundles, cache):
+def test_a_bundle_that_is_not_compiled_loads_its_own_graphs(bundles, cache, pack_copy):
     bundle = bundles["int4"]
     assert packed(bundle) == {name: bundle.graph(name) for name in bundle.manifest.graphs}
-    pack(bundles["int8"])  # another bundle
+    pack_copy(bundles["int8"])  # another bundle
     assert packed(bundle)["decoder_step"].parent == bundle.path
 
 
 @pytest.mark.parametrize("change", [{"version": "1.99.0"}, {"sm": "x86_64-0123456789ab"}])
-def test_what_was_packed_for_another_machine_is_not_looked_at(bundles, cache, monkeypatch, change):
+def test_what_was_packed_for_another_machine_is_not_looked_at(bundles, pack_copy, monkeypatch, change):
     bundle = bundles["int4"]
-    pack(bundle)
-    elsewhere = dataclasses.replace(machine(), **change)
-    monkeypatch.setattr(lookup, "machine", lambda: elsewhere)
+    pack_copy(bundle)
+    assert packed(bundle)["decoder_step"] != bundle.graph("decoder_step")
+    elsewhere = dataclasses.replace(engine_key(), **change)
+    monkeypatch.setattr(lookup, "engine_key", lambda: elsewhere)
     assert packed(bundle)["decoder_step"] == bundle.graph("decoder_step")
 
 
@@ -123,7 +144,7 @@ def test_what_was_packed_with_the_other_setting_of_products_is_not_used_and_is_p
     bundle = bundles["w8a8"]
     path, own = str(bundle.path), {name: bundle.graph(name) for name in bundle.manifest.graphs}
     flags = lookup.flags()
-    for others in ({}, {"x64quantprecision": 1 - flags["x64quantprecision"]}):  # of earlier versions; of another pgx
+    for others in ({}, {"x64quantprecision": 1 - flags["x64quantprecision"]}):  # earlier; another machine
         monkeypatch.setattr(packing, "flags", lambda others=others: others)
         pack(bundle)
         assert packed(bundle) == own
@@ -134,10 +155,9 @@ def test_what_was_packed_with_the_other_setting_of_products_is_not_used_and_is_p
 
 
 @pytest.mark.parametrize("name", ["decoder_step.onnx", "decoder_step.onnx.data", "entry.json"])
-def test_a_changed_byte_is_refused(bundles, cache, name):
+def test_a_changed_byte_is_refused(bundles, pack_copy, name):
     bundle = bundles["int4"]
-    pack(bundle)
-    file = entry_folder(cache, bundle.digest(), machine()) / name
+    file = pack_copy(bundle) / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -145,24 +165,23 @@ def test_a_changed_byte_is_refused(bundles, cache, name):
         Runner(bundle)
 
 
-def test_a_file_that_pgx_did_not_write_is_refused(bundles, cache):
+def test_a_file_that_pgx_did_not_write_is_refused(bundles, pack_copy):
     bundle = bundles["int4"]
-    pack(bundle)
-    (entry_folder(cache, bundle.digest(), machine()) / "more.data").write_bytes(b"x")
+    (pack_copy(bundle) / "more.data").write_bytes(b"x")
     with pytest.raises(IntegrityError, match=r"more\.data"):
         packed(bundle)
 
 
 def test_packed_weights_that_compute_something_else_are_not_kept(bundles, cache, monkeypatch):
-    real = packing._answer
+    real = packing.sample_outputs
     calls = []
 
     def second_differs(session, bundle, name):
         calls.append(name)
-        found = real(session, bundle, name)
-        return [np.nextafter(x, np.float32(np.inf)) for x in found] if calls.count("decoder_step") == 2 else found
+        outputs = real(session, bundle, name)
+        return [np.nextafter(x, np.float32(np.inf)) for x in outputs] if calls.count("decoder_step") == 2 else outputs
 
-    monkeypatch.setattr(packing, "_answer", second_differs)
+    monkeypatch.setattr(packing, "sample_outputs", second_differs)
     with pytest.raises(EngineError, match="something else"):
         pack(bundles["int4"])
     assert not list(cache.glob("*/*"))
@@ -177,7 +196,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_packed(bundles, cache
     assert not list(cache.glob("*/*"))
 
 
-# The command ---------------------------------------------------------------------------------------------------------
+# The command
 
 
 def test_pgx_compile_packs_a_bundle_for_the_cpu_once_and_says_so(bundles, cache):

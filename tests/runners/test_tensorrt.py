@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The TensorRT runner on a fake engine and device: the CPU bundle's answers, few copies, nothing left behind, errors that name the call."""
+"""The TensorRT runner on a fake engine and device: answers, copies, frees, errors that name the call."""
 
 import json
 import os
@@ -18,14 +18,16 @@ from fake_tensorrt import Builder, Code, Config, Context, Engine, FakeCudart, Fa
 from tensorrt_signatures import GOLDEN, signatures
 
 from pgxport.bundle.reader import Bundle
-from pgxport.compile.tensorrt import CompileOptions, compile_bundle
+from pgxport.compile.compile import compile_bundle
+from pgxport.compile.options import CompileOptions
 from pgxport.errors import EngineError, NumericError, PgxError, UsageError
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.models.tiny.scenes import draw
 from pgxport.runners.cuda import ALIGNMENT
 from pgxport.runners.pipeline import Pipeline
 from pgxport.runners.runner import Runner
-from pgxport.runners.tensorrt import DTYPES, TensorrtSession, load_cuda, logger
+from pgxport.runners.tensorrt import TensorrtSession
+from pgxport.runners.tensorrt_library import DTYPES, load_cuda, logger
 
 PROMPTS = ("caption en", "detect orange cross", "segment green star")
 SCENE = draw("test", 3).image
@@ -37,8 +39,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Of the embedded checkpoint, by the kind of cache."""
     folder = tmp_path_factory.mktemp("bundles")
     versions = {"delta": "10.3", "update": "11"}
-    options = {k: ExportOptions(output=folder / k, size="tiny", res=112, target="tensorrt", trt=v) for k, v in versions.items()}
-    return {kind: export(o).path for kind, o in options.items()}
+    shared = {"size": "tiny", "res": 112, "target": "tensorrt", "parity": 0}
+    return {kind: export(ExportOptions(output=folder / kind, trt=version, **shared)).path for kind, version in versions.items()}
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +55,39 @@ def cudart() -> FakeCudart:
     return FakeCudart()
 
 
-@pytest.fixture
-def trt(cudart: FakeCudart, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTensorrt:
+def install(cudart: FakeCudart, patch: pytest.MonkeyPatch, engines: Path) -> FakeTensorrt:
+    """A TensorRT to import, and a cache for its engines."""
     fake = FakeTensorrt(cudart)
-    monkeypatch.setitem(sys.modules, "tensorrt", fake)
-    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
-    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=cudart))
-    monkeypatch.setenv("PGX_ENGINE_CACHE", str(tmp_path / "engines"))
+    patch.setitem(sys.modules, "tensorrt", fake)
+    patch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    patch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=cudart))
+    patch.setenv("PGX_ENGINE_CACHE", str(engines))
     return fake
 
 
+@pytest.fixture
+def trt(cudart: FakeCudart, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTensorrt:
+    """TensorRT with an empty cache."""
+    return install(cudart, monkeypatch, tmp_path / "engines")
+
+
+@pytest.fixture(scope="module")
+def engines(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the engines of both bundles, which tests only read."""
+    cache = tmp_path_factory.mktemp("compiled") / "engines"
+    with pytest.MonkeyPatch.context() as patch:
+        install(FakeCudart(), patch, cache)
+        for bundle in bundles.values():
+            compile_bundle(CompileOptions(bundle))
+    return cache
+
+
 @pytest.fixture(params=["delta", "update"])
-def bundle(request: pytest.FixtureRequest, bundles: dict[str, Path], trt: FakeTensorrt) -> Path:
-    compile_bundle(CompileOptions(bundles[request.param]))
+def bundle(
+    request: pytest.FixtureRequest, bundles: dict[str, Path], engines: Path, trt: FakeTensorrt, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A bundle whose engines are in the cache."""
+    monkeypatch.setenv("PGX_ENGINE_CACHE", str(engines))
     return bundles[request.param]
 
 
@@ -181,11 +203,11 @@ def test_a_longer_answer_grows_the_cache_and_a_shorter_one_is_still_right(
 
 def test_two_answers_in_turns_do_not_mix(runner: Runner, expected: dict[str, tuple[int, ...]]):
     streams = [runner.pipeline.generate(prefix_of(runner.pipeline, prompt), 24) for prompt in PROMPTS[:2]]
-    found: list[list[int]] = [[], []]
+    answers: list[list[int]] = [[], []]
     for _ in range(24):
-        for stream, tokens in zip(streams, found, strict=True):
+        for stream, tokens in zip(streams, answers, strict=True):
             tokens += [token for token in [next(stream, None)] if token is not None]
-    assert [tuple(tokens) for tokens in found] == [expected[prompt] for prompt in PROMPTS[:2]]
+    assert [tuple(tokens) for tokens in answers] == [expected[prompt] for prompt in PROMPTS[:2]]
 
 
 def test_an_abandoned_answer_leaves_its_memory_to_the_next(runner: Runner, cudart: FakeCudart):
@@ -195,7 +217,10 @@ def test_an_abandoned_answer_leaves_its_memory_to_the_next(runner: Runner, cudar
     assert len(cudart.device) == held
 
 
-def test_an_engine_of_one_profile_answers_the_same(bundle: Path, cudart: FakeCudart, expected: dict[str, tuple[int, ...]]):
+def test_an_engine_of_one_profile_answers_the_same(
+    bundle: Path, cudart: FakeCudart, expected: dict[str, tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PGX_ENGINE_CACHE", str(tmp_path / "engines"))
     compile_bundle(CompileOptions(bundle, profiles=1))
     with Runner.from_pretrained(bundle, engine="tensorrt") as runner:
         assert {prompt: ask(runner, prompt) for prompt in PROMPTS} == expected
@@ -234,10 +259,10 @@ def test_logits_that_are_not_finite_are_an_error_and_the_next_answer_is_right(
     with pytest.raises(NumericError, match=r"decoder_step.*prefill"):
         ask(runner, PROMPTS[0])
     trt.spoil = lambda outputs: None
-    assert ask(runner, PROMPTS[0]) == expected[PROMPTS[0]], "what was left in the cache is not seen"
+    assert ask(runner, PROMPTS[0]) == expected[PROMPTS[0]], "stale rows of the cache are hidden"
 
 
-# Each call of an answer fails once, at its first occurrence and at a later one, and so does each of opening a runner.
+# Each call of an answer, and of opening a runner, fails once at its first and once at a later occurrence.
 
 
 ANSWERING = {
@@ -372,16 +397,26 @@ def test_the_embedded_model_has_local_layers_whose_mask_is_tried_here(bundle: Pa
     assert Bundle.open(bundle).manifest.local_window is not None
 
 
+@pytest.fixture(scope="module")
+def half_precision(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, ...]]:
+    """Answers of ONNX Runtime in float16."""
+    path = tmp_path_factory.mktemp("half") / "cpu"
+    export(ExportOptions(output=path, size="tiny", res=112, precision="fp16", parity=0))
+    with Runner.from_pretrained(path) as cpu:
+        return {prompt: ask(cpu, prompt) for prompt in PROMPTS}
+
+
 @pytest.mark.parametrize("kind", ["delta", "update"])
-def test_half_precision_caches_work_the_same(kind: str, tmp_path: Path, trt: FakeTensorrt):
-    """Against the same graphs whose numbers are float32 between the weights: answers of a trained model do not hang on a rounding."""
-    versions, asked = {"delta": "10.3", "update": "11"}, {"size": "tiny", "res": 112, "precision": "fp16"}
-    for name, options in (("trt", {"target": "tensorrt", "trt": versions[kind]}), ("cpu", {})):
-        export(ExportOptions(output=tmp_path / name, **asked, **options))
-    compile_bundle(CompileOptions(tmp_path / "trt"))
-    with Runner.from_pretrained(tmp_path / "cpu") as cpu, Runner.from_pretrained(tmp_path / "trt", engine="tensorrt") as runner:
+def test_half_precision_caches_work_the_same(
+    kind: str, tmp_path: Path, trt: FakeTensorrt, half_precision: dict[str, tuple[int, ...]]
+):
+    """Compared with float32 activations on the CPU: a trained model's answers do not depend on a rounding."""
+    version, path = {"delta": "10.3", "update": "11"}[kind], tmp_path / "b"
+    export(ExportOptions(output=path, size="tiny", res=112, precision="fp16", parity=0, target="tensorrt", trt=version))
+    compile_bundle(CompileOptions(path))
+    with Runner.from_pretrained(path, engine="tensorrt") as runner:
         assert runner.manifest.cache.dtype == "float16"
-        assert [ask(runner, prompt) for prompt in PROMPTS] == [ask(cpu, prompt) for prompt in PROMPTS]
+        assert {prompt: ask(runner, prompt) for prompt in PROMPTS} == half_precision
 
 
 # The fakes, against the real modules
@@ -393,8 +428,8 @@ def test_cuda_has_the_calls_that_the_fake_has_with_as_many_arguments():
         if name.startswith("cuda") and callable(fake):
             first = getattr(runtime, name).__doc__.splitlines()[0]
             inside = first[first.index("(") + 1 : first.rindex(")")]
-            given = [part for part in inside.split(",") if part.strip()]
-            assert len(given) == fake.__code__.co_argcount - 1, first
+            parameters = [part for part in inside.split(",") if part.strip()]
+            assert len(parameters) == fake.__code__.co_argcount - 1, first
     assert all(hasattr(runtime.cudaDeviceAttr, name) for name in vars(FakeCudart.cudaDeviceAttr))
     assert all(hasattr(runtime.cudaMemcpyKind, name) for name in vars(FakeCudart.cudaMemcpyKind))
     assert hasattr(runtime.cudaStreamCaptureMode, "cudaStreamCaptureModeThreadLocal")

@@ -5,12 +5,14 @@ import copy
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
 from pgxport import cli
-from pgxport.data.loader import scene_samples
+from pgxport.data.scenes import scene_samples
 from pgxport.errors import EngineError, UsageError
 from pgxport.exporter.export import ExportOptions, export
 from pgxport.exporter.recipe import NORMS, RECIPE_NAMES, Scheme
@@ -32,6 +34,8 @@ from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.config import read_config
 from pgxport.models.spec import published
 from pgxport.models.weights import weight_shapes
+from pgxport.reporting.asking import compare_and_answer
+from pgxport.reporting.store import alone
 from pgxport.runners.outputs import Answer
 from pgxport.runners.pipeline import Pipeline
 from pgxport.runners.runner import Runner
@@ -39,9 +43,8 @@ from pgxport.tuning import bundles, score, tune
 from pgxport.tuning.candidates import CANDIDATES, FLOAT, Group, chosen, groups, options, recipe
 from pgxport.tuning.loss import Loss, loss
 from pgxport.tuning.result import Limits, Tuning
-from pgxport.tuning.score import Samples, along, features_of, prefix_of
+from pgxport.tuning.score import ReferenceAnswers, features_of, prefix_of, score_here
 from pgxport.tuning.search import Option, front, spread
-from pgxport.tuning.store import Store, alone
 from pgxport.tuning.tune import TuneOptions
 
 TINY = Path(tune.__file__).parents[1] / "models" / "tiny" / "tiny-112"
@@ -222,28 +225,10 @@ def test_doubt_says_how_many_samples_would_tell():
     assert Loss(0, 0, 0, {}, 0, 300).doubt(1) is None
 
 
-# Results ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_result_is_found_only_for_all_that_it_depends_on(tmp_path):
-    Store(tmp_path, {"checkpoint": "a"}).keep({"kl": 1}, rules="r")
-    assert Store(tmp_path, {"checkpoint": "a"}).find(rules="r") == {"kl": 1}
-    assert Store(tmp_path, {"checkpoint": "b"}).find(rules="r") is None
-    assert Store(tmp_path, {"checkpoint": "a"}).find(rules="s") is None
-    (file,) = tmp_path.glob("*.json")
-    file.write_text(file.read_text()[:30])
-    assert Store(tmp_path, {"checkpoint": "a"}).find(rules="r") is None
-
-
-def test_two_tunes_do_not_work_in_one_folder(tmp_path):
-    with alone(tmp_path), pytest.raises(UsageError, match="another pgx works"), alone(tmp_path):
-        pass
-
-
 # The whole ----------------------------------------------------------------------------------------------------------
 
-# A model of four groups, the others of which stay floats, and some of the named recipes.
-FEW = ("token table", "vision 0–1 mlp", "decoder 0 q,k,v", "decoder 3 gate,up")
+# A model of three groups, the others of which stay floats, and some of the named recipes.
+FEW = ("token table", "vision 0–1 mlp", "decoder 3 gate,up")
 ASKED = {"size": "tiny", "res": 112, "samples": 2, "candidates": ("w8-dynamic", "w4-g32"), "max_loss": 60.0, "threads": 1}
 
 
@@ -267,6 +252,12 @@ def tuned(few, tmp_path_factory) -> tuple[Tuning, Path]:
 
 def again(folder: Path, **changes) -> Tuning:
     return tune.tune(TuneOptions(output=folder / "recipe.toml", overwrite=True, **(ASKED | changes)))
+
+
+def test_two_tunes_do_not_work_in_one_folder(tuned):
+    folder = tuned[1]
+    with alone(folder / "recipe.toml.work", "--work"), pytest.raises(UsageError, match="another pgx works"):
+        again(folder)
 
 
 def without_times(found: Tuning) -> dict:
@@ -348,31 +339,41 @@ def test_answers_of_the_float_model_that_were_deleted_are_asked_for_again(tuned,
     assert exports == []
 
 
+def kept_results(folder: Path) -> list[str]:
+    """The whole lines of results, without the conditions."""
+    lines = [line for file in folder.glob("*.jsonl") for line in file.read_text().splitlines(keepends=True)[1:]]
+    return [line for line in lines if line.endswith("\n")]
+
+
 def test_a_tune_that_was_killed_goes_on_to_the_same_result(tuned, exports, tmp_path):
     found, folder = tuned
     code = (
-        "from pgxport.tune import score, tune\nscore.ROUNDS = 2\nfrom pgxport.tuning.candidates import groups\n"
+        "from pgxport.tuning import score, tune\nscore.ROUNDS = 2\nfrom pgxport.tuning.candidates import groups\n"
         f"tune.RECIPE_NAMES = {NAMED!r}\n"
         f"tune.groups = lambda spec: [g for g in groups(spec) if g.name in {FEW!r}]\n"
         f"tune.tune(tune.TuneOptions(output={str(tmp_path / 'recipe.toml')!r}, **{ASKED!r}))"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    process = subprocess.Popen([sys.executable, "-c", code], env=env)
     results = tmp_path / "recipe.toml.work" / "results"
+    shutil.copytree(folder / "recipe.toml.work", results.parent)
+    (file,) = results.glob("*.jsonl")
+    begun = file.read_text().splitlines(keepends=True)[:7]  # the conditions, the reference, whole recipes and a probe
+    file.write_text("".join(begun))
+    process = subprocess.Popen([sys.executable, "-c", code], env=env)
     deadline = time.monotonic() + 120
-    while len(list(results.glob("*.json"))) < 9:
+    while len(kept_results(results)) < len(begun) + 1:
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = len(list(results.glob("*.json")))
+    kept = len(kept_results(results))
     assert not (tmp_path / "recipe.toml").exists()
     rest = tune.tune(TuneOptions(output=tmp_path / "recipe.toml", **ASKED))
     assert without_times(rest) == without_times(found)
     assert len(set(exports)) == len(exports)
     # All results but the reference are of exports.
-    assert len(exports) == len(list(results.glob("*.json"))) - kept
+    assert len(exports) == len(kept_results(results)) - kept
 
     def body(file: Path) -> str:
         return "".join(line for line in file.read_text().splitlines(keepends=True) if not line.startswith("#"))
@@ -423,28 +424,31 @@ def test_the_command_prints_the_front_and_what_to_do_next(tuned, monkeypatch, ca
             assert all(f"  {name}\n" in printed for name in ("fp32", "fp16", "int8"))
 
 
-def test_answers_along_a_reference_are_those_of_the_runner(tiny_112, tmp_path):
+def test_answers_beside_a_reference_are_those_of_the_runner(tiny_112, tmp_path):
     every = groups(read_config(Checkpoint.open(TINY).config))
     (tmp_path / "r.toml").write_text(to_toml(recipe("rough", every, {g.name: "w4-g128" for g in every})))
     rough = export(ExportOptions(output=tmp_path / "rough", size="tiny", res=112, recipe=tmp_path / "r.toml", parity=0))
     samples = scene_samples(3)
     differ = 0
     with Runner.from_pretrained(tiny_112, threads=1) as exact, Runner(rough, threads=1) as runner:
-        asked = Samples(samples, tmp_path / "kept")
+        asked, every_one = ReferenceAnswers(samples, tmp_path / "kept"), range(len(samples))
         asked.answer_all(exact.pipeline, lambda text: None)
-        found = asked.score(runner.pipeline, range(len(samples)), "v", keep=True)
+        here = partial(score_here, runner.pipeline)
+        found = asked.score(every_one, "v", here, keep=True)
         for i, sample in enumerate(samples):
             assert asked.ids[i] == list(exact.answer(sample.open(), sample.prompt).token_ids)
             assert found.ids[i] == list(runner.answer(sample.open(), sample.prompt).token_ids)
             differ += found.ids[i] != asked.ids[i]
-        assert asked.score(runner.pipeline, range(len(samples)), "v", keep=True) == found  # from kept features
-        same = asked.score(exact.pipeline, range(len(samples)), "w", keep=False)
+        assert asked.score(every_one, "v", here, keep=True) == found  # from kept features
+        same = asked.score(every_one, "w", partial(score_here, exact.pipeline), keep=False)
         assert (same.ids, same.kl, same.agreement) == (asked.ids, 0.0, 1.0)
         # Cut off at the bundle's limit, as the runner does.
         pipeline = exact.pipeline
         short = replace_limit(pipeline, 2)
-        logits, ids = along(short, prefix_of(pipeline, samples[0], features_of(pipeline, samples[0])), asked.ids[0][:2])
-        assert (len(logits), ids) == (2, asked.ids[0][:2])
+        prefix, given = prefix_of(pipeline, samples[0], features_of(pipeline, samples[0])), asked.ids[0][:2]
+        logits = np.stack([row.copy() for row in pipeline.teacher_forced(prefix, given)])
+        agreement, ids = compare_and_answer(short, prefix, given, logits)
+        assert (agreement.positions, agreement.agreed, agreement.kl, ids) == (3, 3, 0.0, given)
     assert differ
     assert found.kl > 0
 

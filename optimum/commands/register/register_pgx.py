@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`optimum-cli export pgx`: optimum loads every file of this namespace at its start, so nothing of pgx is imported before `run`."""
+"""The command `optimum-cli export pgx`.
+
+optimum loads every file of this namespace at its start, so nothing of pgx is imported before `run`.
+"""
 
 from argparse import ArgumentParser, ArgumentTypeError
 
@@ -25,8 +28,9 @@ class PgxExportCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         import click
 
-        from pgxport.cli import fail, needs, progress_bar, size
-        from pgxport.errors import PgxError
+        from pgxport.errors import PgxError, needs
+        from pgxport.terminal import fail, progress_bar
+        from pgxport.text import size
 
         given = {name: getattr(self.args, name) for name in ("precision", "target", "masks", "context")}
         given = {name: value for name, value in given.items() if value is not None}
@@ -51,6 +55,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-# optimum reads this once for every folder of its namespace. Where a source tree lies beside an installed pgxport there are two
-# for one module, and a command that is registered twice is an error: so there is nothing left at the second reading.
+# optimum reads this once for every folder of its namespace. A source tree beside an installed pgxport makes
+# two folders of one module, and registering a command twice is an error: an iterator is empty at the second.
 REGISTER_COMMANDS = iter([(PgxExportCommand, ExportCommand)])
