@@ -26,7 +26,8 @@ import onnxruntime
 from pgxport import __version__
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.data.scenes import scene_samples
-from pgxport.exporter.export import ExportOptions, export
+from pgxport.exporter.export import export
+from pgxport.exporter.prepare import ExportOptions
 from pgxport.exporter.recipe import RECIPE_NAMES
 from pgxport.exporter.recipe_toml import read_recipe
 from pgxport.exporter.targets import CPU

@@ -25,7 +25,8 @@ from make_checkpoint import shallow, write_checkpoint  # noqa: E402
 from pgxport.benchmarking.bench import bench, measurement_json  # noqa: E402
 from pgxport.benchmarking.measure import Steps, WholeAnswers, Work, lengths  # noqa: E402
 from pgxport.benchmarking.worker import Measurement  # noqa: E402
-from pgxport.exporter.export import ExportOptions, export  # noqa: E402
+from pgxport.exporter.export import export  # noqa: E402
+from pgxport.exporter.prepare import ExportOptions  # noqa: E402
 from pgxport.machine.conditions import describe_machine  # noqa: E402
 from pgxport.models.spec import RESOLUTIONS, TEXT, published  # noqa: E402
 

@@ -43,7 +43,8 @@ from pgxport.compile.compile import compile_bundle  # noqa: E402
 from pgxport.compile.memory import weight_bytes  # noqa: E402
 from pgxport.compile.options import CompileOptions  # noqa: E402
 from pgxport.errors import PgxError  # noqa: E402
-from pgxport.exporter.export import ExportOptions, export  # noqa: E402
+from pgxport.exporter.export import export  # noqa: E402
+from pgxport.exporter.prepare import ExportOptions  # noqa: E402
 from pgxport.machine.conditions import describe_machine, versions  # noqa: E402
 from pgxport.machine.driver import ask_driver  # noqa: E402
 from pgxport.models.spec import RESOLUTIONS, ModelSpec, published  # noqa: E402

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pgxport.bundle.reader import Bundle
-    from pgxport.exporter.export import ExportOptions, export
+    from pgxport.exporter.export import export
+    from pgxport.exporter.prepare import ExportOptions
     from pgxport.runners.outputs import Answer
+    from pgxport.runners.pipeline import Pipeline
     from pgxport.runners.runner import Runner
 
 __version__ = "0.1.0.dev0"
@@ -20,11 +22,12 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "Answer": "pgxport.runners.outputs",
     "Bundle": "pgxport.bundle",
-    "ExportOptions": "pgxport.exporter.export",
+    "ExportOptions": "pgxport.exporter.prepare",
+    "Pipeline": "pgxport.runners.pipeline",
     "Runner": "pgxport.runners.runner",
     "export": "pgxport.exporter.export",
 }
-__all__ = ["Answer", "Bundle", "ExportOptions", "Runner", "__version__", "export"]
+__all__ = ["Answer", "Bundle", "ExportOptions", "Pipeline", "Runner", "__version__", "export"]
 
 
 def __getattr__(name: str) -> Any:

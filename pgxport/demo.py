@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pgxport.errors import DiskError
-from pgxport.exporter.export import ExportOptions, export
+from pgxport.exporter.export import export
+from pgxport.exporter.prepare import ExportOptions
 from pgxport.models.spec import TINY_RESOLUTIONS
 from pgxport.models.tiny.scenes import Question, Scene, ask, draw
 from pgxport.runners.draw import save_image

@@ -33,7 +33,8 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def random_bundle(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random checkpoint, exported in float32 for the CPU, with the mask decoder."""
     pytest.importorskip("onnx_ir")
-    from pgxport.exporter.export import ExportOptions, export
+    from pgxport.exporter.export import export
+    from pgxport.exporter.prepare import ExportOptions
     from pgxport.hub.locate import TINY
 
     output = tmp_path_factory.mktemp("bundle") / "random"
@@ -62,7 +63,8 @@ def _tiny(res: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "PGX_TEST_BUNDLES" in os.environ and given.is_dir():
         return given
     pytest.importorskip("onnx_ir")
-    from pgxport.exporter.export import ExportOptions, export
+    from pgxport.exporter.export import export
+    from pgxport.exporter.prepare import ExportOptions
     from pgxport.hub.locate import TINY
 
     if not (TINY / f"tiny-{res}").is_dir():

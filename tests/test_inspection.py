@@ -55,7 +55,8 @@ def test_a_bundles_parts_are_told_by_dtype_and_add_up_to_its_parameters(a_bundle
 def test_a_bundle_of_any_precision_is_described(tmp_path: Path, precision: str):
     """Whole numbers of 4 bits have no item size, and a weight that stands twice counts once."""
     pytest.importorskip("onnx_ir")
-    from pgxport.exporter.export import ExportOptions, export
+    from pgxport.exporter.export import export
+    from pgxport.exporter.prepare import ExportOptions
 
     export(ExportOptions(size="tiny", res=112, precision=precision, output=tmp_path / "b", parity=0))
     facts = describe(tmp_path / "b")

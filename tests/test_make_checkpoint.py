@@ -122,7 +122,8 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_writes_what_can_be_exported(tmp_path: Path):
     pytest.importorskip("onnx_ir")
-    from pgxport.exporter.export import ExportOptions, export
+    from pgxport.exporter.export import export
+    from pgxport.exporter.prepare import ExportOptions
 
     done = run("--size", "3b", "--res", "224", "--depth", "1", "--sparse", str(tmp_path / "ck"))
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,8 @@ from reference import random_paligemma
 from tokenizers import Tokenizer
 
 from pgxport.bundle.reader import Bundle
-from pgxport.exporter.export import ExportOptions, export
+from pgxport.exporter.export import export
+from pgxport.exporter.prepare import ExportOptions
 
 PLUGIN = Path("optimum/commands/register/register_pgx.py")
 ROOT = next((p for p in map(Path, [Path(__file__).parents[1], *sys.path]) if (p / PLUGIN).is_file()), None)

@@ -19,7 +19,8 @@ from gemma_tokenizer import build_tokenizer  # noqa: E402
 from reference import TEXT, random_paligemma, transformers  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
-from pgxport.exporter.export import ExportOptions, export  # noqa: E402
+from pgxport.exporter.export import export  # noqa: E402
+from pgxport.exporter.prepare import ExportOptions  # noqa: E402
 from pgxport.models.tiny.scenes import draw  # noqa: E402
 from pgxport.runners.image import pixel_values  # noqa: E402
 from pgxport.runners.runner import Runner  # noqa: E402

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer  # noqa: E402
 from pgxport.bundle.reader import Bundle  # noqa: E402
 from pgxport.errors import CheckpointError, EngineError  # noqa: E402
 from pgxport.exporter.activation_ranges import FLOAT16_MAX, measure_ranges, residual_divisor  # noqa: E402
-from pgxport.exporter.export import ExportOptions, export  # noqa: E402
+from pgxport.exporter.export import export  # noqa: E402
 from pgxport.exporter.graph import GraphBuilder  # noqa: E402
+from pgxport.exporter.prepare import ExportOptions  # noqa: E402
 from pgxport.exporter.recipe import RECIPES  # noqa: E402
 from pgxport.exporter.targets import TARGETS  # noqa: E402
 from pgxport.models.checkpoint import Checkpoint  # noqa: E402

@@ -37,8 +37,9 @@ from pgxport.bundle.reader import Bundle
 from pgxport.calib import observe
 from pgxport.errors import CheckpointError, PgxError, UsageError
 from pgxport.exporter.calibration_file import Calibration
-from pgxport.exporter.export import ExportOptions, dry_run, export
+from pgxport.exporter.export import dry_run, export
 from pgxport.exporter.plan import PlanOptions, plan
+from pgxport.exporter.prepare import ExportOptions
 from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import read_recipe, to_toml
 from pgxport.exporter.targets import TARGETS

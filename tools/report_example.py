@@ -22,7 +22,8 @@ from pgxport.benchmarking.measure import batch_sizes
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.data.loader import DataOptions
 from pgxport.errors import UsageError
-from pgxport.exporter.export import ExportOptions, export
+from pgxport.exporter.export import export
+from pgxport.exporter.prepare import ExportOptions
 from pgxport.exporter.recipe import RECIPE_NAMES
 from pgxport.exporter.targets import TARGETS
 from pgxport.hub.locate import TINY

@@ -38,7 +38,7 @@ CORE = (
     "models/spec.py", "models/layers.py", "models/weights.py", "models/gemma.py", "models/siglip.py", "models/projector.py",
     "models/mask_decoder.py", "models/checkpoint.py", "bundle/manifest.py", "bundle/reader.py", "bundle/writer.py", "exporter/recipe.py",
     "exporter/targets.py", "exporter/stream.py", "exporter/graph.py", "exporter/lower_onnxruntime.py", "exporter/quantized_matrix.py",
-    "exporter/graphs.py", "exporter/export.py", "runners/session.py", "runners/ort.py", "runners/loop.py", "runners/pipeline.py",
+    "exporter/graphs.py", "exporter/prepare.py", "exporter/export.py", "runners/session.py", "runners/ort.py", "runners/loop.py", "runners/pipeline.py",
     "runners/runner.py",
 )  # fmt: skip
 

@@ -119,7 +119,7 @@ def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None
 def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibration:
     from pgxport.calib.checkpoint_pass import observe_checkpoint, step_findings
     from pgxport.exporter.activation_ranges import ActivationRanges
-    from pgxport.exporter.export import check_weights
+    from pgxport.exporter.prepare import check_weights
     from pgxport.models.checkpoint import Checkpoint
     from pgxport.models.config import read_config
     from pgxport.models.safetensors import read_header

@@ -58,8 +58,9 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     pgx export --checkpoint my-finetune/ --precision int8 --gate 0.99 -o b
     """
     with needs("export"):
-        from pgxport.exporter.export import ExportOptions, export
         from pgxport.exporter.export import dry_run as check
+        from pgxport.exporter.export import export
+        from pgxport.exporter.prepare import ExportOptions
 
     if dry_run:
         with progress_bar() as progress:  # of a download, where one is needed

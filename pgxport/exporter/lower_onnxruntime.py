@@ -97,10 +97,18 @@ def grouped_product(g: GraphBuilder, x: ir.Value, w: QuantizedMatrix) -> ir.Valu
     """Float activations by 4 or 8 bits, with a scale for each group of input channels."""
     quantized, scales, *zero_points = (g.initializer(p) for p in w.lazy_tensors)
     return g.op(
-        "MatMulNBits", x, quantized, g.cast(scales, w.scales.dtype, g.dtype), *zero_points, domain="com.microsoft",
-        K=w.shape[1], N=w.shape[0], bits=w.scheme.bits, block_size=w.scheme.group_size,
+        "MatMulNBits",
+        x,
+        quantized,
+        g.cast(scales, w.scales.dtype, g.dtype),
+        *zero_points,
+        domain="com.microsoft",
+        K=w.shape[1],
+        N=w.shape[0],
+        bits=w.scheme.bits,
+        block_size=w.scheme.group_size,
         accuracy_level=4,  # activations in int8, a scale for each group of them; without, kernels are three times slower
-    )  # fmt: skip
+    )
 
 
 def integer_product(g: GraphBuilder, x: ir.Value, w: QuantizedMatrix) -> ir.Value:
@@ -245,11 +253,25 @@ def fused_attention(g: GraphBuilder, qkv: Sequence[ir.Value], cache: LayerCache,
     inner = cache.inner(g)
     rounding = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"} if cache.scales else {}
     out, *present = g.op(
-        "GroupQueryAttention", *(g.cast(x, g.dtype, inner) for x in qkv), *cache.past, cache.lengths, cache.total,
-        *rotary(g, text, inner), None, cache.bias, *([None, *cache.scales] if cache.scales else ()), outputs=3, domain="com.microsoft",
-        num_heads=text.heads, kv_num_heads=text.kv_heads, scale=text.query_scale, softcap=text.attn_softcap or 0.0, do_rotary=1,
-        causal=0, **rounding,
-    )  # fmt: skip
+        "GroupQueryAttention",
+        *(g.cast(x, g.dtype, inner) for x in qkv),
+        *cache.past,
+        cache.lengths,
+        cache.total,
+        *rotary(g, text, inner),
+        None,
+        cache.bias,
+        *([None, *cache.scales] if cache.scales else ()),
+        outputs=3,
+        domain="com.microsoft",
+        num_heads=text.heads,
+        kv_num_heads=text.kv_heads,
+        scale=text.query_scale,
+        softcap=text.attn_softcap or 0.0,
+        do_rotary=1,
+        causal=0,
+        **rounding,
+    )
     return [g.cast(out, inner, g.dtype), *present]
 
 

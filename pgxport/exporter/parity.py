@@ -182,9 +182,13 @@ def parity(
         path: round(matrix.sqnr, 2) for path, matrix in rounded.weights.matrices.items() if path not in rounded.weights.copies
     }
     return Parity(
-        scenes=len(samples), positions=len(losses), kl=float(np.mean(losses)), kl_worst=max(losses),
-        agreement=agreed / len(losses), sqnr=dict(sorted(sqnr.items(), key=lambda item: item[1])),
-    )  # fmt: skip
+        scenes=len(samples),
+        positions=len(losses),
+        kl=float(np.mean(losses)),
+        kl_worst=max(losses),
+        agreement=agreed / len(losses),
+        sqnr=dict(sorted(sqnr.items(), key=lambda item: item[1])),
+    )
 
 
 def _symmetric(x: np.ndarray, largest: np.ndarray) -> np.ndarray:

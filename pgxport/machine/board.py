@@ -92,9 +92,18 @@ def look(root: Path = ROOT, *, arch: str | None = None) -> Host:
     memory, release = system_memory(root), l4t(root)
     arch = arch or platform.machine()
     return Host(
-        arch, model, _board(model, memory), release, jetpack(release), _kernel_module(root), _cuda(root),
-        _library(root, "libcudnn.so"), _library(root, "libnvinfer.so"), has_vnni(root / "proc/cpuinfo", arch=arch), memory,
-    )  # fmt: skip
+        arch,
+        model,
+        _board(model, memory),
+        release,
+        jetpack(release),
+        _kernel_module(root),
+        _cuda(root),
+        _library(root, "libcudnn.so"),
+        _library(root, "libnvinfer.so"),
+        has_vnni(root / "proc/cpuinfo", arch=arch),
+        memory,
+    )
 
 
 def l4t(root: Path = ROOT) -> str | None:

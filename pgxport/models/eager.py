@@ -227,9 +227,13 @@ def teacher_forced_logits(
 
     def run(model: Callable[[Eager, ModelSpec], None], output: str, feed: str, values: np.ndarray) -> np.ndarray:
         eager = writer(
-            source, {feed: values}, prefix=spec.image_tokens + len(sample.prompt), observe=observe, rounding=rounding,
+            source,
+            {feed: values},
+            prefix=spec.image_tokens + len(sample.prompt),
+            observe=observe,
+            rounding=rounding,
             last=len(sample.answer) + 1,
-        )  # fmt: skip
+        )
         model(eager, spec)
         return eager.outputs[output]
 

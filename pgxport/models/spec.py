@@ -71,9 +71,19 @@ class ModelSpec:
 
 def _gemma2(width: int, depth: int, mlp: int, heads: int, kv_heads: int, head_dim: int = 256, scalar: int = 256) -> TextSpec:
     return TextSpec(
-        width, depth, mlp, heads, kv_heads, head_dim, query_scale=scalar**-0.5, post_norms=True, attn_softcap=50.0, logit_softcap=30.0,
-        window=4096, local_layers=tuple(range(0, depth, 2)),
-    )  # fmt: skip
+        width,
+        depth,
+        mlp,
+        heads,
+        kv_heads,
+        head_dim,
+        query_scale=scalar**-0.5,
+        post_norms=True,
+        attn_softcap=50.0,
+        logit_softcap=30.0,
+        window=4096,
+        local_layers=tuple(range(0, depth, 2)),
+    )
 
 
 TEXT = {

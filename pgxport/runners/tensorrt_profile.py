@@ -236,9 +236,16 @@ class ProfileContext:
         row = nbytes(cache.shape[2:], self._loaded.inputs[cache.names[0]])
         new = self.results[cache.names[0].replace(PAST, PRESENT)]
         self._cuda.call(
-            "cudaMemcpy2DAsync", cache.memory.address + first * row, cache.pitch, new.address, aligned(tokens * row), tokens * row,
-            len(cache.names), self._cuda.across, self._loaded.stream,
-        )  # fmt: skip
+            "cudaMemcpy2DAsync",
+            cache.memory.address + first * row,
+            cache.pitch,
+            new.address,
+            aligned(tokens * row),
+            tokens * row,
+            len(cache.names),
+            self._cuda.across,
+            self._loaded.stream,
+        )
 
     def unbind(self) -> None:
         """Forget what is bound and what was recorded with it."""

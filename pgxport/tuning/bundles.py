@@ -26,7 +26,8 @@ from pydantic import Field, TypeAdapter
 
 from pgxport.bundle.reader import Bundle
 from pgxport.cluster.pool import Cluster
-from pgxport.exporter.export import ExportOptions, export
+from pgxport.exporter.export import export
+from pgxport.exporter.prepare import ExportOptions
 from pgxport.exporter.recipe import FP32, Recipe
 from pgxport.exporter.recipe_toml import HEADER, to_toml
 from pgxport.files import disk_errors

@@ -13,7 +13,7 @@ from pgxport.cluster.pool import Cluster
 from pgxport.data.loader import DataOptions, load
 from pgxport.errors import EngineError, NumericError, UsageError, choose
 from pgxport.exporter.calibration_file import Calibration, checkpoint_sha256
-from pgxport.exporter.export import ExportOptions, check_weights
+from pgxport.exporter.prepare import ExportOptions, check_weights
 from pgxport.exporter.recipe import RECIPE_NAMES, Recipe
 from pgxport.exporter.targets import TARGETS, Target
 from pgxport.files import check_output, disk_errors, write_whole

@@ -26,7 +26,8 @@ SHORT = Batches((1, 3), prompt_tokens=4, new_tokens=3)
 @pytest.fixture(scope="module")
 def int8_112(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnx_ir")
-    from pgxport.exporter.export import ExportOptions, export
+    from pgxport.exporter.export import export
+    from pgxport.exporter.prepare import ExportOptions
 
     output = tmp_path_factory.mktemp("int8") / "tiny-112-int8"
     return export(ExportOptions(output=output, size="tiny", res=112, precision="int8", parity=0)).path

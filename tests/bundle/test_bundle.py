@@ -325,7 +325,8 @@ def test_a_full_disk_is_a_disk_error_and_leaves_nothing(a_bundle: Path, tmp_path
 
 def test_two_exports_of_one_checkpoint_are_the_same_bytes(random_checkpoint: Path, tmp_path: Path):
     pytest.importorskip("onnx_ir")
-    from pgxport.exporter.export import ExportOptions, export
+    from pgxport.exporter.export import export
+    from pgxport.exporter.prepare import ExportOptions
 
     one, two = (export(ExportOptions(output=tmp_path / n / "b", checkpoint=random_checkpoint)) for n in ("one", "two"))
     assert contents(one.path) == contents(two.path)

@@ -21,7 +21,8 @@ from pgxport.cli import cli
 from pgxport.errors import InputError, NumericError, UsageError
 from pgxport.exporter.activation_ranges import measure_ranges
 from pgxport.exporter.calibration_file import OBSERVERS, Calibration, checkpoint_sha256
-from pgxport.exporter.export import ExportOptions, export
+from pgxport.exporter.export import export
+from pgxport.exporter.prepare import ExportOptions
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.config import read_config
 from pgxport.models.tiny.scenes import caption, draw

@@ -29,7 +29,8 @@ from pgxport.compile.compile import compile_bundle
 from pgxport.compile.options import Compiled, CompileOptions
 from pgxport.compile.tensorrt import profiles
 from pgxport.errors import EngineError, InputError, IntegrityError, NumericError, PgxError, UsageError
-from pgxport.exporter.export import ExportOptions, export
+from pgxport.exporter.export import export
+from pgxport.exporter.prepare import ExportOptions
 from pgxport.runners.engine_cache import EngineKey, entry_folder, entry_key, open_plan, read_entry
 from pgxport.runners.tensorrt_library import compiled
 

@@ -10,15 +10,16 @@ pytest.importorskip("onnx_ir")
 
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import CheckpointError, UsageError
-from pgxport.exporter.export import ExportOptions, dry_run, export
+from pgxport.exporter.export import dry_run, export
 from pgxport.exporter.graphs import NoStatistics, SpecSource, write_graphs
-from pgxport.exporter.plan import _computes
+from pgxport.exporter.plan import runs_on
+from pgxport.exporter.prepare import ExportOptions
 from pgxport.exporter.recipe import RECIPE_NAMES
 from pgxport.exporter.targets import TARGETS
 from pgxport.models.spec import RESOLUTIONS, TEXT, published
 from pgxport.models.weights import weight_shapes
 
-WRITABLE = [(t.recipe(name), t) for name in RECIPE_NAMES for t in TARGETS.values() if _computes(t.recipe(name), t)]
+WRITABLE = [(t.recipe(name), t) for name in RECIPE_NAMES for t in TARGETS.values() if runs_on(t.recipe(name), t)]
 
 
 @pytest.mark.parametrize(("family", "size"), TEXT)

@@ -35,9 +35,10 @@ from pgxport.bundle.reader import Bundle
 from pgxport.calib import observe
 from pgxport.errors import GateError, UsageError
 from pgxport.exporter.calibration_file import Calibration
-from pgxport.exporter.export import ExportOptions, PreparedExport, export, fit, prepare
+from pgxport.exporter.export import export, fit
 from pgxport.exporter.graphs import write_graphs
 from pgxport.exporter.parity import FIRST_SCENE, EagerModel, StoredWeights, parity
+from pgxport.exporter.prepare import ExportOptions, PreparedExport, prepare
 from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import DataLayout

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("onnx_ir")
 
 from pgxport.errors import UsageError
-from pgxport.exporter.plan import PlanOptions, _computes, plan, render
+from pgxport.exporter.plan import PlanOptions, plan, render, runs_on
 from pgxport.exporter.recipe import RECIPE_NAMES
 from pgxport.exporter.targets import TARGETS
 from pgxport.machine.board import BOARDS, GIB
@@ -26,7 +26,7 @@ COMPUTED = [
     (t.name, name)
     for t in TARGETS.values()
     for name in RECIPE_NAMES
-    if _computes(t.recipe(name), t)
+    if runs_on(t.recipe(name), t)
     and not t.recipe(name).calibrated
     # Of which the odd shapes here have no whole groups.
     and (t.name, name) != ("tensorrt", "int4")
@@ -48,7 +48,8 @@ def test_the_sizes_are_those_of_the_export(tmp_path: Path, family: str, target: 
     from gemma_tokenizer import build_tokenizer
     from reference import random_paligemma
 
-    from pgxport.exporter.export import ExportOptions, export
+    from pgxport.exporter.export import export
+    from pgxport.exporter.prepare import ExportOptions
 
     build_tokenizer(tmp_path / "ck")
     random_paligemma(tmp_path / "ck", family=family, text={"vocab_size": 2432}, image_token_index=image_token(tmp_path / "ck"))
@@ -188,7 +189,8 @@ def test_what_a_board_needs_to_compile_is_what_compile_refuses_below(tmp_path: P
     from pgxport.bundle.reader import Bundle
     from pgxport.compile import memory as compiling
     from pgxport.errors import NumericError
-    from pgxport.exporter.export import ExportOptions, export
+    from pgxport.exporter.export import export
+    from pgxport.exporter.prepare import ExportOptions
     from pgxport.runners.cuda import Cuda
 
     asked = {"size": "tiny", "res": 112, "target": "tensorrt", "trt": "10.3"}

@@ -28,7 +28,8 @@ from tokenizers import Tokenizer
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import UsageError
 from pgxport.exporter.calibration_file import Calibration
-from pgxport.exporter.export import ExportOptions, export
+from pgxport.exporter.export import export
+from pgxport.exporter.prepare import ExportOptions
 from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.targets import TENSORRT

@@ -20,8 +20,9 @@ from tensorrt_builder import build
 
 from pgxport.compile.lint import check_file
 from pgxport.errors import InputError, UsageError
-from pgxport.exporter.export import ExportOptions, export, find_recipe
+from pgxport.exporter.export import export
 from pgxport.exporter.graphs import TABLE_FILE, serialized, write_graphs
+from pgxport.exporter.prepare import ExportOptions, find_recipe
 from pgxport.exporter.recipe import RECIPES
 from pgxport.exporter.stream import DataLayout
 from pgxport.exporter.targets import TARGETS, TENSORRT, find_target

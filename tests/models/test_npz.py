@@ -408,7 +408,8 @@ def test_a_folder_with_the_npz_and_a_tokenizer_exports_the_bytes_of_the_hub_chec
     from gemma_tokenizer import build_tokenizer
     from tokenizers import Tokenizer
 
-    from pgxport.exporter.export import ExportOptions, export
+    from pgxport.exporter.export import export
+    from pgxport.exporter.prepare import ExportOptions
 
     hub, npz = tmp_path / "hub", tmp_path / "npz"
     build_tokenizer(hub)

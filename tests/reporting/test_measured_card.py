@@ -23,7 +23,8 @@ from pgxport.bundle.manifest import CARD, MANIFEST, Manifest
 from pgxport.bundle.model_card import card
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import IntegrityError, UsageError
-from pgxport.exporter.export import ExportOptions, export
+from pgxport.exporter.export import export
+from pgxport.exporter.prepare import ExportOptions
 from pgxport.reporting import files
 from pgxport.reporting.measured_card import CardOptions, measured, write_card
 from pgxport.reporting.schema import Report

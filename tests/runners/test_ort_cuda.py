@@ -148,7 +148,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu0:
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The embedded model for a GPU, in the types that are computed there, and for the CPU."""
     pytest.importorskip("onnx_ir")
-    from pgxport.exporter.export import ExportOptions, export
+    from pgxport.exporter.export import export
+    from pgxport.exporter.prepare import ExportOptions
     from pgxport.hub.locate import TINY
 
     if not (TINY / "tiny-112").is_dir():
@@ -323,7 +324,8 @@ def test_what_the_engine_prints_stays_off_stdout(gpu: Gpu0, bundles: dict[str, P
 def test_what_has_no_kernel_on_a_gpu_is_not_exported(tmp_path: Path, flags: dict[str, str], says: str):
     pytest.importorskip("onnx_ir")
     from pgxport.errors import UsageError
-    from pgxport.exporter.export import ExportOptions, export
+    from pgxport.exporter.export import export
+    from pgxport.exporter.prepare import ExportOptions
 
     with pytest.raises(UsageError, match=says):
         export(ExportOptions(output=tmp_path / "b", size="tiny", res=112, target="cuda", **flags))

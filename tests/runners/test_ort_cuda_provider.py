@@ -51,7 +51,8 @@ def run(bundle: Path, environment: dict[str, str]) -> tuple[dict[str, Any], list
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
 def test_every_node_has_a_kernel_and_no_cache_is_copied(precision: str, environment: dict[str, str], tmp_path: Path):
     pytest.importorskip("onnx_ir")
-    from pgxport.exporter.export import ExportOptions, export
+    from pgxport.exporter.export import export
+    from pgxport.exporter.prepare import ExportOptions
 
     options = ExportOptions(output=tmp_path / "b", size="tiny", res=112, precision=precision, target="cuda", parity=0)
     said, copies = run(export(options).path, environment)  # an error names nodes on the CPU

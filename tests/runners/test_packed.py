@@ -19,7 +19,8 @@ from pgxport.cli import cli
 from pgxport.compile import cpu as packing
 from pgxport.compile.cpu import align, pack
 from pgxport.errors import DiskError, EngineError, IntegrityError, UsageError
-from pgxport.exporter.export import ExportOptions, export
+from pgxport.exporter.export import export
+from pgxport.exporter.prepare import ExportOptions
 from pgxport.runners import packed as lookup
 from pgxport.runners.engine_cache import FOLDER_VARIABLE, entry_folder
 from pgxport.runners.ort import OrtSession

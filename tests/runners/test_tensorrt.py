@@ -21,7 +21,8 @@ from pgxport.bundle.reader import Bundle
 from pgxport.compile.compile import compile_bundle
 from pgxport.compile.options import CompileOptions
 from pgxport.errors import EngineError, NumericError, PgxError, UsageError
-from pgxport.exporter.export import ExportOptions, export
+from pgxport.exporter.export import export
+from pgxport.exporter.prepare import ExportOptions
 from pgxport.models.tiny.scenes import draw
 from pgxport.runners.cuda import ALIGNMENT
 from pgxport.runners.pipeline import Pipeline

@@ -24,7 +24,8 @@ pytest.importorskip("onnxruntime")
 from pgxport import cli
 from pgxport.data.scenes import scene_samples
 from pgxport.errors import EngineError, UsageError
-from pgxport.exporter.export import ExportOptions, export
+from pgxport.exporter.export import export
+from pgxport.exporter.prepare import ExportOptions
 from pgxport.exporter.recipe import NORMS, RECIPE_NAMES, Scheme
 from pgxport.exporter.recipe_toml import read_recipe, to_toml
 from pgxport.exporter.scaling import sites

@@ -36,7 +36,8 @@ class PgxExportCommand(BaseOptimumCLICommand):
         given = {name: value for name, value in given.items() if value is not None}
         try:
             with needs("export"):
-                from pgxport.exporter.export import ExportOptions, export
+                from pgxport.exporter.export import export
+                from pgxport.exporter.prepare import ExportOptions
 
             with progress_bar() as progress:
                 options = ExportOptions(
