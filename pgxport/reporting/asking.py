@@ -65,9 +65,13 @@ class TokenAgreement:
     def total(parts: "Sequence[TokenAgreement]") -> "TokenAgreement":
         """Sum the agreement over several answers."""
         return TokenAgreement(
-            sum(p.positions for p in parts), sum(p.agreed for p in parts), sum(p.kl for p in parts),
-            max((p.kl_worst for p in parts), default=0.0), sum(p.located for p in parts), sum(p.kl_located for p in parts),
-        )  # fmt: skip
+            sum(p.positions for p in parts),
+            sum(p.agreed for p in parts),
+            sum(p.kl for p in parts),
+            max((p.kl_worst for p in parts), default=0.0),
+            sum(p.located for p in parts),
+            sum(p.kl_located for p in parts),
+        )
 
 
 def compare(logits: Iterable[np.ndarray], reference: np.ndarray, ids: TokenIds) -> TokenAgreement:

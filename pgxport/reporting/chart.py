@@ -62,14 +62,18 @@ def points(device: Device) -> list[dict[str, Any]]:
     for row in device.rows:
         if row.status == "ok" and row.quality and "answer" in row.seconds:
             time, quality = row.seconds["answer"], row.quality
-            drawn.append({
-                "label": _label(row.label),
-                "ms": time.p50 * 1e3, "ms_low": (time.low or time.p50) * 1e3, "ms_high": (time.high or time.p50) * 1e3,
-                "quality": 100 * quality.value,
-                "quality_low": 100 * (quality.value if quality.low is None else quality.low),
-                "quality_high": 100 * (quality.value if quality.high is None else quality.high),
-                "MB": row.bytes / 1e6,
-            })  # fmt: skip
+            drawn.append(
+                {
+                    "label": _label(row.label),
+                    "ms": time.p50 * 1e3,
+                    "ms_low": (time.low or time.p50) * 1e3,
+                    "ms_high": (time.high or time.p50) * 1e3,
+                    "quality": 100 * quality.value,
+                    "quality_low": 100 * (quality.value if quality.low is None else quality.low),
+                    "quality_high": 100 * (quality.value if quality.high is None else quality.high),
+                    "MB": row.bytes / 1e6,
+                }
+            )
     return drawn
 
 

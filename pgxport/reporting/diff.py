@@ -95,10 +95,14 @@ def diff(options: DiffOptions, *, progress: Progress | None = None) -> Diff:
         return result
     with tempfile.TemporaryDirectory(prefix="pgx-diff-") as scratch:
         given = ReportOptions(
-            (str(options.first), str(options.second)), options.output or Path(scratch) / "report",
-            DataOptions(options.data, options.format, limit=options.limit), gate=options.gate or 0, engine=options.engine,
-            threads=options.threads, first_is_reference=True,
-        )  # fmt: skip
+            (str(options.first), str(options.second)),
+            options.output or Path(scratch) / "report",
+            DataOptions(options.data, options.format, limit=options.limit),
+            gate=options.gate or 0,
+            engine=options.engine,
+            threads=options.threads,
+            first_is_reference=True,
+        )
         device = report(given, progress=progress).devices[0]
     result.changes.extend(_answers(device))
     if options.gate is not None:

@@ -128,10 +128,16 @@ def _shown(sample: Sample, answers: Mapping[str, Answer], reference: str, album:
     for label, answer in answers.items():
         part = score(sample, answer)
         drawn = album.add(answer.draw(picture)) if located and picture is not None and (answer.boxes or answer.masks) else None
-        entries.append(schema.Said(
-            label=label, text=answer.text, score=part.part / part.whole if part and part.whole else None,
-            same=answer.text == answers[reference].text, fault=_fault(sample, answer), picture=drawn,
-        ))  # fmt: skip
+        entries.append(
+            schema.Said(
+                label=label,
+                text=answer.text,
+                score=part.part / part.whole if part and part.whole else None,
+                same=answer.text == answers[reference].text,
+                fault=_fault(sample, answer),
+                picture=drawn,
+            )
+        )
     metric = METRICS[sample.metric].title
     return schema.Disagreement(
         sample=sample.id,

@@ -28,10 +28,20 @@ def environment(engine: str, threads: int | None, here: dict[str, Any]) -> schem
     for meter in meters:
         meter.close()
     return schema.Environment(
-        processor=here["processor"], vectors=here["vectors"], cores=here["cores"], memory_bytes=memory, system=here["system"], engine=engine,
-        threads=threads, load_average=here["load_average"], governor=clocks.governor, max_mhz=clocks.max_mhz,
-        energy=tuple(meter.source for meter in meters), versions=here["versions"], board=settings(clocks),
-    )  # fmt: skip
+        processor=here["processor"],
+        vectors=here["vectors"],
+        cores=here["cores"],
+        memory_bytes=memory,
+        system=here["system"],
+        engine=engine,
+        threads=threads,
+        load_average=here["load_average"],
+        governor=clocks.governor,
+        max_mhz=clocks.max_mhz,
+        energy=tuple(meter.source for meter in meters),
+        versions=here["versions"],
+        board=settings(clocks),
+    )
 
 
 def settings(clocks: Clocks, root: Path = ROOT) -> schema.Board | None:
@@ -40,6 +50,10 @@ def settings(clocks: Clocks, root: Path = ROOT) -> schema.Board | None:
     if release is None:
         return None
     return schema.Board(
-        jetpack=jetpack(release), l4t=release, power_mode=power_mode(root), clocks_held=clocks.held,
-        gpu_max_mhz=clocks.gpu_max_mhz, emc_mhz=clocks.emc_mhz,
-    )  # fmt: skip
+        jetpack=jetpack(release),
+        l4t=release,
+        power_mode=power_mode(root),
+        clocks_held=clocks.held,
+        gpu_max_mhz=clocks.gpu_max_mhz,
+        emc_mhz=clocks.emc_mhz,
+    )

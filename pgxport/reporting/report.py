@@ -122,9 +122,14 @@ def _bundle(label: str, path: str, options: ReportOptions, here: dict[str, Any])
 
 def _conditions(digest: str, options: ReportOptions, here: dict[str, Any]) -> Conditions:
     return Conditions(
-        digest=digest, copy_number=1, engine=options.engine, threads=options.threads, max_new_tokens=options.max_new_tokens,
-        processor=here["processor"] if options.cluster is None else None, versions={p: v for p, v in here["versions"].items() if p != "python"},
-    )  # fmt: skip
+        digest=digest,
+        copy_number=1,
+        engine=options.engine,
+        threads=options.threads,
+        max_new_tokens=options.max_new_tokens,
+        processor=here["processor"] if options.cluster is None else None,
+        versions={p: v for p, v in here["versions"].items() if p != "python"},
+    )
 
 
 def _labels(paths: Sequence[str]) -> list[str]:
@@ -218,10 +223,17 @@ def _device(
         answers = {label: [answer_of(run.asked[key]) for key in sample_keys] for label, run in whole.items()}
         shown = disagreements.disagreements(data.samples, answers, name, options.pictures, album)
     device = schema.Device(
-        name=node.name, command=_command(options), environment=node.environment, data=_data(data),
-        reference=name, gate=options.gate, rows=rows, pairs=results.pairs(data.samples, sample_keys, runs), verdict=(),
+        name=node.name,
+        command=_command(options),
+        environment=node.environment,
+        data=_data(data),
+        reference=name,
+        gate=options.gate,
+        rows=rows,
+        pairs=results.pairs(data.samples, sample_keys, runs),
+        verdict=(),
         disagreements=shown,
-    )  # fmt: skip
+    )
     return device.model_copy(update={"verdict": advice.findings(device)}), album
 
 
@@ -232,9 +244,14 @@ def _data(data: DataSet) -> schema.Data:
         tasks[sample.task] = tasks.get(sample.task, 0) + 1
         digest.update(repr((key, sample.task, sample.metric, sample.answers, sample.regions)).encode())
     return schema.Data(
-        format=data.format, source=data.source, digest=digest.hexdigest(), samples=len(data.samples), tasks=tasks,
-        records=data.records, skipped=data.skipped,
-    )  # fmt: skip
+        format=data.format,
+        source=data.source,
+        digest=digest.hexdigest(),
+        samples=len(data.samples),
+        tasks=tasks,
+        records=data.records,
+        skipped=data.skipped,
+    )
 
 
 def _command(options: ReportOptions) -> str:

@@ -80,9 +80,16 @@ def rows(samples: Sequence[Sample], keys: Sequence[str], runs: Sequence[SubjectR
         scores = [_score(part, now[part], before[part] if before and i != reference else None) for part in parts]
         kept = _kept(mine, judged, drawn) if judged else None
         near = _fidelity(run, answers, theirs, keys) if theirs and i != reference else None
-        made.append(_row(run, keys, samples, answers).model_copy(update={
-            "quality": _interval(bootstrap.estimate(mine.quality, drawn)), "kept": kept, "scores": tuple(s for s in scores if s), "fidelity": near,
-        }))  # fmt: skip
+        made.append(
+            _row(run, keys, samples, answers).model_copy(
+                update={
+                    "quality": _interval(bootstrap.estimate(mine.quality, drawn)),
+                    "kept": kept,
+                    "scores": tuple(s for s in scores if s),
+                    "fidelity": near,
+                }
+            )
+        )
     return tuple(made)
 
 
@@ -124,9 +131,16 @@ def _score(part: Subset, mine: Resampled, reference: Resampled | None) -> schema
     if value is None:
         return None
     return schema.Score(
-        task=part.task, metric=part.metric, title=metric.title, decides=part.decides, best=metric.scale, samples=len(part.at),
-        higher_is_better=metric.higher_is_better, result=value, change=change,
-    )  # fmt: skip
+        task=part.task,
+        metric=part.metric,
+        title=metric.title,
+        decides=part.decides,
+        best=metric.scale,
+        samples=len(part.at),
+        higher_is_better=metric.higher_is_better,
+        result=value,
+        change=change,
+    )
 
 
 def _over(part: Subset, curve: Curve) -> Curve:
@@ -170,10 +184,20 @@ def _row(run: SubjectRun, keys: Sequence[str], samples: Sequence[Sample], answer
     broken = fidelity.faults(samples, answers)
     facts = run.facts
     return schema.Row(
-        label=run.label, name=facts["name"], recipe=facts["recipe"], target=facts["target"], status="ok", digest=facts["digest"],
-        bytes=facts["bytes"], measured=len(asked), refused=sum(a.refused is not None for a in asked),
-        empty=broken.empty, malformed=broken.malformed, truncated=broken.truncated, rounding=_rounding(facts.get("parity")),
-    ).model_copy(update=_cost(run, keys))  # fmt: skip
+        label=run.label,
+        name=facts["name"],
+        recipe=facts["recipe"],
+        target=facts["target"],
+        status="ok",
+        digest=facts["digest"],
+        bytes=facts["bytes"],
+        measured=len(asked),
+        refused=sum(a.refused is not None for a in asked),
+        empty=broken.empty,
+        malformed=broken.malformed,
+        truncated=broken.truncated,
+        rounding=_rounding(facts.get("parity")),
+    ).model_copy(update=_cost(run, keys))
 
 
 def _cost(run: SubjectRun, keys: Sequence[str]) -> dict[str, object]:
@@ -204,9 +228,17 @@ def _failed(run: SubjectRun, keys: Sequence[str]) -> schema.Row:
     answered = sum(key in run.asked for key in set(keys))
     reason = run.reason or f"measured on {answered} of {len(set(keys))} samples only"
     return schema.Row(
-        label=run.label, name=facts["name"], recipe=facts["recipe"], target=facts["target"], digest=facts["digest"],
-        bytes=facts["bytes"], status="failed", reason=reason, exit_code=run.exit_code, measured=answered,
-    )  # fmt: skip
+        label=run.label,
+        name=facts["name"],
+        recipe=facts["recipe"],
+        target=facts["target"],
+        digest=facts["digest"],
+        bytes=facts["bytes"],
+        status="failed",
+        reason=reason,
+        exit_code=run.exit_code,
+        measured=answered,
+    )
 
 
 def _fidelity(run: SubjectRun, answers: Sequence[Answer], theirs: Sequence[Answer], keys: Sequence[str]) -> schema.Fidelity:
@@ -221,14 +253,17 @@ def _fidelity(run: SubjectRun, answers: Sequence[Answer], theirs: Sequence[Answe
     return schema.Fidelity(
         identical=statistics.fmean(float(a == b) for a, b in token_ids),
         token_agreement=statistics.fmean(fidelity.token_agreement(a, b) for a, b in token_ids),
-        first_divergence=statistics.median(diverged) if diverged else None, diverged=len(diverged), answers=len(token_ids),
-        followed=len(compared), positions=total.positions,
+        first_divergence=statistics.median(diverged) if diverged else None,
+        diverged=len(diverged),
+        answers=len(token_ids),
+        followed=len(compared),
+        positions=total.positions,
         top1=total.agreed / total.positions if total.positions else None,
         kl=total.kl / total.positions if total.positions else None,
         kl_worst=total.kl_worst if total.positions else None,
         kl_located=total.kl_located / total.located if total.located else None,
         not_compared=refused[0] if refused else None,
-    )  # fmt: skip
+    )
 
 
 def spread(values: Sequence[float]) -> schema.Spread:

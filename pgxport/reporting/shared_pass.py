@@ -227,9 +227,17 @@ class Asker:
         now = look(nvml=self._nvml)
         throttled = None if now.throttled is None or clocks.throttled is None else now.throttled - clocks.throttled
         line = Asked(
-            sample=key, joules=joules, mhz=now.mhz, celsius=now.celsius, throttled=throttled, gpu_mhz=now.gpu_mhz, slowed=now.hot,
-            peak=_memory(self._worker.peak), place=self.place, **reply,
-        )  # fmt: skip
+            sample=key,
+            joules=joules,
+            mhz=now.mhz,
+            celsius=now.celsius,
+            throttled=throttled,
+            gpu_mhz=now.gpu_mhz,
+            slowed=now.hot,
+            peak=_memory(self._worker.peak),
+            place=self.place,
+            **reply,
+        )
         self.results.add(line)
 
     def compare(self, key: str, reference: str, request: Mapping[str, Any]) -> None:

@@ -105,13 +105,16 @@ def throughput(device: Device) -> Table:
     """Return the throughput of several answers at a time."""
     rows = [
         (
-            row.label, str(b.size), rate(b.images_per_second), rate(b.tokens_per_second),
+            row.label,
+            str(b.size),
+            rate(b.images_per_second),
+            rate(b.tokens_per_second),
             f"{b.peak_resident / 1e6:.0f}" if b.peak_resident is not None else NOT_MEASURED,
             f"{b.peak_vram / 1e6:.0f}" if b.peak_vram is not None else NOT_MEASURED,
         )
         for row in _ok(device)
         for b in row.batches
-    ]  # fmt: skip
+    ]
     head = ("bundle", "at a time", "images/s", "tokens/s", "peak MB", "peak VRAM, MB")
     caption = "Throughput: one picture and prompt several times, answers of one length; median (least–most)"
     return Table("throughput", caption, head, tuple(rows))
@@ -124,13 +127,17 @@ def fidelity(device: Device) -> Table:
         if (f := row.fidelity) is None:
             continue
         none = f.not_compared or NOT_MEASURED
-        rows.append((
-            row.label, f"{f.identical:.1%} of {f.answers}", f"{f.token_agreement:.1%}",
-            "none diverged" if f.first_divergence is None else f"{f.first_divergence:.0f} ({f.diverged} diverged)",
-            none if f.top1 is None else f"{f.top1:.2%} of {f.positions}",
-            none if f.kl is None else f"{f.kl:.2g} (worst {f.kl_worst:.2g})",
-            none if f.kl_located is None else f"{f.kl_located:.2g}",
-        ))  # fmt: skip
+        rows.append(
+            (
+                row.label,
+                f"{f.identical:.1%} of {f.answers}",
+                f"{f.token_agreement:.1%}",
+                "none diverged" if f.first_divergence is None else f"{f.first_divergence:.0f} ({f.diverged} diverged)",
+                none if f.top1 is None else f"{f.top1:.2%} of {f.positions}",
+                none if f.kl is None else f"{f.kl:.2g} (worst {f.kl_worst:.2g})",
+                none if f.kl_located is None else f"{f.kl_located:.2g}",
+            )
+        )
     head = (
         "bundle",
         "same answer",

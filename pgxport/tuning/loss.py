@@ -69,9 +69,13 @@ def loss(samples: Sequence[Sample], answers: Sequence[Answer], reference: Sequen
     estimate = bootstrap.estimate(mean, groups(samples), biased=any(METRICS[name].biased for name in names))
     every = np.ones((1, len(samples)))
     return Loss(
-        estimate.value, estimate.low, estimate.high, {name: float(curve(every)[0]) for name, curve in curves.items()},
-        sum(a.token_ids != b.token_ids for a, b in zip(answers, reference, strict=True)), len(samples),
-    )  # fmt: skip
+        estimate.value,
+        estimate.low,
+        estimate.high,
+        {name: float(curve(every)[0]) for name, curve in curves.items()},
+        sum(a.token_ids != b.token_ids for a, b in zip(answers, reference, strict=True)),
+        len(samples),
+    )
 
 
 def _lost(
