@@ -11,6 +11,7 @@ import pytest
 
 from pgxport.metrics.metrics import Tally, tally
 from pgxport.metrics.sample import Sample
+from pgxport.reporting.asking import TokenAgreement
 from pgxport.reporting.measured import Asked, Opened, TeacherForced
 from pgxport.reporting.results import notes, pairs, rows, spread, subsets
 from pgxport.reporting.schema import Memory
