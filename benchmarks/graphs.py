@@ -12,8 +12,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from pgxport.exporter.graphs import write_graphs
-from pgxport.exporter.plan import SpecSource, _computes
+from pgxport.exporter.graphs import SpecSource, write_graphs
+from pgxport.exporter.plan import _computes
 from pgxport.exporter.recipe import RECIPES
 from pgxport.exporter.targets import TARGETS
 from pgxport.models.spec import RESOLUTIONS, TEXT, published

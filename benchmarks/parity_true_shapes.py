@@ -102,7 +102,7 @@ def main() -> None:
     ties = (best[:, -1] - best[:, -2]) < TOLERANCE * scale
     same = got.argmax(1) == tokens
     record = {
-        "what": f"{args.bundle.name}: {STEPS} forced greedy steps against transformers in float32",
+        "what": f"{args.bundle.name}: {STEPS} teacher-forced steps against transformers in float32",
         "tokens_equal": int(same.sum()),
         "steps": STEPS,
         "unequal_and_no_tie": int((~same & ~ties).sum()),

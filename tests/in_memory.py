@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints, statistics and graphs made of arrays in memory, and whole numbers read as ONNX Runtime documents them."""
+"""Checkpoints, statistics and graphs made of arrays in memory, and quantized values read as ONNX Runtime documents them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -62,7 +62,7 @@ class Observed:
 
 
 def run(g: GraphBuilder, feeds: Arrays) -> tuple[Arrays, Arrays]:
-    """A graph's outputs in ONNX Runtime on the CPU, and the arrays that its promises became, in the order of promising."""
+    """A graph's outputs in ONNX Runtime on the CPU, and the arrays of its lazy tensors, in the order of writing."""
     parts = {name: np.concatenate(list(p.blocks())).reshape(p.shape).astype(p.dtype) for name, p in g.lazy_tensors.items()}
     for name, array in parts.items():
         g.graph.initializers[name].const_value = ir.tensor(array, name=name)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random checkpoints beside the same model in transformers, and what each makes of an answer that is forced on it.
+"""Random checkpoints beside the same model in transformers, and the logits of each, teacher-forced.
 
-A bundle's whole numbers are put into the transformers model, and its linears round their inputs as the engine's kernels do, so
+A bundle's integers are put into the transformers model, and its linears round their inputs as the engine's kernels do, so
 that the two have to agree nearly as floats do.
 """
 
@@ -117,7 +117,7 @@ def stored_arrays(bundle: Path) -> dict[str, np.ndarray]:
 
 
 def stored_matrix(path: str, shape: tuple[int, ...], scheme: Scheme, parts: dict[str, np.ndarray]) -> np.ndarray:
-    """A matrix of whole numbers, in floats again."""
+    """A quantized matrix, in floats again."""
     layout = "blocks" if scheme.activations == "float" else "rows" if path == TOKEN_TABLE else "columns"
     return dequantized(scheme, layout, shape, path, parts)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bundles of whole numbers, the whole road: what they compute, what they weigh, how they are made again, what is refused."""
+"""Quantized bundles, the whole road: what they compute, what they weigh, how they are made again, what is refused."""
 
 import importlib.util
 import json

@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from pgxport.bundle.reader import Bundle
 from pgxport.calib.encoding import EncodedSample, token_weights
-from pgxport.calib.observe import InputStatistics
+from pgxport.calib.observe import InputObserver
 from pgxport.errors import NumericError, UsageError
 from pgxport.exporter.stream import Progress
 from pgxport.machine.memory import available_memory
@@ -32,7 +32,7 @@ GRAPHS = ("vision_encoder", "projector", "decoder_step")
 
 def observe_bundle(
     bundle: Bundle, samples: Sequence[EncodedSample], *, moments: bool, progress: Progress | None
-) -> InputStatistics:
+) -> InputObserver:
     """Run image, prefix and answer of every sample, the answer's tokens one by one as if generated.
 
     Raises:
@@ -52,7 +52,7 @@ def observe_bundle(
             f"{bundle.path} ({m.recipe}) does not multiply by {hidden[0]!r} in float, nor by {len(hidden) - 1} others; "
             f"calibrate the checkpoint, or a bundle of it with --precision fp32"
         )
-    statistics = InputStatistics(moments=moments)
+    statistics = InputObserver(moments=moments)
     pipeline = Pipeline(bundle, low_memory=True)  # for embeddings: it loads no graph until one is run
     for number, (sample, weights) in enumerate(zip(samples, token_weights(samples, m.image_tokens), strict=True), 1):
         pixels = pixel_values(sample.sample.open(), m.resolution)[None]
@@ -115,7 +115,7 @@ class _ObservedSession:
     def close(self) -> None:
         del self._session
 
-    def hand_over(self, statistics: InputStatistics, weights: np.ndarray | None) -> None:
+    def hand_over(self, statistics: InputObserver, weights: np.ndarray | None) -> None:
         """Add the inputs observed since the last call, x [1, T, K], each token by its weight [T]."""
         for name, arrays in self._collected.items():
             x = np.concatenate(arrays, 1)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pgxport.calib.encoding import EncodedSample, token_weights
-from pgxport.calib.observe import InputStatistics
+from pgxport.calib.observe import InputObserver
 from pgxport.calib.steps import PIXELS, ModelSteps, Step
 from pgxport.exporter.activation_ranges import ActivationRanges
 from pgxport.exporter.calibration_file import Array, read_metadata, write_tensors
@@ -51,7 +51,7 @@ def observe_checkpoint(
     done = next((i for i, file in enumerate(files) if not file.exists()), len(files))
     for i in range(done, len(steps)):
         arriving, leaving = work / f"stream-{i:03}", work / f"stream-{i + 1:03}"
-        statistics, activation_ranges = InputStatistics(moments=moments), ActivationRanges(spec)
+        statistics, activation_ranges = InputObserver(moments=moments), ActivationRanges(spec)
         before, count = sum(sizes[:i]), 0
         with disk_errors(f"cannot write {leaving}"), open(leaving, "wb") as out:
             for sample, x, w in zip(samples, _arrivals(arriving, steps[i], samples, spec), weights, strict=True):
@@ -86,7 +86,7 @@ def step_findings(file: Path, activation_ranges: ActivationRanges) -> dict[str, 
 class _Observer:
     """Sorts what an Eager shows into statistics and activation ranges."""
 
-    def __init__(self, statistics: InputStatistics, activation_ranges: ActivationRanges, layer: int | None, weights: np.ndarray):
+    def __init__(self, statistics: InputObserver, activation_ranges: ActivationRanges, layer: int | None, weights: np.ndarray):
         self._statistics, self._ranges, self._layer = statistics, activation_ranges, layer
         self._weights = weights if layer is not None else None
         self._input: tuple[str, np.ndarray] | None = None

@@ -110,7 +110,7 @@ class LinearInput:
         return tensors
 
 
-class InputStatistics:
+class InputObserver:
     """Statistics of the inputs of all linears, and of the caches of all layers."""
 
     def __init__(self, *, moments: bool):

@@ -7,6 +7,9 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
+import ml_dtypes
+import numpy as np
+
 from pgxport.bundle.manifest import CountedDtype, TokenTable
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.recipe import Recipe
@@ -18,6 +21,7 @@ from pgxport.models.mask_decoder import MaskWeights, mask_decoder
 from pgxport.models.projector import projector
 from pgxport.models.siglip import vision_encoder
 from pgxport.models.spec import ModelSpec
+from pgxport.models.weights import weight_shapes
 
 if TYPE_CHECKING:
     from pgxport.exporter.scaling import InputStatistics
@@ -111,3 +115,29 @@ def file_sizes(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, 
             sizes[f"{name}.data"] = layout.nbytes
         sizes[f"{name}.onnx"] = len(serialized(g, layout, table))
     return sizes
+
+
+class NoStatistics:
+    """A calibration that has no numbers; a graph has the same size with any."""
+
+    def range(self, path: str, observer: str) -> tuple[float, float]:
+        return -1.0, 1.0
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"Bug: a plan needs no calibration, and {name} was asked for")
+
+
+class SpecSource:
+    """A checkpoint that has shapes, and no numbers."""
+
+    def __init__(self, spec: ModelSpec):
+        self._shapes = weight_shapes(spec)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return np.dtype(ml_dtypes.bfloat16)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        raise AssertionError(f"Bug: a plan reads no weight, and {name} was read")

@@ -21,7 +21,7 @@ from pgxport.compile.memory import COPIES, WORKSPACE_BYTES, build_memory
 from pgxport.errors import UsageError, choose
 from pgxport.exporter.export import context_length, find_recipe
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.graphs import TABLE_FILE, file_sizes, write_graphs
+from pgxport.exporter.graphs import TABLE_FILE, NoStatistics, SpecSource, file_sizes, write_graphs
 from pgxport.exporter.lower_onnxruntime import SHORTLIST_TABLE
 from pgxport.exporter.recipe import RECIPE_NAMES, Recipe
 from pgxport.exporter.recipe_toml import to_toml
@@ -38,9 +38,7 @@ from pgxport.models.weights import weight_shapes
 from pgxport.text import size, table
 
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector"}
-# Google's tokenizer.json, where there is no checkpoint to look at.
-TOKENIZER_BYTES = {"paligemma": 17_500_000, "paligemma2": 34_600_000}
-
+TOKENIZER_BYTES = {"paligemma": 17_500_000, "paligemma2": 34_600_000}  # Google's tokenizer.json, where there is no checkpoint
 # Python, numpy, onnx_ir and a graph of 46 layers; then blocks of rows on their way: as stored, widened, transformed, narrowed.
 # Measured: 132 to 146 MB for exports of 0.8 GB, with a tokenizer.json of 0.3 MB.
 EXPORT_BASE, EXPORT_BLOCKS = 125_000_000, 4
@@ -183,7 +181,7 @@ def plan(options: PlanOptions) -> Plan:
     model, source, spec, tokenizer = _model(options)
     context = context_length(spec, options.context)
     masks = _masks(options)
-    text = TOKENIZER_BYTES[spec.family] if tokenizer is None else tokenizer
+    text = tokenizer or TOKENIZER_BYTES[spec.family]
     sketch = _sketch(source, spec, spec, masks, recipe, target, context)
     run = sketch.memory(target, text)
     needs = {recipe.name: run.peak}
@@ -233,32 +231,6 @@ def render(plan: Plan) -> str:
     if plan.options.board and not plan.fitting(BOARDS[plan.options.board]):
         lines.append(f"nothing fits {plan.options.board}; a smaller --size, --res or --context needs less")
     return "\n".join([*lines, f"try: {plan.next_command()}"])
-
-
-class NoStatistics:
-    """A calibration that has no numbers; a graph has the same size with any."""
-
-    def range(self, path: str, observer: str) -> tuple[float, float]:
-        return -1.0, 1.0
-
-    def __getattr__(self, name: str) -> Any:
-        raise AssertionError(f"Bug: a plan needs no calibration, and {name} was asked for")
-
-
-class SpecSource:
-    """A checkpoint that has shapes, and no numbers."""
-
-    def __init__(self, spec: ModelSpec):
-        self._shapes = weight_shapes(spec)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def dtype(self, name: str) -> np.dtype[Any]:
-        return np.dtype(ml_dtypes.bfloat16)
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        raise AssertionError(f"Bug: a plan reads no weight, and {name} was read")
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def _stated(config: Mapping[str, Any], *keys: str, token: int | None = None) -> 
             if (value := section.get(key)) is None:
                 continue
             if type(value) is not int or value < 0:
-                raise CheckpointError(f"config.json: {key} is {value!r}; pgx needs one token id, a whole number")
+                raise CheckpointError(f"config.json: {key} is {value!r}; pgx needs one token id, an integer")
             return value
     return token
 

@@ -11,8 +11,8 @@ pytest.importorskip("onnx_ir")
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.export import ExportOptions, dry_run, export
-from pgxport.exporter.graphs import write_graphs
-from pgxport.exporter.plan import NoStatistics, SpecSource, _computes
+from pgxport.exporter.graphs import NoStatistics, SpecSource, write_graphs
+from pgxport.exporter.plan import _computes
 from pgxport.exporter.recipe import RECIPE_NAMES
 from pgxport.exporter.targets import TARGETS
 from pgxport.models.spec import RESOLUTIONS, TEXT, published
