@@ -192,7 +192,8 @@ def word_diff(before: str, after: str) -> list[tuple[Kind, str]]:
     if max(len(a), len(b)) > MAX_WORDS:
         return [("gone", before), ("new", after)]
     pieces: list[tuple[Kind, str]] = []
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+    # Spaces match everywhere; without them as anchors it takes half the time.
+    for kind, i, j, k, m in difflib.SequenceMatcher(str.isspace, a, b, autojunk=False).get_opcodes():
         if kind == "equal":
             pieces.append(("same", "".join(a[i:j])))
             continue

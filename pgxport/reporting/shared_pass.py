@@ -64,6 +64,7 @@ class ReportWork:
     max_new_tokens: int | None
 
     def turns(self) -> "list[Turn]":
+        """Return a turn for each sample."""
         return [
             Turn(n, key, sample, key in self.teacher_forced, self.max_new_tokens)
             for n, (key, sample) in enumerate(self.samples.items())
@@ -186,10 +187,12 @@ class Asker:
 
     @property
     def failure(self) -> PgxError | None:
+        """Why the subject is not asked any more, whether it failed here or elsewhere."""
         return (self._worker.failure if self._worker else None) or self.failed
 
     @property
     def digest(self) -> str:
+        """The digest of the subject's files."""
         return self._subject.conditions.digest if self._subject.conditions else ""
 
     def lacks(self, key: str, reference: str | None = None) -> bool:
@@ -205,6 +208,7 @@ class Asker:
         return self._worker
 
     def open(self, environment: dict[str, Any] | None = None) -> None:
+        """Get the process ready, and keep what that took."""
         assert self._worker is not None
         assert self.results is not None
         self._worker.open()
@@ -251,6 +255,7 @@ class Asker:
         return self._worker.ask(dict(request)) if self._worker else None
 
     def run(self, reference: "Asker") -> SubjectRun:
+        """Return all measurements of the subject, and why they ended early."""
         run = SubjectRun(self.label, self._subject.facts, reason=self._subject.reason, exit_code=self._subject.exit_code)
         if self.results:
             lines = self.results.teacher_forced.items()
@@ -268,11 +273,13 @@ class PassClock:
         self._total, self._progress, self._done, self._spent = total, progress, 0, 0.0
 
     def say(self, what: str) -> None:
+        """Tell what is being done."""
         if self._progress:
             self._progress(what)
 
     @contextmanager
     def lap(self, where: str, what: str) -> Iterator[None]:
+        """Tell what is being done, and count it and its time as done at the end of the block."""
         left = f", {duration(self._spent / self._done * max(0, self._total - self._done))} left" if self._done else ""
         self.say(f"{where}: {what}: {min(1, self._done / max(1, self._total)):.0%}{left}")
         start = time.perf_counter()

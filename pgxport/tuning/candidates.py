@@ -75,8 +75,11 @@ def groups(spec: ModelSpec) -> list[Group]:
         made.append(Group(f"vision {_span(layers)} mlp", (fc1, fc2), layers, fixed=(fc2,)))
     for layers in runs(spec.text.depth):
         for place, pattern in (
-            ("q,k,v", "self_attn.[qkv]_proj"), ("o", "self_attn.o_proj"), ("gate,up", "mlp.[gu]*_proj"), ("down", "mlp.down_proj")
-        ):  # fmt: skip
+            ("q,k,v", "self_attn.[qkv]_proj"),
+            ("o", "self_attn.o_proj"),
+            ("gate,up", "mlp.[gu]*_proj"),
+            ("down", "mlp.down_proj"),
+        ):
             made.append(Group(f"decoder {_span(layers)} {place}", (f"{text}{pattern}.weight",), layers))
     return made
 

@@ -32,7 +32,7 @@ for library in ("altair", "vl_convert", "sacrebleu", "rouge_score", "pycocotools
 from pgxport.reporting.report import ReportOptions, merge, report  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are killed as Linux does it")
-FEW, FEWER = DataOptions(limit=5), DataOptions(limit=3)  # of each of five tasks
+FEW, FEWER = DataOptions(limit=3), DataOptions(limit=2)  # of each of five tasks
 
 
 def copied(bundle: Path, to: Path) -> Path:
@@ -69,7 +69,7 @@ def planted(tiny_112: Path, tiny_224: Path, tmp_path_factory: pytest.TempPathFac
 
     def progress(what: str) -> None:
         said.append(what)
-        if what.startswith("sample 3 of 25: crashing"):
+        if what.startswith("sample 3 of 15: crashing"):
             for file in crashing.glob("*.data"):
                 os.truncate(file, 0)
 
@@ -87,7 +87,7 @@ def test_the_sound_bundle_is_the_reference(planted: tuple[Report, Path, list[str
     device = planted[0].devices[0]
     assert device.reference == "sound"
     sound = rows(planted[0])["sound"]
-    assert (sound.status, sound.measured, sound.refused, sound.fidelity) == ("ok", 25, 0, None)
+    assert (sound.status, sound.measured, sound.refused, sound.fidelity) == ("ok", 15, 0, None)
     assert sound.quality.low <= sound.quality.value <= sound.quality.high
     assert sound.seconds["first_token"].p50 < sound.seconds["answer"].p50
     assert sound.peak.private > 0
@@ -121,7 +121,7 @@ def test_a_bundle_that_crashes_is_a_row_and_the_others_go_on(planted: tuple[Repo
     row = rows(planted[0])["crashing"]
     assert row.status == "failed"
     assert "ended by signal 7" in row.reason  # SIGBUS, of the mapped weights
-    assert 0 < row.measured < 25
+    assert 0 < row.measured < 15
     page = (planted[1] / "report.html").read_text()
     assert "FAILED: its process was ended by signal 7" in page
     assert "ended by signal 7" in (planted[1] / "report.md").read_text()
@@ -204,9 +204,9 @@ def whole(two: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> t
 
 def test_three_kills_change_nothing(two: tuple[Path, Path], whole: tuple[Report, Path], tmp_path: Path):
     output = tmp_path / "report"
-    command = [sys.executable, "-m", "pgxport", "report", *map(str, two), "--limit", "3", "--threads", "1", "-o", str(output)]
+    command = [sys.executable, "-m", "pgxport", "report", *map(str, two), "--limit", "2", "--threads", "1", "-o", str(output)]
     before: dict[str, bytes] = {}
-    for enough in (4, 18, 36):
+    for enough in (4, 14, 24):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while sum(content.count(b"\n") for content in lines(output).values()) < enough:
@@ -224,7 +224,7 @@ def test_three_kills_change_nothing(two: tuple[Path, Path], whole: tuple[Report,
     assert told(made) == told(whole[0])
     for content in lines(output).values():
         asked = [line["sample"] for line in map(json.loads, content.splitlines()) if line["kind"] == "asked"]
-        assert len(asked) == len(set(asked)) == 15, "a sample was measured twice"
+        assert len(asked) == len(set(asked)) == 10, "a sample was measured twice"
 
 
 def test_what_was_measured_opens_no_process(two: tuple[Path, Path], whole: tuple[Report, Path]):
@@ -258,9 +258,9 @@ def test_more_samples_ask_only_for_those(two: tuple[Path, Path], whole: tuple[Re
     output = tmp_path / "report"
     shutil.copytree(whole[1] / "measured", output / "measured")
     said: list[str] = []
-    made = report(options(output, *two, data=DataOptions(limit=4)), progress=said.append)
+    made = report(options(output, *two, data=DataOptions(limit=3)), progress=said.append)
     assert sum(": along" not in line and line.startswith("sample ") for line in said) == 2 * 5
-    assert all(row.measured == 20 for row in made.devices[0].rows)
+    assert all(row.measured == 15 for row in made.devices[0].rows)
 
 
 def test_other_conditions_are_measured_anew(two: tuple[Path, Path], whole: tuple[Report, Path], tmp_path: Path):
@@ -343,7 +343,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_gate_ends_with_8_and_its_reason(planted: tuple[Report, Path, list[str]], run: Callable[..., tuple[int, str, str]]):
     folder = planted[1].parent
-    words = ("report", folder / "sound", folder / "inaccurate", "--limit", 5, "--threads", 1)
+    words = ("report", folder / "sound", folder / "inaccurate", "--limit", 3, "--threads", 1)
     words += ("--max-new-tokens", 40, "-o", planted[1])
     code, out, err = run(*words, "--gate", 0.99)
     assert code == 8
@@ -373,7 +373,7 @@ def test_diff_of_bundles_tells_manifests_and_answers(two: tuple[Path, Path], run
     assert code == 0
     assert "token_table.bin: " in out
     assert "other content of the same size" in out
-    code, out, err = run("diff", *two, "--limit", 3, "--gate", 1.0, "--threads", 1)
+    code, out, err = run("diff", *two, "--limit", 2, "--gate", 1.0, "--threads", 1)
     assert "quality: 100 % → " in out
     assert (code == 8) == ("keeps" in err)
     code, out, _ = run("diff", two[0], two[0])

@@ -11,6 +11,7 @@ import pytest
 
 from pgxport.metrics.metrics import Tally, tally
 from pgxport.metrics.sample import Sample
+from pgxport.reporting.asking import TokenAgreement
 from pgxport.reporting.measured import Asked, Opened, TeacherForced
 from pgxport.reporting.results import notes, pairs, rows, spread, subsets
 from pgxport.reporting.schema import Memory
@@ -132,7 +133,7 @@ def test_a_failed_reference_leaves_the_others_uncompared():
 def test_positions_are_added_up_over_the_answers_that_were_compared():
     asked = samples(*["answer"] * 2)
     mine = run("mine", ["abcd"] * 2)
-    of = {"positions": 4, "agreed": 3, "kl": 0.4, "kl_worst": 0.3, "located": 0, "kl_located": 0.0}
+    of = TokenAgreement(positions=4, agreed=3, kl=0.4, kl_worst=0.3)
     mine.teacher_forced = {
         "k0": TeacherForced(sample="k0", reference="d", agreement=of),
         "k1": TeacherForced(sample="k1", reference="d", agreement=replace(of, positions=6, agreed=6, located=2, kl_located=0.1)),

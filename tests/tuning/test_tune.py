@@ -461,12 +461,14 @@ def replace_limit(pipeline: Pipeline, tokens: int) -> Pipeline:
     return other
 
 
-def test_mistakes_are_refused_before_any_work(tmp_path):
+def test_mistakes_are_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("pgxport.machine.driver.LIBRARY", "libcuda-of-a-machine-without-driver.so")
     for error, match, changes in (
         (UsageError, "--max-loss nan", {"max_loss": float("nan")}),
         (UsageError, "'w5' does not exist", {"candidates": ("w5",)}),
         (UsageError, "name one model", {"size": None}),
         (EngineError, "does not run target 'cuda'", {"target": "cuda"}),
+        (EngineError, "has to be compiled first", {"target": "tensorrt"}),
     ):
         with pytest.raises(error, match=match):
             tune.tune(TuneOptions(output=tmp_path / "recipe.toml", **(ASKED | changes)))
