@@ -9,14 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TOOL, DIGESTS = ROOT / "tools" / "bundle_digests.py", Path(__file__).parent / "goldens" / "bundle-digests.json"
-# What computes in float16 measures activation ranges first, which takes seconds; `python tools/bundle_digests.py` compares those.
-FAST = ("cpu", "tensorrt-11 fp32", "tensorrt-11 bf16")
-KEPT = {name: digest for name, digest in json.loads(DIGESTS.read_text())["plain"].items() if name.startswith(FAST)}
+# `python tools/bundle_digests.py` compares the others: what computes in float16 measures activation ranges first, which takes seconds,
+# and clipping compares sums, whose last bits are the processor's.
+FAST, CLIPPED = ("cpu", "tensorrt-11 fp32", "tensorrt-11 bf16"), "cpu int4-small"
+DIGEST_OF = {
+    name: digest
+    for name, digest in json.loads(DIGESTS.read_text())["plain"].items()
+    if name.startswith(FAST) and name != CLIPPED and digest != "refused"
+}
 
 pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="the wheel is tested without the repository")
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", DIGEST_OF)
 def test_a_bundle_is_byte_for_byte_as_it_was(name: str, tmp_path: Path):
     spec = importlib.util.spec_from_file_location("bundle_digests", TOOL)
     assert spec
@@ -24,4 +29,4 @@ def test_a_bundle_is_byte_for_byte_as_it_was(name: str, tmp_path: Path):
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     target, _, recipe = name.partition(" ")
-    assert tool.export_digest(target, recipe, tmp_path) == KEPT[name]
+    assert tool.export_digest(target, recipe, tmp_path) == DIGEST_OF[name]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pgxport.bundle import writer as writer_module
-from pgxport.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, TokenTable
+from pgxport.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, TokenTable, parse_manifest
 from pgxport.bundle.onnx_wire import read_signature
 from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
@@ -57,6 +57,20 @@ def test_a_token_table_of_an_earlier_manifest_is_read():
         "scales_offset": 32768, "scales_dtype": "float16"}"""
     table = TokenTable.model_validate_json(text)
     assert (table.group, table.row_bytes, table.nbytes) == (32, 64, 32768 + 512 * 2 * 2)
+
+
+def test_a_bundle_that_an_earlier_version_wrote_is_understood_to_the_last_key():
+    """Of tiny-112 in `mixed`, written before the package was ordered by rooms and words."""
+    pytest.importorskip("onnx_ir")
+    from pgxport.exporter.recipe_toml import read_recipe, to_toml
+    from pgxport.exporter.targets import CPU
+
+    folder = Path(__file__).parents[1] / "goldens" / "before-rooms"
+    text = (folder / MANIFEST).read_bytes()
+    assert parse_manifest(text, MANIFEST).model_dump(mode="json") == json.loads(text)
+    recipe = read_recipe(folder / "recipe.toml")
+    assert recipe == CPU.recipe("mixed")
+    assert to_toml(recipe) == (folder / "recipe.toml").read_text()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError(), KeyboardInterrupt(), SystemExit(143)])
