@@ -18,7 +18,7 @@ from pgxport.exporter.graphs import TABLE_FILE, SpecSource
 from pgxport.exporter.prepare import context_length, find_recipe
 from pgxport.exporter.recipe import RECIPE_NAMES, Recipe
 from pgxport.exporter.recipe_toml import to_toml
-from pgxport.exporter.sketch import RunMemory, export_memory, one_layer, sketch
+from pgxport.exporter.sketch import RunMemory, collector_paused, export_memory, one_layer, sketch
 from pgxport.exporter.targets import TARGETS, Target, find_target
 from pgxport.hub.locate import TINY, ModelChoice, published_name
 from pgxport.machine.board import BOARDS, BoardSpec
@@ -124,6 +124,7 @@ class Plan:
         return f"pgx export {_flags(self.options)} --precision {precision} --target {self.target}{trt} -o bundle"
 
 
+@collector_paused()
 def plan(options: PlanOptions) -> Plan:
     """Work out what a bundle would take.
 

@@ -4,7 +4,9 @@
 Memory is a model of an engine, with constants that were measured (they stand beside their names).
 """
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -176,3 +178,15 @@ def _nbytes(value: ir.Value, axes: Mapping[str, int]) -> int:
 def export_memory(spec: ModelSpec, recipe: Recipe, target: Target, tokenizer: int) -> int:
     """The memory in bytes that an export takes, whatever the model's size; `tokenizer` is the size of tokenizer.json."""
     return EXPORT_BASE + EXPORT_BLOCKS * BLOCK_BYTES + 2 * tokenizer + _ranges_memory(spec, recipe, target, tokenizer)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause Python's cycle collector, which goes through all nodes of a graph again and again while they are made, and finds nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
