@@ -345,7 +345,7 @@ def refused(made: ExportOptions, says: str, kind: type[PgxError] = UsageError, *
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_weight_that_no_rule_matches_is_refused_with_the_line(one, tmp_path):
+def test_a_weight_that_no_rule_matches_is_refused_with_the_rule(one, tmp_path):
     made = options(one, MIXED["int8"], tmp_path)
     text = to_toml(MIXED["int8"])
     (tmp_path / "recipe.toml").write_text(text[: text.rindex("\n[[rule]]")])

@@ -155,7 +155,7 @@ def test_statistics_are_those_of_transformers_linears(random, tmp_path):
 
 @pytest.mark.usefixtures("quick")
 def test_what_shares_an_input_is_stored_once(random, tmp_path):
-    made = calibrate(CalibrateOptions(tmp_path / "c", random[0], samples=1, moments=False))
+    made = calibrate(CalibrateOptions(tmp_path / "c", checkpoint=random[0], samples=1, moments=False))
     groups: dict[str, set[str]] = {}
     for path, site in made.about.inputs.items():
         groups.setdefault(site, set()).add(path.split(".")[-2])
