@@ -2,11 +2,11 @@
 PYTHON ?= python3
 # Installed before transformers, so that pip does not choose another build. Another one: make test TORCH="torch==X.Y.Z".
 TORCH ?= torch==2.13.0
-# Processes that run tests side by side; each file is one process's, so that its fixtures are made once.
+# Processes that run tests side by side; each takes a run of them, so that most fixtures are made once, and the idle one takes from the other.
 WORKERS ?= 2
 # For example: make test PYTEST_ARGS="-x -k parity".
 PYTEST_ARGS ?=
-PARALLEL := -n $(WORKERS) --dist loadfile
+PARALLEL := -n $(WORKERS) --dist worksteal
 
 WHEEL_TEST := build/wheel-test
 BUNDLES := $(CURDIR)/$(WHEEL_TEST)/bundles

@@ -48,6 +48,14 @@ def a_bundle(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue("random_bundle" if can_export else "tiny_112")
 
 
+@pytest.fixture
+def no_entropy_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the search of the entropy observer, which takes half of a calibration's time, where no range of it is looked at."""
+    from pgxport.calib import observe
+
+    monkeypatch.setitem(observe.OBSERVER, "entropy", observe.minmax)
+
+
 @pytest.fixture(scope="session")
 def tiny_112(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _tiny(112, tmp_path_factory)

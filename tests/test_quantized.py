@@ -369,6 +369,7 @@ def test_what_calibration_alone_makes_possible_is_refused_one_by_one(one, tmp_pa
         refused(options(one, recipe, tmp_path, calibration=None), "--calibration was not given")
 
 
+@pytest.mark.usefixtures("no_entropy_search")
 def test_a_calibration_of_another_model_is_refused(one, tmp_path):
     make_checkpoint(tmp_path / "other", "paligemma2", seed=8)
     other = make_calibration(tmp_path / "other", samples=1, moments=False)
@@ -376,6 +377,7 @@ def test_a_calibration_of_another_model_is_refused(one, tmp_path):
     refused(made, "was made from 'other' .* and one is another model.*run pgx calibrate on the checkpoint", early=False)
 
 
+@pytest.mark.usefixtures("no_entropy_search")
 def test_gptq_without_second_moments_is_refused_before_a_weight_is_read(one, tmp_path):
     plain = make_calibration(one.folder, samples=1, moments=False)
     recipe = rules(NORMS, Rule(DECODER, replace(INT4, method="gptq")))

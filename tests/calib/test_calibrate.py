@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime")
 from click.testing import CliRunner
 
 from pgxport.bundle.reader import Bundle
-from pgxport.calib import bundle_pass, observe
+from pgxport.calib import bundle_pass
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.cli import cli
 from pgxport.errors import InputError, NumericError, UsageError
@@ -48,12 +48,6 @@ def data(folder: Path, *samples: tuple[str, str | None]) -> Path:
         lines.append(json.dumps({"image": f"{i}.png", "prompt": prompt, "answer": answer}))
     (folder / "samples.jsonl").write_text("\n".join(lines))
     return folder / "samples.jsonl"
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Replace the entropy search, which takes half of the time here."""
-    monkeypatch.setitem(observe.OBSERVER, "entropy", observe.minmax)
 
 
 # An answer longer than the window of the random PaliGemma 2, a short one, and none.
@@ -124,7 +118,7 @@ def apart(a: Any, b: Any) -> float:
     return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max())
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("no_entropy_search")
 def test_statistics_are_those_of_transformers_linears(random, tmp_path):
     folder, model = random
     made = calibrate(CalibrateOptions(tmp_path / "c", checkpoint=folder, data=data(tmp_path / "data", *SAMPLES)))
@@ -153,7 +147,7 @@ def test_statistics_are_those_of_transformers_linears(random, tmp_path):
                 assert apart(made.cache(layer, part), top) < TOLERANCE, (layer, part)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("no_entropy_search")
 def test_what_shares_an_input_is_stored_once(random, tmp_path):
     made = calibrate(CalibrateOptions(tmp_path / "c", checkpoint=random[0], samples=1, moments=False))
     groups: dict[str, set[str]] = {}
@@ -164,7 +158,7 @@ def test_what_shares_an_input_is_stored_once(random, tmp_path):
     assert made.moment("language_model.model.layers.0.mlp.up_proj.weight") is None
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("no_entropy_search")
 def test_the_ranges_are_those_of_an_export_on_the_same_scenes(random, tmp_path):
     folder, _ = random
     scenes = [("caption en", caption(draw("calibration", i))) for i in range(2)]
@@ -204,7 +198,7 @@ def test_a_checkpoint_in_numpy_and_its_bundle_in_onnxruntime_give_the_same_stati
             assert apart(by_layer.cache(layer, part), whole.cache(layer, part)) < TOLERANCE
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("no_entropy_search")
 @pytest.mark.parametrize("where", ["image patches", "vision layer 2 of 2", "projector", "text layer 2 of 3", "final norm"])
 def test_a_killed_run_goes_on_with_the_layer_it_was_in_and_gives_the_same_bytes(random_checkpoint, tmp_path, where):
     def options(name: str) -> CalibrateOptions:
@@ -230,7 +224,7 @@ def test_a_killed_run_goes_on_with_the_layer_it_was_in_and_gives_the_same_bytes(
     assert sorted(f.name for f in tmp_path.iterdir()) == ["killed", "whole"]
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("no_entropy_search")
 def test_work_that_was_begun_for_something_else_is_not_used(random_checkpoint, tmp_path):
     options = CalibrateOptions(tmp_path / "c", checkpoint=random_checkpoint, samples=2)
 
@@ -268,7 +262,7 @@ def test_a_bundle_whose_products_are_not_in_float_is_refused(tiny_112, tmp_path)
         bundle_pass.observe_bundle(for_cuda, [], moments=False, progress=None)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("no_entropy_search")
 def test_second_moments_that_do_not_fit_are_refused_with_what_they_take(tiny_112, tmp_path, monkeypatch):
     monkeypatch.setattr(bundle_pass, "available_memory", lambda: 20_000_000)
     with pytest.raises(NumericError, match=r"second moments of all layers of .* are free; give the checkpoint"):
