@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint on disk: its tensors by their published names, in row blocks, whatever layout they are stored in.
 
-The only door to weights. Opening reads headers; every row that is asked for is remembered, so that nothing is dropped in silence.
+The only door to weights. Opening reads headers alone. A checkpoint remembers which tensors were read, so that an export
+can refuse to drop one in silence.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +23,7 @@ CONFIG = "config.json"
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# What other programs write, why it is not read, and what to do.
+# File name suffixes of other programs' weights -> why pgx does not read them, and what to do.
 FOREIGN = {
     (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"): "a pickle, which can run code when it is loaded; where you trust it, "
     "convert it with transformers (from_pretrained, then save_pretrained) and export the model.safetensors it writes",
@@ -43,7 +44,7 @@ FOREIGN = {
 
 
 class TensorSource(Protocol):
-    """What a graph's weights come from."""
+    """A source of weights by name, read in row blocks; `Checkpoint` is one."""
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
@@ -54,7 +55,7 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Tied:
-    """An embedding of which the file holds a second copy, the lm_head: each row is compared with its copy as it is read."""
+    """An embedding that a checkpoint stores twice, as lm_head too; each row is compared with its copy as it is read."""
 
     embedding: Tensor
     lm_head: Tensor
@@ -77,7 +78,7 @@ class Tied:
 
 
 class Checkpoint:
-    """Tensors by their published names, wherever they are stored. Made by `Checkpoint.open`."""
+    """A checkpoint's config and its tensors by their published names. Made by `Checkpoint.open`."""
 
     def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], files: list[Path]):
         self.path = path
@@ -88,34 +89,37 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path, adapter: Path | None = None) -> "Checkpoint":
-        """Open a folder in the hub's layout, or a training npz alone or in a folder; merge a LoRA adapter while reading.
+        """Opens a folder in the hub's layout, or a training npz alone or in a folder.
+
+        Args:
+            adapter: A LoRA adapter's folder; the adapter is merged while weights are read.
 
         Raises:
-            CheckpointError: it is not a complete, sound checkpoint in a layout that pgx reads.
+            CheckpointError: the checkpoint is not complete and sound, or in a layout that pgx does not read.
         """
         path = Path(path)
         tensors, config, files = _open(path)
         if adapter is not None:
-            tensors, more = lora.merge(tensors, Path(adapter))
-            files = [*files, *more]
+            tensors, adapter_files = lora.merge(tensors, Path(adapter))
+            files = [*files, *adapter_files]
         return cls(path, config, _tie(tensors, path), files)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
     def names(self) -> list[str]:
-        """The published names, sorted. A copy of the embedding that is stored as lm_head is not among them."""
+        """Returns the tensors' published names, sorted, without an lm_head that is a copy of the embedding."""
         return sorted(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensor(name).shape
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """What `rows` gives: the stored dtype, or float32 for a weight that an adapter is merged into."""
+        """Returns the dtype of `rows`: the stored one, or float32 for a weight that an adapter is merged into."""
         return self._tensor(name).dtype
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop along axis 0, read now; what they take is what the caller asked for.
+        """Reads rows start..stop of a tensor along axis 0, and no others.
 
         Raises:
             CheckpointError: a value is infinite or not a number, or the file has changed since it was opened.
@@ -126,15 +130,18 @@ class Checkpoint:
         return tensor.rows(start, stop)
 
     def unread(self) -> list[str]:
-        """The names that were never asked for."""
+        """Returns the names of the tensors of which no row was read, sorted."""
         return sorted(self._tensors.keys() - self._read)
 
     def files(self) -> list[Path]:
-        """Every file whose bytes make up the weights and the config, for a digest."""
+        """Returns every file that holds weights or the config, for a digest."""
         return list(self._files)
 
     def file(self, name: str) -> Path | None:
-        """A file beside the weights, such as tokenizer.json; None where there is none. A lone npz has nothing beside it."""
+        """Returns the path of a file beside the weights, such as tokenizer.json; None where there is none.
+
+        A lone npz has nothing beside it.
+        """
         assert Path(name).name == name, f"Bug: {name!r} is not a plain file name"
         return self.path / name if (self.path / name).is_file() else None
 
@@ -143,7 +150,7 @@ class Checkpoint:
             close = get_close_matches(name, self._tensors, 1)
             hint = f"; it has {close[0]!r}" if close else ""
             raise CheckpointError(
-                f"{self.path}: has no {shown(name)}{hint}; the checkpoint is incomplete, or config.json is another's"
+                f"{self.path}: has no {shown(name)}{hint}; give a complete checkpoint, with the config.json that belongs to it"
             )
         return self._tensors[name]
 
@@ -176,7 +183,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[Path]]:
 
 
 def _training(file: Path, config: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any], list[Path]]:
-    """A training npz. A config.json in its folder goes before what its shapes say, for they do not say everything."""
+    """Opens a training npz. A config.json in its folder overrides what the shapes say, for they do not say everything."""
     tensors, shapes = npz.read_npz(file)
     if config is not None and config.is_file():
         return tensors, read_json(config), [config, file]
@@ -185,19 +192,19 @@ def _training(file: Path, config: Path | None = None) -> tuple[dict[str, Tensor]
 
 def _config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder}: has no {CONFIG}; fetch it from where the weights came from")
+        raise CheckpointError(f"{folder}: has no {CONFIG}; put the one that belongs to the weights there")
     return read_json(folder / CONFIG)
 
 
 def _sharded(index: Path) -> tuple[dict[str, Stored], list[Path]]:
-    """The tensors of all shards. The index and the shards' own headers have to agree, tensor by tensor."""
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(shard, str) for shard in where.values()):
+    """Opens all shards. The index and the shards' own headers have to agree, tensor by tensor."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map is not a table from tensor to file; fetch it again")
     tensors: dict[str, Stored] = {}
-    shards = sorted(set(where.values()))
+    shards = sorted(set(weight_map.values()))
     for shard in shards:
-        # The file itself may be a link: the hub's local cache is made of links out of the folder.
+        # The shard may be a link: the hub's local cache is made of links out of the folder.
         if not shard.endswith(".safetensors") or set("/\\\0") & set(shard) or len(shard.encode()) > 255:
             raise CheckpointError(
                 f"{index}: {shown(shard)} is not the plain name of a safetensors file in the same folder; refused"
@@ -205,9 +212,9 @@ def _sharded(index: Path) -> tuple[dict[str, Stored], list[Path]]:
         if not (index.parent / shard).is_file():
             raise CheckpointError(f"{index.parent / shard}: this shard is missing, which {index.name} names; fetch it")
         header = read_header(index.parent / shard)
-        named = {name for name, file in where.items() if file == shard}
-        if lost := sorted(named - header.keys()):
-            raise CheckpointError(f"{index.parent / shard}: has no {listed(lost)}, which {index.name} says it holds")
+        named = {name for name, file in weight_map.items() if file == shard}
+        if missing := sorted(named - header.keys()):
+            raise CheckpointError(f"{index.parent / shard}: has no {listed(missing)}, which {index.name} says it holds")
         if extra := sorted(header.keys() - named):
             raise CheckpointError(
                 f"{index.parent / shard}: holds {listed(extra)}, which {index.name} places elsewhere or nowhere"
@@ -218,27 +225,27 @@ def _sharded(index: Path) -> tuple[dict[str, Stored], list[Path]]:
 
 def _renamed(stored: Iterable[Stored]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    theirs: dict[str, Stored] = {}
+    by_name: dict[str, Stored] = {}
     for tensor in stored:
         name = canonical(tensor.name)
-        if name in theirs:
-            other = theirs[name]
+        if name in by_name:
+            other = by_name[name]
             raise CheckpointError(
                 f"{tensor.file}: {shown(tensor.name)} and {shown(other.name)} ({other.file.name}) are both {name}"
             )
-        tensors[name] = theirs[name] = tensor
+        tensors[name] = by_name[name] = tensor
     return tensors
 
 
 def _tie(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Put a stored lm_head behind the embedding, whose copy it has to be."""
+    """Removes a stored lm_head, and has the embedding compare itself with it as it is read."""
     tied = dict(tensors)
     lm_head = tied.pop(LM_HEAD, None)
     if lm_head is None:
         return tied
     embedding = tied.get(EMBEDDING)
     if embedding is None:
-        raise CheckpointError(f"{path}: has {LM_HEAD} and no {EMBEDDING}; the checkpoint is incomplete")
+        raise CheckpointError(f"{path}: has {LM_HEAD} and no {EMBEDDING}; give a complete checkpoint")
     if lm_head.shape != embedding.shape or lm_head.dtype != embedding.dtype:
         raise CheckpointError(
             _untied(path, f"{lm_head.dtype} {list(lm_head.shape)} is not {embedding.dtype} {list(embedding.shape)}")
@@ -258,7 +265,7 @@ def _why_no_weights(folder: Path) -> str:
     present = sorted(p for p in folder.iterdir() if p.suffix != ".json")
     if any(p.suffix == ".safetensors" for p in present):
         names = [p.name for p in present if p.suffix == ".safetensors"]
-        return f"holds {listed(names)}, and neither {WHOLE} nor {INDEX}, which says what is in them; fetch that file"
+        return f"holds {listed(names)}, and neither {WHOLE} nor {INDEX}, which lists the tensors of shards; fetch that file"
     for file in present:
         if why := _why_not(file):
             return f"{file.name} {why}"
@@ -270,11 +277,12 @@ def _why_no_weights(folder: Path) -> str:
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
-BLOCK_BYTES = 4 << 20  # of float32; the export holds a few of them. Larger ones leave the processor's cache, at half the speed
+# Size of a row block in float32. The export holds a few; larger ones leave the processor's cache, at half the speed.
+BLOCK_BYTES = 4 << 20
 
 
 def row_blocks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """Cut rows into (start, stop) pairs of at most `BLOCK_BYTES`, one row at least.
+    """Yields (start, stop) of row blocks of at most `BLOCK_BYTES`, or of one row where a row is larger.
 
     >>> list(row_blocks(5, BLOCK_BYTES // 2))
     [(0, 2), (2, 4), (4, 5)]
@@ -285,7 +293,7 @@ def row_blocks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def to_float32(block: np.ndarray) -> np.ndarray:
-    """Widen exactly; bfloat16 is the upper half of a float32, which is quicker to say than to convert."""
+    """Widens floats to float32 exactly. A bfloat16 is the upper half of a float32, and shifting bits is the faster way."""
     if block.dtype == BFLOAT16:
         return (block.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
     return block.astype(np.float32, copy=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a PaliGemma's config.json as transformers reads it, its defaults included."""
+"""The reader of a PaliGemma's config.json; it reads as transformers does, with the same defaults."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,14 +10,14 @@ from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec, without_window
 
 
 def read_config(config: Mapping[str, Any], *, local_window: bool = True) -> ModelSpec:
-    """Read a PaliGemma config.json as transformers reads it, its defaults included.
+    """Returns the spec that a PaliGemma's config.json describes, with transformers' defaults for absent fields.
 
     Args:
-        local_window: Whether generated tokens see only a window of the prefix in Gemma 2's local layers, as transformers
-            has it; the training code has no window.
+        local_window: Whether generated tokens see only a window of the prefix in Gemma 2's local layers, as
+            transformers has it; the training code has no window.
 
     Raises:
-        CheckpointError: it is not a PaliGemma, or one that computes what pgx does not.
+        CheckpointError: the config is not a PaliGemma's, or asks for something that pgx does not compute.
     """
     if config.get("model_type") != "paligemma":
         raise CheckpointError(f"config.json: model_type is {config.get('model_type')!r}, and pgx exports 'paligemma' only")
@@ -97,7 +97,7 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = config.get(name)
     if not isinstance(section, Mapping):
         raise CheckpointError(
-            f"config.json: {name} is {type(section).__name__}, not an object; is this the config of a PaliGemma?"
+            f"config.json: {name} is {type(section).__name__}, not an object; give the config.json of a PaliGemma"
         )
     return section
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the model functions in numpy: the text that writes a graph also computes it, layer by layer from the checkpoint.
+"""The model functions, run in numpy: the same functions that write a graph compute it, layer by layer.
 
-Holds a few row blocks of weights, whatever the model's size. Used to measure ranges before an export, and by tests.
+Holds a few row blocks of weights, whatever the model's size. The export measures activation ranges and parity with it.
 """
 
 import math
@@ -20,14 +20,19 @@ from pgxport.models.projector import projector
 from pgxport.models.siglip import vision_encoder
 from pgxport.models.spec import ModelSpec, TextSpec
 
-Observe = Callable[[str, str, np.ndarray], None]  # what kind of number, where, the values
-Rounding = Callable[[str, str, np.ndarray], np.ndarray]  # the same, to the values that an engine computes with instead
+Observe = Callable[[str, str, np.ndarray], None]  # takes a kind of activation, its place, and the values
+Rounding = Callable[[str, str, np.ndarray], np.ndarray]  # takes the same, and returns the values that an engine computes with
 
 
 class Eager:
-    """A `Writer` that computes. Tokens from `prefix` on are causal, and those before see the whole prefix.
+    """A `Writer` that computes in numpy.
 
-    Where a graph gives the logits of the last token, `last` of them are given here.
+    Args:
+        feeds: The model's inputs by name.
+        prefix: The number of tokens that see each other; those after them are causal.
+        observe: Receives each activation.
+        rounding: Replaces inputs of linears, and the cache's keys and values.
+        last: The number of last tokens whose logits are computed; a graph computes one.
     """
 
     def __init__(
@@ -119,21 +124,21 @@ class Eager:
         k, v = self._rounding("cache key", self.path("key"), k), self._rounding("cache value", self.path("value"), v)
         k, v = (np.repeat(x, text.heads // text.kv_heads, 1) for x in (k, v))
         local = layer in text.local_layers
-        seen = visible(self.prefix, tokens, text.window if local else None)
-        return self._attend(rotate(q), k, v, text.query_scale, text.attn_softcap, seen)
+        mask = visible(self.prefix, tokens, text.window if local else None)
+        return self._attend(rotate(q), k, v, text.query_scale, text.attn_softcap, mask)
 
     def _attend(
-        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, cap: float | None, seen: np.ndarray | None
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, cap: float | None, mask: np.ndarray | None
     ) -> np.ndarray:
-        """q, k, v [B, N, T, D] -> [B, T, N*D]; scores and softmax in float32, a head at a time."""
+        """Attends one head at a time, scores and softmax in float32: q, k, v [B, N, T, D] -> [B, T, N*D]."""
         out = np.empty(q.shape, self.dtype)
         for head in range(q.shape[1]):
             scores = q[:, head].astype(np.float32) @ k[:, head].astype(np.float32).swapaxes(1, 2) * np.float32(scale)
             self.observe("attention score", self.path("scores"), scores)
             if cap is not None:
                 scores = np.tanh(scores / np.float32(cap)) * np.float32(cap)
-            if seen is not None:
-                scores = np.where(seen, scores, np.float32(-np.inf))
+            if mask is not None:
+                scores = np.where(mask, scores, np.float32(-np.inf))
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             out[:, head] = (weights / weights.sum(-1, keepdims=True)) @ v[:, head].astype(np.float32)
         return out.swapaxes(1, 2).reshape(q.shape[0], q.shape[2], -1)
@@ -159,7 +164,7 @@ class Eager:
     def _gelu(self, x: np.ndarray, approximate: str) -> np.ndarray:
         assert approximate == "tanh"
         y = np.empty(x.shape, np.float32)
-        # A few tokens at a time: an MLP's activations are the largest arrays here, and this would make several more.
+        # A few tokens at a time: an MLP's activations are the largest arrays here, and GELU makes several of their size.
         for start, stop in row_blocks(x.shape[1], 4 * x.shape[0] * x.shape[2]):
             part = x[:, start:stop].astype(np.float32)
             inner = np.float32(math.sqrt(2 / math.pi)) * (part + np.float32(0.044715) * part * part * part)
@@ -177,7 +182,7 @@ class Eager:
         return x[:, -self.last :]
 
     def _conv(self, x: np.ndarray, w: np.ndarray, b: np.ndarray, strides: list[int]) -> np.ndarray:
-        """Patches that do not overlap: a product of each with the kernel."""
+        """Convolves patches that do not overlap, as one product of all patches with the kernel."""
         p, (n, c, height, width) = strides[0], x.shape
         patches = x.reshape(n, c, height // p, p, width // p, p).transpose(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
         y = patches.astype(np.float32) @ w.reshape(len(w), -1).T.astype(np.float32) + b
@@ -200,14 +205,14 @@ class Eager:
 
 
 def inputs_embeds(source: TensorSource, spec: ModelSpec, features: np.ndarray, ids: Iterable[int]) -> np.ndarray:
-    """What the decoder reads [1, N + T, H]: image features [1, N, H], then the rows of T token ids × √H."""
+    """Returns the decoder's input [1, N + T, H]: image features [1, N, H], then the scaled embeddings of T token ids."""
     rows = np.concatenate([to_float32(source.rows(TOKEN_TABLE, t, t + 1)) for t in ids])
     return np.concatenate([features, (rows * np.float32(spec.text.embed_scale))[None]], 1)
 
 
 @dataclass(frozen=True)
 class TokenizedSample:
-    """One sample: pixels [1, 3, R, R], the ids of the prompt after the image's, and those of the answer."""
+    """One sample: pixels [1, 3, R, R], the prompt's token ids after the image's, and the answer's."""
 
     pixels: np.ndarray
     prompt: list[int]
@@ -223,7 +228,7 @@ def teacher_forced_logits(
     rounding: Rounding | None = None,
     writer: type[Eager] = Eager,
 ) -> np.ndarray:
-    """Logits [answer tokens + 1, V]: of the first token of the answer, of each next one, and of what follows the last."""
+    """Returns the logits [answer tokens + 1, V] for each token of a given answer, and for the token after the last."""
 
     def run(model: Callable[[Eager, ModelSpec], None], output: str, feed: str, values: np.ndarray) -> np.ndarray:
         eager = writer(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder: Gemma (2024) and Gemma 2 (2024) as one graph for prefill and decode step, which differ in T alone."""
+"""The decoder: Gemma (2024) or Gemma 2 (2024), as one graph for prefill and decode steps, which differ in T alone."""
 
 from functools import partial
 
@@ -10,9 +10,9 @@ TOKEN_TABLE = "language_model.model.embed_tokens.weight"  # the embedding, and b
 
 
 def decoder_step(g: Writer, spec: ModelSpec) -> None:
-    """inputs_embeds [B, T, H] (image features, then scaled token embeddings) -> logits of the last token [B, 1, V]
+    """Writes the decoder: inputs_embeds [B, T, H] -> logits of the last token [B, 1, V].
 
-    Keys and values go to the cache by `g.cached_attention`.
+    `inputs_embeds` are image features, then scaled token embeddings. `g.cached_attention` keeps the keys and values.
     """
     t = spec.text
     x = g.input("inputs_embeds", ["batch", "tokens", t.width])
@@ -27,7 +27,7 @@ def decoder_step(g: Writer, spec: ModelSpec) -> None:
 
 
 def block(g: Writer, x: Value, layer: int, t: TextSpec) -> Value:
-    # Gemma 1 adds what a branch's last product gives, Gemma 2 norms it first; the stream's divisor goes to whichever is last.
+    # Gemma 1 adds a branch's last product to the stream, Gemma 2 norms it first; whichever is last divides by the divisor.
     gain = 1 / t.residual_divisor
     h = attention(g, stream_norm(g, x, "input_layernorm", t), layer, t, gain=1.0 if t.post_norms else gain)
     if t.post_norms:
@@ -42,7 +42,7 @@ def block(g: Writer, x: Value, layer: int, t: TextSpec) -> Value:
 
 
 def stream_norm(g: Writer, x: Value, name: str, t: TextSpec) -> Value:
-    """RMSNorm of the residual stream, which does not notice that the stream is divided."""
+    """Normalizes the residual stream by RMSNorm; eps / divisor² makes the result independent of the divisor."""
     return rms_norm(g, x, name, t.eps / t.residual_divisor**2)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LoRA adapter in PEFT's layout, merged into the weights it was trained for while they are read.
+"""A LoRA adapter in PEFT's layout (Hu et al., 2021), merged into the checkpoint's weights while they are read.
 
-W[a:b] + scale * B[a:b] @ A in float32, one row block at a time: neither the merged matrix nor B @ A ever exists whole.
+A row block is W[a:b] + scale * B[a:b] @ A in float32: neither the merged matrix nor B @ A ever exists whole.
 """
 
 import math
@@ -20,25 +20,25 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MERGE_FIRST = "merge it where it was trained (PEFT's merge_and_unload, then save_pretrained) and export the result"
 
-# What changes the arithmetic and is honoured here.
+# The fields that change the arithmetic and that this file obeys.
 HONOURED = (
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "modules_to_save", "ensure_weight_tying", "peft_type", "bias", "init_lora_weights",
 )  # fmt: skip
-# What matters while training only, or is read by a method that is refused by its own switch.
+# The fields that matter in training alone, or that only a method reads which is refused by its own switch.
 IRRELEVANT = (
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
     "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "task_type",
 )  # fmt: skip
-# How A and B began does not matter, unless the base weights were changed with them (pissa, olora, loftq, corda, lora_ga).
+# The initializations of A and B that leave the base weights alone; pissa, olora, loftq, corda and lora_ga change them.
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-# rank_pattern and alpha_pattern are regular expressions for PEFT; a stranger's are not run here, since one can take for ever.
+# rank_pattern and alpha_pattern are regular expressions for PEFT. A stranger's are not run here: one can take for ever.
 REGEX = frozenset("\\^$*+?{}[]|()")
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A weight with its adapter. Float32, for rounding to the base's dtype would lose what the adapter learned."""
+    """A weight with its adapter added, in float32: rounding to the base's dtype would lose what the adapter learned."""
 
     base: Tensor
     a: Stored  # [r, in]
@@ -62,10 +62,11 @@ class Merged:
 
 
 def merge(tensors: Mapping[str, Tensor], folder: Path) -> tuple[dict[str, Tensor], list[Path]]:
-    """The checkpoint's tensors with an adapter's changes, and the adapter's files.
+    """Returns the checkpoint's tensors with an adapter's changes, and the adapter's files.
 
     Raises:
-        CheckpointError: it is no LoRA adapter, belongs to another model, is incomplete, or holds something that is not used.
+        CheckpointError: the folder holds no LoRA adapter, or one that does not fit the checkpoint, is incomplete, or
+            holds a tensor that would not be used.
     """
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder}: has no {CONFIG}; an adapter is a folder that PEFT's save_pretrained wrote")
@@ -85,7 +86,7 @@ def merge(tensors: Mapping[str, Tensor], folder: Path) -> tuple[dict[str, Tensor
             raise CheckpointError(f"{folder / WEIGHTS}: {shown(key)} is no plain LoRA matrix of a linear layer; {MERGE_FIRST}")
         if dot:
             pairs.setdefault(module, {})[matrix[0]] = tensor
-        elif any(f".{kept}." in f".{path}" for kept in config.get("modules_to_save") or ()):
+        elif any(f".{replaced}." in f".{path}" for replaced in config.get("modules_to_save") or ()):
             _put(saved, canonical(path), tensor, folder)
         else:
             raise CheckpointError(
@@ -99,7 +100,7 @@ def merge(tensors: Mapping[str, Tensor], folder: Path) -> tuple[dict[str, Tensor
         raise CheckpointError(f"{folder / WEIGHTS}: {listed(both)}: both replaced (modules_to_save) and adapted; {MERGE_FIRST}")
     _check_complete(tensors, {*merged, *saved}, config, folder)
     if EMBEDDING in saved and LM_HEAD not in saved:
-        # The adapter keeps the two tied, so a copy of the old embedding is one no more.
+        # The adapter ties lm_head to its own embedding, so the stored copy of the old one has to go.
         tensors = {name: tensor for name, tensor in tensors.items() if name != LM_HEAD}
     return {**tensors, **merged, **saved}, [folder / CONFIG, folder / WEIGHTS]
 
@@ -107,19 +108,17 @@ def merge(tensors: Mapping[str, Tensor], folder: Path) -> tuple[dict[str, Tensor
 def _merged(
     tensors: Mapping[str, Tensor], pairs: Mapping[str, Mapping[str, Stored]], config: Mapping[str, Any], folder: Path
 ) -> Iterator[tuple[str, Merged]]:
-    seen: dict[str, Stored] = {}
+    by_name: dict[str, Stored] = {}
     for module, pair in pairs.items():
         name = canonical(f"{module}.weight")
-        any_of = next(iter(pair.values()))
+        half = next(iter(pair.values()))
         if pair.keys() != {"A", "B"}:
-            raise CheckpointError(f"{any_of.file}: {shown(any_of.name)} has no other half; the adapter is incomplete")
+            raise CheckpointError(f"{half.file}: {shown(half.name)} has no other half; the adapter is incomplete")
         if name in (EMBEDDING, LM_HEAD):
-            raise CheckpointError(
-                f"{any_of.file}: {shown(any_of.name)} would untie the lm_head from the embedding; {MERGE_FIRST}"
-            )
+            raise CheckpointError(f"{half.file}: {shown(half.name)} would untie the lm_head from the embedding; {MERGE_FIRST}")
         if name not in tensors:
-            raise CheckpointError(f"{any_of.file}: {shown(any_of.name)} adapts {shown(name)}, which the checkpoint does not have")
-        _put(seen, name, any_of, folder)
+            raise CheckpointError(f"{half.file}: {shown(half.name)} adapts {shown(name)}, which the checkpoint does not have")
+        _put(by_name, name, half, folder)
         a, b, base = pair["A"], pair["B"], tensors[name]
         rank = _by_module(config.get("rank_pattern"), module, config["r"], folder)
         if type(rank) is not int or rank < 1:
@@ -130,25 +129,25 @@ def _merged(
         if len(base.shape) != 2 or a.shape != (rank, base.shape[1]) or b.shape != (base.shape[0], rank):
             raise CheckpointError(
                 f"{a.file}: {shown(a.name)} {list(a.shape)} and lora_B {list(b.shape)} of rank {rank} do not fit {name} "
-                f"{list(base.shape)}; is this adapter for another model?"
+                f"{list(base.shape)}; give the adapter with the checkpoint that it was trained on, not another model"
             )
         yield name, Merged(base, a, b, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
-def _put(seen: dict[str, Stored], name: str, tensor: Stored, folder: Path) -> None:
-    if name in seen:
-        raise CheckpointError(f"{folder / WEIGHTS}: {shown(seen[name].name)} and {shown(tensor.name)} are both for {name}")
-    seen[name] = tensor
+def _put(by_name: dict[str, Stored], name: str, tensor: Stored, folder: Path) -> None:
+    if name in by_name:
+        raise CheckpointError(f"{folder / WEIGHTS}: {shown(by_name[name].name)} and {shown(tensor.name)} are both for {name}")
+    by_name[name] = tensor
 
 
 def _check_saved(tensors: Mapping[str, Tensor], saved: Mapping[str, Stored], config: Mapping[str, Any], folder: Path) -> None:
     for name, tensor in saved.items():
         # A stored lm_head is compared with the embedding like any other (`checkpoint.Tied`).
-        like = tensors.get(EMBEDDING if name == LM_HEAD else name)
-        if like is None or like.shape != tensor.shape:
-            there = f"is {list(like.shape)} there" if like else "is not there"
+        base = tensors.get(EMBEDDING if name == LM_HEAD else name)
+        if base is None or base.shape != tensor.shape:
+            fault = f"is {list(base.shape)} there" if base else "is not there"
             raise CheckpointError(
-                f"{tensor.file}: {shown(tensor.name)} {list(tensor.shape)} does not fit the checkpoint: {shown(name)} {there}"
+                f"{tensor.file}: {shown(tensor.name)} {list(tensor.shape)} does not fit the checkpoint: {shown(name)} {fault}"
             )
     if EMBEDDING in saved and LM_HEAD not in saved and not config.get("ensure_weight_tying"):
         raise CheckpointError(
@@ -162,16 +161,16 @@ def _check_saved(tensors: Mapping[str, Tensor], saved: Mapping[str, Stored], con
 
 
 def _check_complete(tensors: Mapping[str, Tensor], changed: set[str], config: Mapping[str, Any], folder: Path) -> None:
-    """PEFT adapts every layer whose name ends with a target; one that is missing was lost."""
+    """Raises if a layer has no LoRA matrices though its name ends with a target: PEFT adapts every such layer."""
     targets = config.get("target_modules")
     if not isinstance(targets, list) or any(config.get(k) for k in ("exclude_modules", "layers_to_transform", "layers_pattern")):
         return
     ends = tuple(f".{target}.weight" for target in targets)
-    lost = sorted(name for name in tensors.keys() - changed - {EMBEDDING, LM_HEAD} if f".{name}".endswith(ends))
-    if lost:
+    missing = sorted(name for name in tensors.keys() - changed - {EMBEDDING, LM_HEAD} if f".{name}".endswith(ends))
+    if missing:
         raise CheckpointError(
-            f"{folder / WEIGHTS}: {len(lost)} of the layers that target_modules names have no LoRA matrices: {listed(lost)}; "
-            f"the adapter is incomplete, or for another model"
+            f"{folder / WEIGHTS}: {len(missing)} of the layers that target_modules names have no LoRA matrices: "
+            f"{listed(missing)}; give the complete adapter, and the checkpoint that it was trained on"
         )
 
 
@@ -184,7 +183,7 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
         raise CheckpointError(
             f"{file}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base weights too; {MERGE_FIRST}"
         )
-    # Whatever else is switched on changes the arithmetic for all we know: DoRA, QALoRA, lora_bias, layer_replication, …
+    # Any other field that is switched on may change the arithmetic: DoRA, QALoRA, lora_bias, layer_replication, …
     if unknown := sorted(k for k, v in config.items() if v and k not in HONOURED and k not in IRRELEVANT):
         raise CheckpointError(
             f"{file}: {unknown[0]} is {shown(str(config[unknown[0]]))}, which pgx does not merge; {MERGE_FIRST}"
@@ -199,14 +198,14 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
     }.items():
         value = config.get(key)
         if not isinstance(value, kinds) or (isinstance(value, list) and not all(isinstance(item, str) for item in value)):
-            raise CheckpointError(f"{file}: {key} is {shown(str(value))}, which PEFT does not write")
+            raise CheckpointError(f"{file}: {key} is {shown(str(value))}, and PEFT writes no such value")
     for key in ("r", "lora_alpha"):
         if key not in config:
             raise CheckpointError(f"{file}: has no {key}, without which the adapter's scale is unknown")
 
 
 def _by_module(pattern: Mapping[str, Any] | None, module: str, default: object, folder: Path) -> Any:
-    """The entry for a module: the first key that is its name, or the end of it from a dot on."""
+    """Returns a module's entry: that of the first key that is its name, or the end of its name after a dot."""
     for key, value in (pattern or {}).items():
         name = key.removeprefix("^")
         if REGEX & set(name):

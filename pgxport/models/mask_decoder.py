@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mask decoder: 16 codes of a VQ-VAE to a 64 × 64 mask, as the weights of `vae-oid.npz` have it."""
+"""The mask decoder: from 16 codes of a VQ-VAE to a 64 × 64 mask, with the weights of `vae-oid.npz`."""
 
 import zipfile
 from pathlib import Path
@@ -13,7 +13,11 @@ CODES, CODE_WIDTH, GRID = 128, 512, 4
 
 
 class MaskWeights:
-    """The weights in an npz file of a few megabytes, as a source of tensors."""
+    """The mask decoder's weights, read from an npz file of a few megabytes; a `TensorSource`.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds other weights.
+    """
 
     def __init__(self, file: Path):
         try:
@@ -39,7 +43,7 @@ class MaskWeights:
 
 
 def mask_decoder(g: Writer) -> None:
-    """codes [B, 16] int64, row by row -> mask [B, 64, 64], above 0 where the object is"""
+    """Writes the mask decoder: codes [B, 16] int64, row by row -> mask [B, 64, 64], above 0 where the object is."""
     codes = g.input("codes", ["batch", GRID * GRID], np.int64)
     x = g.op("Gather", g.weight("_vq_vae._embedding"), codes, axis=0)
     x = g.op("Reshape", g.op("Transpose", x, perm=[0, 2, 1]), [0, CODE_WIDTH, GRID, GRID])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training code's npz under the hub's names: parameters stacked over layers and shaped for einsum, sliced while reading.
+"""The reader of the training code's npz: parameters stacked over layers and shaped for einsum, sliced into the hub's tensors.
 
-The names and axes are those of big_vision (models/vit.py, models/ppp/gemma.py); what they become is what transformers'
-convert_paligemma_weights_to_hf.py and convert_paligemma2_weights_to_hf.py make of them.
+Names and axes are those of big_vision (models/vit.py, models/ppp/gemma.py), their counterparts on the hub those of
+transformers' convert_paligemma_weights_to_hf.py and convert_paligemma2_weights_to_hf.py.
 """
 
 import math
@@ -20,9 +20,10 @@ from pgxport.models.safetensors import BFLOAT16, DTYPES, Tensor, listed, opened,
 from pgxport.models.spec import TEXT
 from pgxport.models.weights import EMBEDDING
 
-# Published name, parameter, axes. Left of the arrow what is stored, right of it what we give: a comma parts the axes, letters
-# without one merge. L is the layer and a digit one of two things that are stacked. D: width, F: mlp, N: query heads,
-# K: key/value heads, H: head dim, V: vocabulary, P: patches, and a patch is Y × X pixels of C colours. (LM, the other width: M.)
+# Published name, parameter, axes. The stored axes are left of the arrow, the published ones right of it: a comma separates
+# two axes, letters without one merge. L is the layer, a digit the index into two stacked parameters. D: width, F: mlp,
+# N: query heads, K: key/value heads, H: head dim, V: vocabulary, P: patches, each of Y × X pixels of C colours; M: the
+# decoder's width where D is the encoder's.
 VISION = (
     ("vision_tower.vision_model.embeddings.patch_embedding.weight", "img/embedding/kernel", "YXCD->D,C,Y,X"),
     ("vision_tower.vision_model.embeddings.patch_embedding.bias", "img/embedding/bias", "D->D"),
@@ -77,15 +78,15 @@ GEMMA2_LAYER = (
 )
 # Only Gemma 2 has it.
 POST_NORM = "llm/layers/post_attention_norm/scale"
-# What a training checkpoint holds besides the weights.
+# Prefixes of the arrays that a training checkpoint holds besides the weights.
 TRAINING_STATE = ("opt/", "chrono/")
-# <image> has no row in the training code's table: it is the id after the last one (transformers' conversion adds rows for it).
+# The id of <image>, which has no row in the training code's table of 257,152 (transformers' conversion adds one).
 IMAGE_TOKEN = 257152
 
 
 @dataclass(frozen=True)
 class Member:
-    """An array in an npz, at its place in the file."""
+    """An uncompressed array in an npz, from byte `offset` of the file on."""
 
     file: Path
     name: str
@@ -98,12 +99,12 @@ class Member:
         try:
             return np.memmap(self.file, self.dtype, "r", self.offset, self.shape, "F" if self.order == "F" else "C")
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.file}: {shown(self.name)} cannot be mapped any more: {error}") from error
+            raise CheckpointError(f"{self.file}: {shown(self.name)} cannot be mapped into memory: {error}") from error
 
 
 @dataclass(frozen=True)
 class Sliced:
-    """One layer's weight, as the hub shapes it, out of a stacked parameter."""
+    """One layer's weight, in the hub's shape, as a slice of a stacked parameter."""
 
     member: Member
     axes: str
@@ -115,17 +116,17 @@ class Sliced:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        stored, given = self.axes.split("->")
+        stored, published = self.axes.split("->")
         size = dict(zip(stored, self.member.shape, strict=True))
-        return tuple(math.prod(size[axis] for axis in group) for group in given.split(","))
+        return tuple(math.prod(size[axis] for axis in merged) for merged in published.split(","))
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        stored, given = self.axes.split("->")
+        stored, published = self.axes.split("->")
         index = tuple(self.layer if a == "L" else int(a) if a.isdigit() else slice(None) for a in stored)
-        left = [a for a in stored if a != "L" and not a.isdigit()]
-        view = self.member.mapped()[index].transpose([left.index(a) for a in given.replace(",", "")])
-        # Rows that are [N, H] merged: whole heads are copied, and the ends cut off. At most two heads too many.
-        inner = math.prod(view.shape[1 : len(given.split(",")[0])])
+        axes = [a for a in stored if a != "L" and not a.isdigit()]
+        view = self.member.mapped()[index].transpose([axes.index(a) for a in published.replace(",", "")])
+        # Where rows are [N, H] merged, whole heads are copied and the ends cut off: at most two heads too many.
+        inner = math.prod(view.shape[1 : len(published.split(",")[0])])
         first = start // inner
         heads = view[first : -(-stop // inner)].reshape(-1, *self.shape[1:])
         rows = np.array(heads[start - first * inner : stop - first * inner], order="C")
@@ -134,17 +135,17 @@ class Sliced:
 
 
 def read_npz(file: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-    """The tensors of a training checkpoint by their published names, and its parameters' shapes. Reads no weight.
+    """Returns a training checkpoint's tensors by their published names, and its parameters' shapes; reads no weight.
 
     Raises:
-        CheckpointError: it is not sound, is compressed, or is not the training code's PaliGemma.
+        CheckpointError: the file is not sound, is compressed, or is not a PaliGemma of the training code.
     """
     members: dict[str, Member] = {}
     for name, member in _members(file).items():
         # The fine-tuning notebook of big_vision saves without `params/`.
         key = name.removeprefix("params/")
         if key in members:
-            raise CheckpointError(f"{file}: {shown(key)} is there twice, with and without params/")
+            raise CheckpointError(f"{file}: holds {shown(key)} twice, with and without params/")
         if not key.startswith(TRAINING_STATE):
             members[key] = member
     shapes = {key: member.shape for key, member in members.items()}
@@ -152,39 +153,44 @@ def read_npz(file: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]
 
 
 def layout(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, tuple[str, str, int]]:
-    """Published name -> parameter, axes and layer, for these parameters."""
+    """Returns the parameter, axes and layer of each tensor by its published name.
+
+    Raises:
+        CheckpointError: a parameter is missing, unknown or of an unexpected shape.
+    """
     if not any(key.startswith("llm/") for key in shapes) or not any(key.startswith("img/") for key in shapes):
         raise CheckpointError(
             f"{file}: holds {listed(sorted(shapes)) or 'nothing'}, and no params/img/… and params/llm/…; "
             f"this npz is not a PaliGemma of the training code"
         )
     text_layer = GEMMA2_LAYER if POST_NORM in shapes else GEMMA1_LAYER
-    known = {key: axes for _, key, axes in (*VISION, *VISION_LAYER, *TEXT_MODEL, *text_layer)}
-    if missing := sorted(known.keys() - shapes.keys()):
-        raise CheckpointError(f"{file}: {listed(missing)} missing; it is incomplete, or no PaliGemma of the training code")
-    if strange := sorted(shapes.keys() - known.keys()):
-        raise CheckpointError(f"{file}: {listed(strange)}: pgx does not know this parameter, and would not use it")
-    for key, axes in known.items():
+    expected = {key: axes for _, key, axes in (*VISION, *VISION_LAYER, *TEXT_MODEL, *text_layer)}
+    if missing := sorted(expected.keys() - shapes.keys()):
+        raise CheckpointError(f"{file}: {listed(missing)} missing; give a complete PaliGemma of the training code")
+    if unknown := sorted(shapes.keys() - expected.keys()):
+        raise CheckpointError(f"{file}: {listed(unknown)}: pgx does not know this parameter, and would not use it")
+    for key, axes in expected.items():
         stored, shape = axes.split("->")[0], shapes[key]
-        # A digit is an axis of two things, but for the position embedding's batch axis of one.
+        # A digit is an axis of two stacked parameters, except the position embedding's batch axis of one.
         stacked = 1 if key == "img/pos_embedding" else 2
         if len(shape) != len(stored) or any(n != stacked for a, n in zip(stored, shape, strict=True) if a.isdigit()):
-            raise CheckpointError(f"{file}: {shown(key)} has the shape {list(shape)}; expected are the axes {' '.join(stored)}")
+            raise CheckpointError(f"{file}: {shown(key)} has the shape {list(shape)}, not the axes {' '.join(stored)}")
     tables = {name: (key, axes, 0) for name, key, axes in (*VISION, *TEXT_MODEL)}
     for prefix, rows in (("vision_tower.vision_model.encoder.layers", VISION_LAYER), ("language_model.model.layers", text_layer)):
         depths = {shapes[key][0] for _, key, _ in rows}
         if len(depths) != 1:
-            raise CheckpointError(f"{file}: the parameters of {prefix} are stacked {sorted(depths)} deep, and should be alike")
+            raise CheckpointError(f"{file}: the parameters of {prefix} have {sorted(depths)} layers, and not all the same number")
         for i in range(depths.pop()):
             tables |= {f"{prefix}.{i}.{name}": (key, axes, i) for name, key, axes in rows}
     return tables
 
 
 def config_of(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, Any]:
-    """The config.json that the hub would have for parameters of these shapes.
+    """Returns the config.json that the hub would have for parameters of these shapes.
 
     Raises:
-        CheckpointError: shapes do not say it all. Gemma 2's attention scale is not one of them, and is known for published sizes.
+        CheckpointError: the shapes do not determine it. Those of a Gemma 2 do not give its attention scale, which pgx
+            knows for the published sizes alone.
     """
     patch, _, _, width = shapes["img/embedding/kernel"]
     _, patches, _ = shapes["img/pos_embedding"]
@@ -215,7 +221,7 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, An
 
 
 def _text_config(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, Any]:
-    """The decoder's part of config.json."""
+    """Returns the decoder's part of config.json."""
     vocab, width = shapes["llm/embedder/input_embedding"]
     depth, heads, _, head_dim = shapes["llm/layers/attn/q_einsum/w"]
     kv_heads, mlp = shapes["llm/layers/attn/kv_einsum/w"][2], shapes["llm/layers/mlp/linear"][1]
@@ -252,9 +258,7 @@ def _members(file: Path) -> dict[str, Member]:
                 entries = archive.infolist()
         # zipfile and numpy's header parser raise a dozen kinds of error on damaged bytes, MemoryError and RecursionError too.
         except Exception as error:
-            raise CheckpointError(
-                f"{file}: not a sound npz: {error}; the download was cut short or damaged, fetch it again"
-            ) from error
+            raise CheckpointError(f"{file}: not a sound npz: {error}; fetch it again") from error
         end = 0
         for entry in sorted(entries, key=lambda e: e.header_offset):
             name = entry.filename.removesuffix(".npy")
@@ -265,7 +269,7 @@ def _members(file: Path) -> dict[str, Member]:
                     f"(not savez_compressed), which takes as much disk as the weights"
                 )
             if entry.header_offset < end:
-                raise CheckpointError(f"{where} overlaps the member before it; the file is damaged, fetch it again")
+                raise CheckpointError(f"{where} overlaps the array before it; the file is damaged, fetch it again")
             f.seek(entry.header_offset)
             local = read_exactly(f, 30, file)
             if local[:4] != b"PK\x03\x04":
@@ -273,12 +277,12 @@ def _members(file: Path) -> dict[str, Member]:
             begin = entry.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
             end = begin + entry.file_size
             if entry.file_size != entry.compress_size or end > size:
-                raise CheckpointError(f"{where} ends beyond the file; it is truncated or damaged, fetch it again")
+                raise CheckpointError(f"{where} ends beyond the file's {size:,} bytes; fetch the file again")
             if name in members:
-                raise CheckpointError(f"{where} is there twice")
+                raise CheckpointError(f"{where} stands twice in the file")
             f.seek(begin)
             try:
-                # Later versions are for longer headers, which no plain array has, and would be read whole whatever they claim.
+                # Later versions are for headers of over 64 KB, which no plain array has and numpy would read whole.
                 if (version := npy.read_magic(f)) != (1, 0):
                     raise ValueError(f"npy version {version}")
                 shape, fortran, dtype = npy.read_array_header_1_0(f)
@@ -292,7 +296,7 @@ def _members(file: Path) -> dict[str, Member]:
 
 
 def _dtype(dtype: np.dtype[Any], where: str) -> np.dtype[Any]:
-    # numpy has no bfloat16 and saves it as two bytes without a meaning; transformers' conversion reads them the same way.
+    # numpy has no bfloat16 and saves it as two opaque bytes; transformers' conversion reads them the same way.
     if dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None and dtype.subdtype is None:
         return BFLOAT16
     if dtype not in (DTYPES["F32"], DTYPES["F16"]):

@@ -6,9 +6,9 @@ from pgxport.models.spec import ModelSpec
 
 
 def projector(g: Writer, spec: ModelSpec) -> None:
-    """image_hidden [B, image tokens, vision width] -> image_features [B, image tokens, H]
+    """Writes the projector: image_hidden [B, image tokens, vision width] -> image_features [B, image tokens, H].
 
-    Unlike token embeddings they are not scaled by the root of the width.
+    Image features, unlike token embeddings, are not multiplied by √H.
     """
     x = g.input("image_hidden", ["batch", spec.image_tokens, spec.vision.width])
     with g.scope("multi_modal_projector"):

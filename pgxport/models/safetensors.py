@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read safetensors files: the header strictly, the tensors in row blocks.
+"""The reader of safetensors files: it parses the header strictly and reads tensors in row blocks.
 
-Knows no model. Accepts nothing that the safetensors library rejects, which tests/models/test_safetensors.py compares.
+Knows no model. Accepts nothing that the safetensors library rejects; tests/models/test_safetensors.py compares the two.
 """
 
 import json
@@ -19,15 +19,15 @@ from pgxport.errors import CheckpointError, DiskError
 
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BFLOAT16}
-# An infinity and a NaN have all bits of the exponent set. numpy's isfinite runs at 1.4 GB/s on 16-bit floats, this at 6
-# (and isfinite at 18 on float32).
+# Infinities and NaNs have all bits of the exponent set. Comparing these bits runs at 6 GB/s on 16-bit floats, numpy's
+# isfinite at 1.4 (and at 18 on float32).
 EXPONENTS = {DTYPES["F16"]: np.uint16(0x7C00), BFLOAT16: np.uint16(0x7F80)}
-# The library allows 100 MB. A PaliGemma's header takes 0.2 MB, and parsing JSON costs some twenty times its size in memory.
+# The library allows 100 MB. A PaliGemma's header takes 0.2 MB, and parsing JSON takes about twenty times its size in memory.
 MAX_JSON = 16 << 20
 
 
 class Tensor(Protocol):
-    """A weight somewhere on disk."""
+    """A weight on disk, in whatever layout."""
 
     @property
     def dtype(self) -> np.dtype[Any]: ...
@@ -36,13 +36,13 @@ class Tensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop along axis 0, read now."""
+        """Reads rows start..stop along axis 0."""
         ...
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor whose rows lie one after the other in a file."""
+    """A tensor whose rows lie one after the other in a file, from byte `offset` on."""
 
     file: Path
     name: str
@@ -53,21 +53,26 @@ class Stored:
     def rows(self, start: int, stop: int) -> np.ndarray:
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
         # As bytes, since the buffer protocol does not know bfloat16.
-        left = rows.reshape(-1).view(np.uint8).data
+        unread = rows.reshape(-1).view(np.uint8).data
         with opened(self.file) as f:
             f.seek(self.offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize)
-            while left:
-                count = f.readinto(left)  # type: ignore[attr-defined]  # unbuffered, so that no second copy is made
+            while unread:
+                count = f.readinto(unread)  # type: ignore[attr-defined]  # unbuffered, so that no second copy is made
                 if not count:
                     raise CheckpointError(f"{self.file}: ends within {shown(self.name)}; the file shrank after it was opened")
-                left = left[count:]
+                unread = unread[count:]
         refuse_non_finite(rows, start, self.name, self.file)
         return rows
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[BinaryIO]:
-    """Open a regular file for reading, or say which one could not be read and why."""
+    """Opens a regular file for reading.
+
+    Raises:
+        CheckpointError: there is no such regular file.
+        DiskError: the file cannot be read.
+    """
     try:
         # Opening a FIFO would wait for ever.
         if not file.is_file():
@@ -79,7 +84,7 @@ def opened(file: Path) -> Iterator[BinaryIO]:
 
 
 def shown(name: str) -> str:
-    """A name from a file as it may be printed: quoted, escaped, and not endless.
+    """Returns a name from a file as it may be printed: quoted, escaped, and cut after 200 characters.
 
     >>> shown("a" * 300)[-6:], shown("\\x1b[2J")
     ("aa'...", "'\\\\x1b[2J'")
@@ -88,7 +93,7 @@ def shown(name: str) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """At most five names, then a count.
+    """Returns at most five names, then the count of the others.
 
     >>> listed(list("abcdefg"))
     "'a', 'b', 'c', 'd', 'e' and 2 more"
@@ -98,19 +103,19 @@ def listed(names: list[str]) -> str:
 
 
 def refuse_non_finite(rows: np.ndarray, start: int, name: str, file: Path) -> None:
-    """Raise if a value is infinite or not a number; `start` is where these rows begin in the tensor."""
+    """Raises CheckpointError if a value is infinite or not a number; `start` is the first row's place in the tensor."""
     exponent = EXPONENTS.get(rows.dtype)
     finite = np.isfinite(rows) if exponent is None else (rows.view(np.uint16) & exponent) != exponent
     if not finite.all():
         at = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise CheckpointError(
-            f"{file}: {shown(name)} holds {rows[at]} at {[at[0] + start, *at[1:]]}, which is no weight; "
-            f"the file is damaged or its training diverged: fetch it again, or take another checkpoint"
+            f"{file}: {shown(name)} holds {rows[at]} at {[at[0] + start, *at[1:]]}, and weights are finite; "
+            f"fetch the file again, or take another checkpoint"
         )
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, parsed strictly."""
+    """Reads the object in a JSON file, parsed strictly (see `parse_json`)."""
     with opened(file) as f:
         size = file.stat().st_size
         if size > MAX_JSON:
@@ -119,18 +124,18 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, where: Path) -> dict[str, Any]:
-    """The JSON object in `data`; duplicate keys, NaN and anything outside UTF-8 are errors that name the file."""
+    """Parses a JSON object; duplicate keys, NaN and anything outside UTF-8 raise a CheckpointError that names `where`."""
     try:
         value = json.loads(data.decode(), object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not sound JSON: {error}; the file is damaged, fetch it again") from error
+        raise CheckpointError(f"{where}: not sound JSON: {error}; fetch the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: holds a JSON {type(value).__name__}, not an object")
     return value
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name, in the order of their bytes. Reads no weight.
+    """Returns the tensors of a safetensors file by name, in the order of their bytes, without reading one.
 
     Raises:
         CheckpointError: the file is not sound, or holds something that is not a float weight.
@@ -138,11 +143,11 @@ def read_header(file: Path) -> dict[str, Stored]:
     with opened(file) as f:
         size = file.stat().st_size
         if size < 8:
-            raise CheckpointError(f"{file}: {size} bytes are no safetensors file; it is truncated, fetch it again")
+            raise CheckpointError(f"{file}: {size} bytes are no safetensors file (truncated before its header); fetch it again")
         length = int.from_bytes(read_exactly(f, 8, file), "little")
         if length > size - 8:
             raise CheckpointError(
-                f"{file}: the header claims {length:,} bytes of a file of {size:,}; it is truncated or not safetensors"
+                f"{file}: the header claims {length:,} bytes of a file of {size:,}, which is truncated or not safetensors"
             )
         if length > MAX_JSON:
             raise CheckpointError(f"{file}: a header of {length:,} bytes; a PaliGemma's takes less than {MAX_JSON:,}")
@@ -159,7 +164,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     for name, (dtype, shape, (start, stop)) in sorted(spans.items(), key=lambda item: item[1][2]):
         if start != end:
             fault = (
-                f"overlaps what is before it by {end - start:,}"
+                f"overlaps the tensor before it by {end - start:,}"
                 if start < end
                 else f"leaves a hole of {start - end:,} before it,"
             )
@@ -168,25 +173,25 @@ def read_header(file: Path) -> dict[str, Stored]:
         end = stop
     if (missing := 8 + length + end - size) != 0:
         last = f", where {shown(next(reversed(tensors)))} ends" if tensors else ""
-        fault = f"{missing:,} bytes are missing" if missing > 0 else f"{-missing:,} bytes too many"
-        raise CheckpointError(f"{file}: {fault} at its end{last}; the download was cut short or damaged, fetch it again")
+        fault = f"truncated, {missing:,} bytes are missing" if missing > 0 else f"{-missing:,} bytes too many"
+        raise CheckpointError(f"{file}: {fault} at its end{last}; fetch it again")
     return tensors
 
 
 def read_exactly(f: BinaryIO, count: int, file: Path) -> bytes:
     data = bytearray()
     while len(data) < count:
-        more = f.read(count - len(data))
-        if not more:
-            raise CheckpointError(f"{file}: ends {count - len(data):,} bytes too early; it is truncated, fetch it again")
-        data += more
+        part = f.read(count - len(data))
+        if not part:
+            raise CheckpointError(f"{file}: is truncated, {count - len(data):,} bytes are missing; fetch it again")
+        data += part
     return bytes(data)
 
 
 def _span(file: Path, name: str, entry: object) -> tuple[np.dtype[Any], tuple[int, ...], tuple[int, int]]:
     where = f"{file}: {shown(name)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where} is not described by dtype, shape and data_offsets; the header is damaged")
+        raise CheckpointError(f"{where} is not described by dtype, shape and data_offsets, as safetensors asks; fetch it again")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise CheckpointError(
@@ -206,7 +211,7 @@ def _span(file: Path, name: str, entry: object) -> tuple[np.dtype[Any], tuple[in
 
 
 def _whole(values: object) -> bool:
-    """Whether this is a list of numbers that fit the library's 64 bits."""
+    """Returns whether `values` is a list of integers that fit the library's 64 bits."""
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 64 for value in values)
 
 
@@ -214,7 +219,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for key, value in pairs:
         if key in keys:
-            raise ValueError(f"{shown(key)} stands there twice")
+            raise ValueError(f"{shown(key)} stands twice in one object")
         # A lone surrogate can be written as an escape; it is not text, and no other reader accepts it.
         key.encode()
         if isinstance(value, str):

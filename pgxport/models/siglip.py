@@ -6,7 +6,7 @@ from pgxport.models.spec import ModelSpec, VisionSpec
 
 
 def vision_encoder(g: Writer, spec: ModelSpec) -> None:
-    """pixel_values [B, 3, R, R] in [-1, 1] -> image_hidden [B, image tokens, vision width]"""
+    """Writes the vision encoder: pixel_values [B, 3, R, R] in [-1, 1] -> image_hidden [B, image tokens, vision width]."""
     v = spec.vision
     x = g.input("pixel_values", ["batch", 3, v.resolution, v.resolution])
     with g.scope("vision_tower.vision_model"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a PaliGemma is: frozen dataclasses, and the table of published sizes.
+"""The sizes and constants of a PaliGemma as frozen dataclasses, and the table of the published models.
 
 >>> published("paligemma2", "3b", 448).image_tokens
 1024
@@ -12,24 +12,25 @@ from pgxport.errors import UsageError
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """The SigLIP encoder. Defaults are So400m/14, which every published PaliGemma has."""
+    """Sizes of the SigLIP encoder. The defaults are So400m/14's, which every published PaliGemma has."""
 
-    resolution: int
+    resolution: int  # of the square image, in pixels
     width: int = 1152
     depth: int = 27
     heads: int = 16
     mlp: int = 4304
-    patch: int = 14
+    patch: int = 14  # the side of a square patch, in pixels
     eps: float = 1e-6
 
     @property
     def image_tokens(self) -> int:
+        """Number of patches of an image, each of which becomes one token."""
         return (self.resolution // self.patch) ** 2
 
 
 @dataclass(frozen=True)
 class TextSpec:
-    """The Gemma decoder; `post_norms` and the caps are what sets Gemma 2 apart."""
+    """Sizes and constants of the Gemma decoder. Gemma 2 differs in `post_norms`, the soft caps and the local layers."""
 
     width: int
     depth: int
@@ -44,18 +45,20 @@ class TextSpec:
     post_norms: bool = False
     attn_softcap: float | None = None
     logit_softcap: float | None = None
-    window: int | None = None  # tokens a generated token sees in the local layers
+    window: int | None = None  # how many tokens a generated token sees in the local layers; None: all
     local_layers: tuple[int, ...] = ()
     residual_divisor: float = 1.0  # a power of two that keeps the residual stream inside float16's range; see `shrunk`
 
     @property
     def embed_scale(self) -> float:
-        """Gemma multiplies token embeddings, and not image features, by the root of the width."""
+        """Factor of the token embeddings, but not of image features: √width, over the residual divisor."""
         return self.width**0.5 / self.residual_divisor
 
 
 @dataclass(frozen=True)
 class ModelSpec:
+    """One PaliGemma: its family ("paligemma" or "paligemma2"), its vision encoder and its decoder."""
+
     family: str
     vision: VisionSpec
     text: TextSpec
@@ -98,30 +101,33 @@ SIZES = ("tiny", "3b", "10b", "28b")
 
 
 def published(family: str, size: str, resolution: int) -> ModelSpec:
-    """The spec of a published checkpoint.
+    """Returns the spec of a published checkpoint.
 
     Raises:
-        UsageError: nothing of that family, size and resolution was published.
+        UsageError: no checkpoint of that family, size and resolution was published.
     """
     if (family, size) not in TEXT:
-        there = ", ".join(f"{f} {s}" for f, s in TEXT)
-        raise UsageError(f"no {family} of size {size!r} was published; there are: {there}")
+        sizes = ", ".join(f"{f} {s}" for f, s in TEXT)
+        raise UsageError(f"no {family} of size {size!r} was published; the published ones are: {sizes}")
     if resolution not in RESOLUTIONS:
         raise UsageError(f"no {family} {size} at {resolution} px was published; choose --res {', '.join(map(str, RESOLUTIONS))}")
     return ModelSpec(family, VisionSpec(resolution), TEXT[family, size])
 
 
 def without_window(spec: ModelSpec) -> ModelSpec:
-    """The same model as the training code computes it, in which generated tokens see the whole prefix in every layer."""
+    """Returns the model as the training code computes it: generated tokens see the whole prefix in every layer."""
     return replace(spec, text=replace(spec.text, window=None, local_layers=()))
 
 
 def shrunk(spec: ModelSpec, divisor: float) -> ModelSpec:
-    """The same model with its residual stream divided by a power of two.
+    """Returns the model with its residual stream divided by a power of two, so that float16 does not overflow.
 
-    What enters the stream is divided (embeddings, image features, each layer's two contributions), and RMSNorm undoes it where the
-    stream is read: rms(x / s) is rms(x) / s once eps is divided by s². With a power of two every number is the old one with
-    another exponent, so nothing is lost, and float16 does not overflow.
+    Embeddings, image features and each layer's two contributions are divided as they enter the stream. RMSNorm
+    undoes the division where it reads the stream: rms(x / s) = rms(x) / s once eps is divided by s². Dividing by a
+    power of two changes only exponents, so nothing is lost.
+
+    Raises:
+        UsageError: `divisor` is not a power of two.
     """
     if divisor < 1 or divisor != 2 ** (int(divisor).bit_length() - 1):
         raise UsageError(f"the residual stream can be divided by a power of two, not by {divisor}")

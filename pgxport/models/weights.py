@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every weight of a PaliGemma: its name on the hub, what later writers call it, and its shape."""
+"""The names and shapes of a PaliGemma's weights: as they were published, and as later programs call them."""
 
 from math import prod
 
@@ -10,8 +10,8 @@ Shapes = dict[str, tuple[int, ...]]
 EMBEDDING = "language_model.model.embed_tokens.weight"
 LM_HEAD = "language_model.lm_head.weight"
 
-# transformers 4.52 and later hold the towers under `model.`. 5.x drops `vision_model.` besides, and its save_pretrained
-# turns the rest back into the published names unless it is told not to (save_original_format=False).
+# transformers 4.52 and later hold the towers under `model.`. 5.x also drops `vision_model.`; its save_pretrained
+# turns the other names back into the published ones, unless it is called with save_original_format=False.
 RENAMED = (
     ("model.language_model.", "language_model.model."),
     ("model.vision_tower.", "vision_tower."),
@@ -23,14 +23,14 @@ ENCODER = "vision_tower.vision_model."
 
 
 def weight_shapes(spec: ModelSpec) -> Shapes:
-    """Name -> shape of every tensor; matrices are [out, in]."""
+    """Returns the shape of every tensor by its published name; matrices are [out, in]."""
     h = spec.text.width
     projector: Shapes = {"multi_modal_projector.linear.weight": (h, spec.vision.width), "multi_modal_projector.linear.bias": (h,)}
     return _vision(spec.vision) | projector | _text(spec.text)
 
 
 def parameters(spec: ModelSpec) -> int:
-    """How many numbers the checkpoint holds; the tied output matrix counts once."""
+    """Returns the number of parameters of a checkpoint; the tied output matrix counts once."""
     return sum(prod(shape) for shape in weight_shapes(spec).values())
 
 
@@ -75,16 +75,16 @@ def _text(t: TextSpec) -> Shapes:
 
 
 def canonical(name: str) -> str:
-    """The published name of a tensor; a name that no writer of PaliGemma uses comes back as it is.
+    """Returns the published name of a tensor; a name that is none of a PaliGemma's comes back unchanged.
 
     >>> canonical("model.language_model.layers.0.self_attn.q_proj.weight")
     'language_model.model.layers.0.self_attn.q_proj.weight'
     >>> canonical("model.vision_tower.post_layernorm.bias"), canonical("multi_modal_projector.linear.bias")
     ('vision_tower.vision_model.post_layernorm.bias', 'multi_modal_projector.linear.bias')
     """
-    for theirs, published in RENAMED:
-        if name.startswith(theirs):
-            name = published + name.removeprefix(theirs)
+    for later, published in RENAMED:
+        if name.startswith(later):
+            name = published + name.removeprefix(later)
             break
     if name.startswith(TOWER) and not name.startswith(ENCODER):
         name = ENCODER + name.removeprefix(TOWER)
