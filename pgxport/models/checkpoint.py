@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint on disk: its tensors by their published names, in row blocks, whatever layout they are stored in.
 
-The only door to weights. Opening reads headers alone. A checkpoint remembers which tensors were read, so that an export
-can refuse to drop one in silence.
+The only door to weights. Opening reads headers alone. A checkpoint remembers
+which tensors were read, so that an export can refuse to drop one in silence.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -277,7 +277,8 @@ def _why_no_weights(folder: Path) -> str:
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
-# Size of a row block in float32. The export holds a few; larger ones leave the processor's cache, at half the speed.
+# Size of a row block in float32. The export holds a few;
+# larger ones leave the processor's cache, at half the speed.
 BLOCK_BYTES = 4 << 20
 
 

@@ -51,7 +51,8 @@ def read_config(config: Mapping[str, Any], *, local_window: bool = True) -> Mode
 
 
 def _gemma_text(text: Mapping[str, Any], *, gemma2: bool) -> TextSpec:
-    # The defaults are those of transformers' GemmaConfig and Gemma2Config: published configs leave most fields out.
+    # The defaults are those of transformers' GemmaConfig and
+    # Gemma2Config: published configs leave most fields out.
     depth = _int(text, "num_hidden_layers", 26 if gemma2 else 28)
     spec = TextSpec(
         width=_int(text, "hidden_size", 2304 if gemma2 else 3072),

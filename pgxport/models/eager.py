@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model functions, run in numpy: the same functions that write a graph compute it, layer by layer.
 
-Holds a few row blocks of weights, whatever the model's size. The export measures activation ranges and parity with it.
+Holds a few row blocks of weights, whatever the model's size.
+The export measures activation ranges and parity with it.
 """
 
 import math
@@ -164,7 +165,8 @@ class Eager:
     def _gelu(self, x: np.ndarray, approximate: str) -> np.ndarray:
         assert approximate == "tanh"
         y = np.empty(x.shape, np.float32)
-        # A few tokens at a time: an MLP's activations are the largest arrays here, and GELU makes several of their size.
+        # A few tokens at a time: an MLP's activations are the
+        # largest arrays here, and GELU makes several of their size.
         for start, stop in row_blocks(x.shape[1], 4 * x.shape[0] * x.shape[2]):
             part = x[:, start:stop].astype(np.float32)
             inner = np.float32(math.sqrt(2 / math.pi)) * (part + np.float32(0.044715) * part * part * part)

@@ -12,7 +12,8 @@ TOKEN_TABLE = "language_model.model.embed_tokens.weight"  # the embedding, and b
 def decoder_step(g: Writer, spec: ModelSpec) -> None:
     """Writes the decoder: inputs_embeds [B, T, H] -> logits of the last token [B, 1, V].
 
-    `inputs_embeds` are image features, then scaled token embeddings. `g.cached_attention` keeps the keys and values.
+    `inputs_embeds` are image features, then scaled token
+    embeddings. `g.cached_attention` keeps the keys and values.
     """
     t = spec.text
     x = g.input("inputs_embeds", ["batch", "tokens", t.width])
@@ -27,7 +28,8 @@ def decoder_step(g: Writer, spec: ModelSpec) -> None:
 
 
 def block(g: Writer, x: Value, layer: int, t: TextSpec) -> Value:
-    # Gemma 1 adds a branch's last product to the stream, Gemma 2 norms it first; whichever is last divides by the divisor.
+    # Gemma 1 adds a branch's last product to the stream, Gemma 2
+    # norms it first; whichever is last divides by the divisor.
     gain = 1 / t.residual_divisor
     h = attention(g, stream_norm(g, x, "input_layernorm", t), layer, t, gain=1.0 if t.post_norms else gain)
     if t.post_norms:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers that both towers are made of, and the `Writer` interface that they write to.
 
-Axis letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads, D head width, H hidden width.
+Axis letters: B batch, T query tokens, S key tokens, N query
+heads, K key/value heads, D head width, H hidden width.
 """
 
 from collections.abc import Callable

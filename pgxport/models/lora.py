@@ -30,9 +30,11 @@ IRRELEVANT = (
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
     "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "task_type",
 )  # fmt: skip
-# The initializations of A and B that leave the base weights alone; pissa, olora, loftq, corda and lora_ga change them.
+# The initializations of A and B that leave the base weights
+# alone; pissa, olora, loftq, corda and lora_ga change them.
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-# rank_pattern and alpha_pattern are regular expressions for PEFT. A stranger's are not run here: one can take for ever.
+# rank_pattern and alpha_pattern are regular expressions for
+# PEFT. A stranger's are not run here: one can take for ever.
 REGEX = frozenset("\\^$*+?{}[]|()")
 
 
@@ -183,7 +185,8 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
         raise CheckpointError(
             f"{file}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base weights too; {MERGE_FIRST}"
         )
-    # Any other field that is switched on may change the arithmetic: DoRA, QALoRA, lora_bias, layer_replication, …
+    # Any other field that is switched on may change the
+    # arithmetic: DoRA, QALoRA, lora_bias, layer_replication, …
     if unknown := sorted(k for k, v in config.items() if v and k not in HONOURED and k not in IRRELEVANT):
         raise CheckpointError(
             f"{file}: {unknown[0]} is {shown(str(config[unknown[0]]))}, which pgx does not merge; {MERGE_FIRST}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reader of the training code's npz: parameters stacked over layers and shaped for einsum, sliced into the hub's tensors.
 
-Names and axes are those of big_vision (models/vit.py, models/ppp/gemma.py), their counterparts on the hub those of
-transformers' convert_paligemma_weights_to_hf.py and convert_paligemma2_weights_to_hf.py.
+Names and axes are those of big_vision (models/vit.py, models/ppp/gemma.py), their counterparts on the
+hub those of transformers' convert_paligemma_weights_to_hf.py and convert_paligemma2_weights_to_hf.py.
 """
 
 import math
@@ -20,10 +20,10 @@ from pgxport.models.safetensors import BFLOAT16, DTYPES, Tensor, listed, opened,
 from pgxport.models.spec import TEXT
 from pgxport.models.weights import EMBEDDING
 
-# Published name, parameter, axes. The stored axes are left of the arrow, the published ones right of it: a comma separates
-# two axes, letters without one merge. L is the layer, a digit the index into two stacked parameters. D: width, F: mlp,
-# N: query heads, K: key/value heads, H: head dim, V: vocabulary, P: patches, each of Y × X pixels of C colours; M: the
-# decoder's width where D is the encoder's.
+# Published name, parameter, axes. The stored axes are left of the arrow, the published ones right of
+# it: a comma separates two axes, letters without one merge. L is the layer, a digit the index into two
+# stacked parameters. D: width, F: mlp, N: query heads, K: key/value heads, H: head dim, V: vocabulary,
+# P: patches, each of Y × X pixels of C colours; M: the decoder's width where D is the encoder's.
 VISION = (
     ("vision_tower.vision_model.embeddings.patch_embedding.weight", "img/embedding/kernel", "YXCD->D,C,Y,X"),
     ("vision_tower.vision_model.embeddings.patch_embedding.bias", "img/embedding/bias", "D->D"),
@@ -80,7 +80,8 @@ GEMMA2_LAYER = (
 POST_NORM = "llm/layers/post_attention_norm/scale"
 # Prefixes of the arrays that a training checkpoint holds besides the weights.
 TRAINING_STATE = ("opt/", "chrono/")
-# The id of <image>, which has no row in the training code's table of 257,152 (transformers' conversion adds one).
+# The id of <image>, which has no row in the training code's
+# table of 257,152 (transformers' conversion adds one).
 IMAGE_TOKEN = 257152
 
 
@@ -125,7 +126,8 @@ class Sliced:
         index = tuple(self.layer if a == "L" else int(a) if a.isdigit() else slice(None) for a in stored)
         axes = [a for a in stored if a != "L" and not a.isdigit()]
         view = self.member.mapped()[index].transpose([axes.index(a) for a in published.replace(",", "")])
-        # Where rows are [N, H] merged, whole heads are copied and the ends cut off: at most two heads too many.
+        # Where rows are [N, H] merged, whole heads are copied
+        # and the ends cut off: at most two heads too many.
         inner = math.prod(view.shape[1 : len(published.split(",")[0])])
         first = start // inner
         heads = view[first : -(-stop // inner)].reshape(-1, *self.shape[1:])
@@ -256,7 +258,8 @@ def _members(file: Path) -> dict[str, Member]:
         try:
             with zipfile.ZipFile(f) as archive:
                 entries = archive.infolist()
-        # zipfile and numpy's header parser raise a dozen kinds of error on damaged bytes, MemoryError and RecursionError too.
+        # zipfile and numpy's header parser raise a dozen kinds of
+        # error on damaged bytes, MemoryError and RecursionError too.
         except Exception as error:
             raise CheckpointError(f"{file}: not a sound npz: {error}; fetch it again") from error
         end = 0
@@ -282,7 +285,8 @@ def _members(file: Path) -> dict[str, Member]:
                 raise CheckpointError(f"{where} stands twice in the file")
             f.seek(begin)
             try:
-                # Later versions are for headers of over 64 KB, which no plain array has and numpy would read whole.
+                # Later versions are for headers of over 64 KB, which
+                # no plain array has and numpy would read whole.
                 if (version := npy.read_magic(f)) != (1, 0):
                     raise ValueError(f"npy version {version}")
                 shape, fortran, dtype = npy.read_array_header_1_0(f)
@@ -296,7 +300,8 @@ def _members(file: Path) -> dict[str, Member]:
 
 
 def _dtype(dtype: np.dtype[Any], where: str) -> np.dtype[Any]:
-    # numpy has no bfloat16 and saves it as two opaque bytes; transformers' conversion reads them the same way.
+    # numpy has no bfloat16 and saves it as two opaque bytes;
+    # transformers' conversion reads them the same way.
     if dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None and dtype.subdtype is None:
         return BFLOAT16
     if dtype not in (DTYPES["F32"], DTYPES["F16"]):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reader of safetensors files: it parses the header strictly and reads tensors in row blocks.
 
-Knows no model. Accepts nothing that the safetensors library rejects; tests/models/test_safetensors.py compares the two.
+Knows no model. Accepts nothing that the safetensors library
+rejects; tests/models/test_safetensors.py compares the two.
 """
 
 import json
@@ -19,10 +20,11 @@ from pgxport.errors import CheckpointError, DiskError
 
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BFLOAT16}
-# Infinities and NaNs have all bits of the exponent set. Comparing these bits runs at 6 GB/s on 16-bit floats, numpy's
-# isfinite at 1.4 (and at 18 on float32).
+# Infinities and NaNs have all bits of the exponent set. Comparing these bits runs
+# at 6 GB/s on 16-bit floats, numpy's isfinite at 1.4 (and at 18 on float32).
 EXPONENTS = {DTYPES["F16"]: np.uint16(0x7C00), BFLOAT16: np.uint16(0x7F80)}
-# The library allows 100 MB. A PaliGemma's header takes 0.2 MB, and parsing JSON takes about twenty times its size in memory.
+# The library allows 100 MB. A PaliGemma's header takes 0.2 MB,
+# and parsing JSON takes about twenty times its size in memory.
 MAX_JSON = 16 << 20
 
 

@@ -122,9 +122,9 @@ def without_window(spec: ModelSpec) -> ModelSpec:
 def shrunk(spec: ModelSpec, divisor: float) -> ModelSpec:
     """Returns the model with its residual stream divided by a power of two, so that float16 does not overflow.
 
-    Embeddings, image features and each layer's two contributions are divided as they enter the stream. RMSNorm
-    undoes the division where it reads the stream: rms(x / s) = rms(x) / s once eps is divided by s². Dividing by a
-    power of two changes only exponents, so nothing is lost.
+    Embeddings, image features and each layer's two contributions are divided as they enter the
+    stream. RMSNorm undoes the division where it reads the stream: rms(x / s) = rms(x) / s once
+    eps is divided by s². Dividing by a power of two changes only exponents, so nothing is lost.
 
     Raises:
         UsageError: `divisor` is not a power of two.

@@ -10,8 +10,9 @@ Shapes = dict[str, tuple[int, ...]]
 EMBEDDING = "language_model.model.embed_tokens.weight"
 LM_HEAD = "language_model.lm_head.weight"
 
-# transformers 4.52 and later hold the towers under `model.`. 5.x also drops `vision_model.`; its save_pretrained
-# turns the other names back into the published ones, unless it is called with save_original_format=False.
+# transformers 4.52 and later hold the towers under `model.`. 5.x also drops
+# `vision_model.`; its save_pretrained turns the other names back into the
+# published ones, unless it is called with save_original_format=False.
 RENAMED = (
     ("model.language_model.", "language_model.model."),
     ("model.vision_tower.", "vision_tower."),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw seeded scenes of coloured shapes and printed signs, and ask PaliGemma's questions about them.
 
-Knows no model: numpy and Pillow in, pictures with questions and true answers out. The tiny checkpoint is trained,
-calibrated and tested on the three disjoint splits of this generator.
+Knows no model: numpy and Pillow in, pictures with questions and true answers out. The tiny
+checkpoint is trained, calibrated and tested on the three disjoint splits of this generator.
 
 >>> scene = draw("test", 0)
 >>> scene.image.size
@@ -23,7 +23,8 @@ SIZE = 224  # pixels a side; the processor resizes it to the model's resolution
 SPLITS = {"train": 0, "calibration": 1, "test": 2}
 TASKS = ("caption", "ocr", "answer", "detect", "segment")
 
-# Centre of each colour in HSV (hue in degrees, saturation, value); jittered by less than half the distance to a neighbour.
+# Centre of each colour in HSV (hue in degrees, saturation,
+# value); jittered by less than half the distance to a neighbour.
 COLOURS = {
     "red": (0, 0.9, 0.85),
     "orange": (30, 0.95, 1.0),
@@ -155,7 +156,7 @@ def locations(box: tuple[float, float, float, float], size: float = SIZE) -> str
     return "".join(f"<loc{min(1023, round(v / size * 1024)):04d}>" for v in box)
 
 
-# What is asked -------------------------------------------------------------------------------------------------------
+# What is asked ----------------------------------------------------------------------------------------------
 
 
 def _answers(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -221,7 +222,7 @@ def _pick(rng: np.random.Generator, options: Sequence[Any]) -> Any:
     return options[int(rng.integers(len(options)))] if options else None
 
 
-# What is drawn -------------------------------------------------------------------------------------------------------
+# What is drawn ----------------------------------------------------------------------------------------------
 
 
 def _try_scene(rng: np.random.Generator) -> Scene | None:
