@@ -5,8 +5,9 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+# Patterns are compiled by `re` when they are first used: `pgx --help` needs none.
 # CSI and OSC sequences first, or their letters stay; then other controls, and marks that reorder a line.
-CONTROL = re.compile(
+CONTROL = (
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?"
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -18,7 +19,7 @@ def terminal_safe(text: str) -> str:
     >>> terminal_safe("a \\x1b[31mred\\x1b[0m cat")
     'a red cat'
     """
-    return CONTROL.sub("", text)
+    return re.sub(CONTROL, "", text)
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
@@ -84,10 +85,10 @@ def table(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:
 
 
 # Markdown's characters anywhere, those at the beginning of a block, and those that make an address of a text.
-SPECIAL = re.compile(r"([\\`*_\[\]|~$@]|^[#+=-]|(?<=^[0-9])[.)]|:(?=//)|(?<=www)\.)")
+SPECIAL = r"([\\`*_\[\]|~$@]|^[#+=-]|(?<=^[0-9])[.)]|:(?=//)|(?<=www)\.)"
 # Characters that JSON leaves as they are in a string, and YAML does not print.
-UNPRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
-LONE = re.compile("[\ud800-\udfff]")  # half of a character, which UTF-8 cannot encode
+UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]"
+LONE = "[\ud800-\udfff]"  # half of a character, which UTF-8 cannot encode
 
 Plain = str | int | float | Sequence["Plain"] | Mapping[str, "Plain"]
 
@@ -100,7 +101,7 @@ def markdown(text: str) -> str:
     """
     plain = " ".join(terminal_safe(text).split())
     escaped = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return SPECIAL.sub(r"\\\1", escaped)
+    return re.sub(SPECIAL, r"\\\1", escaped)
 
 
 def yaml(value: Plain, indent: int = 0) -> str:
@@ -135,5 +136,5 @@ def _scalar(value: str | int | float) -> str:
         number = repr(value)
         # Without a point YAML 1.1 takes 1e-07 for text.
         return number if "." in number else number.replace("e", ".0e")
-    text = json.dumps(LONE.sub("\ufffd", value) if isinstance(value, str) else value, ensure_ascii=False)
-    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    text = json.dumps(re.sub(LONE, "\ufffd", value) if isinstance(value, str) else value, ensure_ascii=False)
+    return re.sub(UNPRINTABLE, lambda match: f"\\u{ord(match[0]):04x}", text)

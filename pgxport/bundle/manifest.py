@@ -76,9 +76,9 @@ class GraphInfo(_Frozen):
 class TokenTable(_Frozen):
     """The embedding [vocab, width], row by row in a file of its own; a looked-up row is multiplied by `scale`.
 
-    Quantized values have scales, at `scales_offset` of the same file, one for each `group` of a row's numbers, and stand at its
-    beginning: with a group bytes around 128 or pairs of 4 bits around 8, the lower half first, the last group filled up; without
-    one, int8 and one scale a row.
+    Quantized values have scales, at `scales_offset` of the same file, one for each `group` of a
+    row's numbers, and stand at its beginning: with a group bytes around 128 or pairs of 4 bits
+    around 8, the lower half first, the last group filled up; without one, int8 and one scale a row.
     """
 
     file: FileName
@@ -123,9 +123,10 @@ class TokenTable(_Frozen):
 class Cache(_Frozen):
     """The KV cache: for each layer a key and a value buffer.
 
-    kind "shared": past and present are one buffer [batch, kv_heads, capacity, head_dim], which a node of ONNX Runtime appends to;
-    "update": the same shape, which TensorScatter writes into; "delta": [batch, capacity, kv_heads, head_dim], which the graph only
-    reads: it gives the new rows [batch, tokens, kv_heads, head_dim], and the runner copies them in.
+    kind "shared": past and present are one buffer [batch, kv_heads, capacity, head_dim],
+    which a node of ONNX Runtime appends to; "update": the same shape, which TensorScatter
+    writes into; "delta": [batch, capacity, kv_heads, head_dim], which the graph only reads:
+    it gives the new rows [batch, tokens, kv_heads, head_dim], and the runner copies them in.
     """
 
     kind: CacheKind = "shared"
@@ -184,7 +185,8 @@ class Manifest(_Frozen):
     format_version: Literal[1] = 1
     name: str
     family: str
-    # The limits are far beyond any PaliGemma: what a stranger's manifest can make a runner allocate ends there.
+    # The limits are far beyond any PaliGemma: what a stranger's
+    # manifest can make a runner allocate ends there.
     resolution: int = Field(gt=0, le=4096)
     image_tokens: int = Field(gt=0, le=1 << 16)
     context_length: int = Field(gt=0, le=1 << 20)  # the longest prefix and answer together

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Open a bundle, and verify it before an engine sees it.
 
-Every file is listed, is a plain file inside the folder, and has its size and sha256; every graph reads and writes what runners rely
-on, and its weights lie in these files.
+Every file is listed, is a plain file inside the folder, and has its size and sha256;
+every graph reads and writes what runners rely on, and its weights lie in these files.
 """
 
 import hashlib

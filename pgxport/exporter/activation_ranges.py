@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How large the numbers of a model become, measured on calibration scenes, and the divisor that float16 needs.
 
-One pass in float32 over the checkpoint, layer by layer: a few row blocks of weights in memory, whatever the model's size.
+One pass in float32 over the checkpoint, layer by layer: a few
+row blocks of weights in memory, whatever the model's size.
 """
 
 import math
@@ -26,7 +27,8 @@ FLOAT16_MAX = 65504.0
 # Other pictures may give larger numbers than the few that were measured.
 HEADROOM = 8.0
 SCENES = 2
-# What a float16 engine holds in float16 and no divisor reaches; squares, variances and scores are summed in float32.
+# What a float16 engine holds in float16 and no divisor reaches;
+# squares, variances and scores are summed in float32.
 HELD = ("vision residual", "MLP product", "linear output")
 # What an Eager shows besides, for calib/: each is counted as what it was made by.
 ELSEWHERE = ("linear input", "cache key", "cache value")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The calibration file: what the inputs of every linear look like on samples, written once and read by any later export.
 
-Laid out as safetensors (docs/calibration.md). A second moment is read when it is asked for, and no two are held at once.
+Laid out as safetensors (docs/calibration.md). A second moment
+is read when it is asked for, and no two are held at once.
 """
 
 import hashlib

@@ -105,7 +105,7 @@ class GraphBuilder:
         self._weights: dict[str, ir.Value] = {}
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
 
-    # Names -------------------------------------------------------------------------------------------------------
+    # Names --------------------------------------------------------------------------------------------------
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -116,7 +116,7 @@ class GraphBuilder:
     def path(self, name: str) -> str:
         return ".".join([*self._scope, name])
 
-    # Values ------------------------------------------------------------------------------------------------------
+    # Values -------------------------------------------------------------------------------------------------
 
     def input(self, name: str, shape: Sequence[int | str], dtype: Any = None) -> ir.Value:
         """An input of the graph. Without a dtype it is activations: float32 outside, cast to what the graph computes in."""
@@ -142,8 +142,8 @@ class GraphBuilder:
     def constant(self, value: Any, dtype: Any = None, name: str = "") -> ir.Value:
         """A number or short list that is part of the architecture, not of the checkpoint.
 
-        Python's floats become activations, and its integers int64; numpy's stay what they are. Equal ones are stored once,
-        but for those with a name: what is measured should not decide how large a graph is.
+        Python's floats become activations, and its integers int64; numpy's stay what they are. Equal ones
+        are stored once, but for those with a name: what is measured should not decide how large a graph is.
         """
         if dtype is None and not isinstance(value, np.generic | np.ndarray):
             dtype = self.dtype if np.asarray(value).dtype.kind == "f" else np.int64
@@ -216,7 +216,8 @@ class GraphBuilder:
         """The type of a matrix's scales."""
         if layout in self.target.wide_scales:
             return np.dtype(np.float32)
-        # In groups of 32, scales in float32 would be a fifth of all bytes. What float16 rounds is a hundredth of a step.
+        # In groups of 32, scales in float32 would be a fifth of
+        # all bytes. What float16 rounds is a hundredth of a step.
         return np.dtype(np.float16) if scheme.bits == 4 and self.target.short_scales else self.dtype
 
     def activation_range(self, w: QuantizedMatrix) -> tuple[float, float]:
@@ -257,8 +258,9 @@ class GraphBuilder:
     def initializer(self, lazy: LazyTensor) -> ir.Value:
         """A lazy tensor as an initializer: its bytes are written later, into the graph's data file.
 
-        It belongs to the branch that is being written, if there is one: without VNNI, ONNX Runtime (1.32) makes integer products exact
-        where the weights are the graph's own, and not where a branch reads them from the graph around it.
+        It belongs to the branch that is being written, if there is one: without
+        VNNI, ONNX Runtime (1.32) makes integer products exact where the weights are
+        the graph's own, and not where a branch reads them from the graph around it.
         """
         if lazy.name in self.lazy_tensors:
             return self._initializers[lazy.name]
@@ -271,7 +273,7 @@ class GraphBuilder:
         self._initializers[lazy.name] = value
         return value
 
-    # The file ----------------------------------------------------------------------------------------------------
+    # The file -----------------------------------------------------------------------------------------------
 
     def serialize(self, places: Mapping[str, Place]) -> bytes:
         """The .onnx file, its large weights pointing at (file, offset, length) beside it."""
@@ -286,7 +288,7 @@ class GraphBuilder:
     def info(self) -> GraphInfo:
         return GraphInfo(file=f"{self.name}.onnx", inputs=_tensors(self.graph.inputs), outputs=_tensors(self.graph.outputs))
 
-    # Operators ---------------------------------------------------------------------------------------------------
+    # Operators ----------------------------------------------------------------------------------------------
 
     def op(self, kind: str, *inputs: Any, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
         """Append a node; Python numbers and lists among its inputs become constants."""

@@ -56,8 +56,8 @@ def write_graphs(
 def _floats(recipe: Recipe) -> Recipe:
     """What a recipe does with all that no rule names: the mask decoder is a small model of another kind.
 
-    It stays in float32 where the rest is bfloat16: ConvTranspose knows it neither in ONNX Runtime on a GPU (1.31.1) nor in
-    TensorRT-RTX (1.7.1), which parses it and fails to build.
+    It stays in float32 where the rest is bfloat16: ConvTranspose knows it neither in ONNX
+    Runtime on a GPU (1.31.1) nor in TensorRT-RTX (1.7.1), which parses it and fails to build.
     """
     last = recipe.rules[-1]
     dtype = "float32" if last.scheme.dtype == "bfloat16" else last.scheme.dtype

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a Scheme meets ONNX Runtime: the operators that multiply by a weight, those that norm, and those that attend.
 
-`lower_standard.py` has the same functions in standard operators. Everything else in a graph is the same for every engine.
+`lower_standard.py` has the same functions in standard operators.
+Everything else in a graph is the same for every engine.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Val
     if g.phase == "prefill":
         return integer_product(g, x, g.copied(path, "columns", PREFILL, prefix_copy(path), gain))
     if scheme.bits is None:
-        # FusedMatMul reads [out, in] as the checkpoint has it: nothing is transposed while writing, and the token table serves
-        # lookup and output from the same bytes. (A Transpose node would be folded into a second copy in memory.)
+        # FusedMatMul reads [out, in] as the checkpoint has it: nothing is transposed
+        # while writing, and the token table serves lookup and output from the same
+        # bytes. (A Transpose node would be folded into a second copy in memory.)
         return g.op("FusedMatMul", x, g.tensor(path, times(gain)), domain="com.microsoft", transB=1)
     if scheme.activations == "float":
         return grouped_product(g, x, g.quantized_matrix(path, "blocks", gain))
@@ -69,8 +71,9 @@ def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
 def two_pass_lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
     """The same in two passes (as SVD-softmax, Shim et al., 2017): every token in 4 bits, and the likeliest once more, from the table.
 
-    A step reads half the bytes, and the table's rows are all that the graph and the lookup share, so that it stays on the disk but for
-    some pages. What the candidates are of each other is not touched by the 4 bits; those of the others are a little off.
+    A step reads half the bytes, and the table's rows are all that the graph and the
+    lookup share, so that it stays on the disk but for some pages. What the candidates are
+    of each other is not touched by the 4 bits; those of the others are a little off.
     """
     scheme = g.recipe.scheme(path)
     table = g.quantized_matrix(path, "blocks" if scheme.activations == "float" else "rows")
@@ -247,8 +250,8 @@ def _cache(g: GraphBuilder, layer: int, text: TextSpec) -> LayerCache:
 def fused_attention(g: GraphBuilder, qkv: Sequence[ir.Value], cache: LayerCache, text: TextSpec) -> list[ir.Value]:
     """Attention and the new cache by one GroupQueryAttention: [out [B, T, N*D], keys, values].
 
-    `causal` 0 is the whole prefix rule: a prefix sees itself both ways, and a single new token sees everything before it. Input
-    `local_bias` hides what lies outside the window of a new token.
+    `causal` 0 is the whole prefix rule: a prefix sees itself both ways, and a single new token sees
+    everything before it. Input `local_bias` hides what lies outside the window of a new token.
     """
     inner = cache.inner(g)
     rounding = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"} if cache.scales else {}
@@ -278,9 +281,9 @@ def fused_attention(g: GraphBuilder, qkv: Sequence[ir.Value], cache: LayerCache,
 def prefix_attention(g: GraphBuilder, qkv: Sequence[ir.Value], cache: LayerCache, text: TextSpec) -> list[ir.Value]:
     """The same for a prefix, decomposed: every token sees every other, and the cache is empty before.
 
-    On a CPU the fused kernel, whose softcap is slow, takes 1.5 to 2 times as long. One head at a time: the scores of one head of
-    1,040 tokens stay in the CPU's cache, and those of 4,112 tokens take 68 MB. A prefix attends to its keys and values as the cache
-    holds them, rounded; the fused kernel does, too.
+    On a CPU the fused kernel, whose softcap is slow, takes 1.5 to 2 times as long. One head at a time:
+    the scores of one head of 1,040 tokens stay in the CPU's cache, and those of 4,112 tokens take 68 MB.
+    A prefix attends to its keys and values as the cache holds them, rounded; the fused kernel does, too.
     """
     groups, cap = text.heads // text.kv_heads, text.attn_softcap or 1.0
     q, k = (_rotated(g, x, count, text) for x, count in zip(qkv, (text.heads, text.kv_heads), strict=False))
@@ -325,7 +328,8 @@ def _stored(g: GraphBuilder, x: ir.Value, scale: ir.Value | None) -> tuple[ir.Va
         stored = g.cast(x, g.dtype, g.cache_dtype)
         return stored, g.cast(stored, g.cache_dtype, g.dtype)
     steps = g.op("Reshape", scale, [-1])
-    # QuantizeLinear with a scale for each channel of the last axis took 57 ms for 1,040 tokens of 1,024; nothing here takes 3.
+    # QuantizeLinear with a scale for each channel of the last axis
+    # took 57 ms for 1,040 tokens of 1,024; nothing here takes 3.
     stored = g.op("QuantizeLinear", g.op("Div", x, steps), np.float32(1), np.int8(0))
     return stored, g.op("Mul", g.op("Cast", stored, to=int(ir.DataType.from_numpy(g.dtype))), steps)
 

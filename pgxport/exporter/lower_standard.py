@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a Scheme meets TensorRT: the same functions as in `lower_onnxruntime.py`, in standard operators alone.
 
-TensorRT takes precision from the graph: casts, and QuantizeLinear and DequantizeLinear around what it shall multiply in fewer bits.
-Norms, softmax and logits are in float32 in graphs of half precision; products are not.
+TensorRT takes precision from the graph: casts, and QuantizeLinear and
+DequantizeLinear around what it shall multiply in fewer bits. Norms, softmax
+and logits are in float32 in graphs of half precision; products are not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
     from pgxport.exporter.graph import GraphBuilder
 
-# A score that no softmax sees, and that float16 holds: its exponential is 0 beside that of any score within 104 of 0 in float32.
+# A score that no softmax sees, and that float16 holds: its exponential
+# is 0 beside that of any score within 104 of 0 in float32.
 HIDDEN = np.float32(-30000)
 FLOAT32 = np.dtype(np.float32)
 END = 2**31 - 1
@@ -33,7 +35,8 @@ def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Val
     """x [..., in] times the checkpoint's matrix [out, in] -> [..., out]"""
     scheme = g.recipe.scheme(path)
     if scheme.bits is None:
-        # As the checkpoint has it: nothing is transposed while writing, and an engine with two profiles holds less of it twice.
+        # As the checkpoint has it: nothing is transposed while writing,
+        # and an engine with two profiles holds less of it twice.
         return g.op("MatMul", x, _transposed(g, g.tensor(path, times(gain))))
     if scheme.activations == "static":
         x = rounded_activations(g, x, path)

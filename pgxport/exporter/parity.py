@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What rounding cost: a bundle's files, read back, against the checkpoint, on scenes that calibration does not use.
 
-Both are run in numpy, for an export needs no engine and holds a few row blocks of weights. What the bundle rounds while it runs
-(activations, the KV cache) is rounded here as well; what an engine adds of its own is measured by `pgx report`.
+Both are run in numpy, for an export needs no engine and holds a few row blocks of
+weights. What the bundle rounds while it runs (activations, the KV cache) is
+rounded here as well; what an engine adds of its own is measured by `pgx report`.
 """
 
 from collections.abc import Mapping, Sequence

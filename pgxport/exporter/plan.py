@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a bundle will take, on disk and in memory, before it is written: no weight is read.
 
-Sizes of files are exact, for the graphs are written by the functions that export them, over a model that has shapes only.
+Sizes of files are exact, for the graphs are written by the
+functions that export them, over a model that has shapes only.
 """
 
 from collections.abc import Mapping

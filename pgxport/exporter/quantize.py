@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantize a matrix, a block of rows at a time: nearest, clipped, or GPTQ; and pack them as engines read them.
 
-Knows arrays only: no checkpoint, no recipe, no operators. Axis letters: N rows (output channels), K columns (input channels),
-G groups of columns that share a scale.
+Knows arrays only: no checkpoint, no recipe, no operators. Axis letters: N rows
+(output channels), K columns (input channels), G groups of columns that share a scale.
 """
 
 import math
@@ -14,12 +14,14 @@ import numpy as np
 from pgxport.errors import NumericError
 from pgxport.exporter.stream import FLOAT8
 
-# Below half of its range a group loses more to the values that are cut off than it wins for the others. AWQ searches the same.
+# Below half of its range a group loses more to the values that
+# are cut off than it wins for the others. AWQ searches the same.
 SHRINK = 1 - np.linspace(0, 0.5, 20, endpoint=False, dtype=np.float32)
 TINY = np.finfo(np.float32).tiny
 FACTOR_BLOCK = 512
 DAMPING_TRIES = 4
-# FP8 E4M3 (Micikevicius et al., 2022, arXiv 2209.05433): eight bits with an exponent, as Ada, Hopper and Blackwell multiply them.
+# FP8 E4M3 (Micikevicius et al., 2022, arXiv 2209.05433): eight bits
+# with an exponent, as Ada, Hopper and Blackwell multiply them.
 FLOAT8_LARGEST = np.float32(448)
 
 
@@ -38,7 +40,8 @@ class Grid:
 
     @property
     def lowest(self) -> int:
-        # Kernels that multiply int8 by int8 count on -127 to 127. Of 4 bits the lowest is a sixteenth of all values.
+        # Kernels that multiply int8 by int8 count on -127 to 127.
+        # Of 4 bits the lowest is a sixteenth of all values.
         return 1 if self.symmetric and self.bits == 8 else 0
 
     @property
@@ -132,8 +135,9 @@ def _candidates(groups: np.ndarray, grid: Grid, *, clip: bool) -> Iterator[tuple
     for factor in shrink:
         yield _safe(whole * factor), middle
     if below != above:
-        # The finer one cuts off the largest value by a step if it is positive, the coarser one leaves a value unused. On normal
-        # weights in groups of 32 the three keep 20.7, 20.6 and 20.3 dB, and the best of them for each group 20.9.
+        # The finer one cuts off the largest value by a step if it is positive, the
+        # coarser one leaves a value unused. On normal weights in groups of 32 the
+        # three keep 20.7, 20.6 and 20.3 dB, and the best of them for each group 20.9.
         largest = np.maximum(-low, high)
         yield _safe(largest / below), middle
         yield _safe(largest / above), middle
@@ -156,26 +160,27 @@ def _rounded(w: np.ndarray, scale: np.ndarray, zero: np.ndarray, grid: Grid) -> 
 class Gptq:
     """GPTQ (Frantar et al., 2023, arXiv 2210.17323): columns are rounded one after another, and those left make up for it.
 
-    Prepared once for a matrix, from its inputs' second moment; then quantizes any block of its rows, for rows are independent.
+    Prepared once for a matrix, from its inputs' second moment; then
+    quantizes any block of its rows, for rows are independent.
 
-    The paper gives what is left its update from a Cholesky factor of the inverse Hessian. The same update follows from a factor
-    of the Hessian itself (Chee et al., 2023, arXiv 2307.13304): with H = R Rᵀ, R upper triangular, and δ what rounding
-    changed, δ H δᵀ = Σ_j (R_jj δ_j + Σ_{i<j} R_ij δ_i)², so column j aims at w_j - Σ_{i<j} δ_i R_ij / R_jj. That needs no
-    inverse, which is the part that is delicate in float32.
+    The paper gives what is left its update from a Cholesky factor of the inverse Hessian. The same update
+    follows from a factor of the Hessian itself (Chee et al., 2023, arXiv 2307.13304): with H = R Rᵀ, R upper
+    triangular, and δ what rounding changed, δ H δᵀ = Σ_j (R_jj δ_j + Σ_{i<j} R_ij δ_i)², so column j aims at
+    w_j - Σ_{i<j} δ_i R_ij / R_jj. That needs no inverse, which is the part that is delicate in float32.
     """
 
     def __init__(self, moment: np.ndarray, grid: Grid, *, damping: float = 0.01, order: bool = True, block: int = 128):
         """
         Args:
-            moment: H [K, K], E[x xᵀ] of the inputs or any multiple of it. Kept, and not changed; a float32 copy is made of it.
-            damping: What is added to its diagonal, as a part of the diagonal's mean; ten times that where H is not positive
-                definite, up to three times.
-            order: Round the columns with the largest H_jj first. Groups stay those of neighbouring columns, with scales set
-                beforehand; without it a group's scales are set when its first column's turn comes.
-            block: Columns between updates of the others.
+                    moment: H [K, K], E[x xᵀ] of the inputs or any multiple of it. Kept, and not changed; a float32 copy is made of it.
+                    damping: What is added to its diagonal, as a part of the diagonal's mean; ten times that where H is not positive
+                        definite, up to three times.
+                    order: Round the columns with the largest H_jj first. Groups stay those of neighbouring columns, with scales set
+                        beforehand; without it a group's scales are set when its first column's turn comes.
+                    block: Columns between updates of the others.
 
-        Raises:
-            NumericError: H is not finite, or no damping makes it positive definite.
+                Raises:
+                    NumericError: H is not finite, or no damping makes it positive definite.
         """
         self._moment, self._grid, self._block = moment, grid, block
         diagonal = np.diagonal(moment).astype(np.float64)
@@ -217,7 +222,8 @@ class Gptq:
         Raises:
             ValueError: a weight is infinite or not a number.
         """
-        # As the paper's code does: an input that is always zero multiplies nothing, and should not widen its group's range.
+        # As the paper's code does: an input that is always zero
+        # multiplies nothing, and should not widen its group's range.
         w = np.where(self._dead, np.float32(0), w.astype(np.float32, copy=False))
         roundings = [nearest(w, self._grid, clip=True, importance=self._importance)] if clip else []
         roundings.append(nearest(w, self._grid))
@@ -277,8 +283,8 @@ class Gptq:
 def _factor(h: np.ndarray) -> None:
     """Put R, upper triangular with R Rᵀ = h [K, K], into h's upper triangle.
 
-    numpy's Cholesky would hold three matrices at once, which of the widest MLPs are gigabytes each. This holds h, multiplies in
-    float32 and factors the blocks on the diagonal in float64.
+    numpy's Cholesky would hold three matrices at once, which of the widest MLPs are gigabytes
+    each. This holds h, multiplies in float32 and factors the blocks on the diagonal in float64.
     """
     for stop in range(len(h), 0, -FACTOR_BLOCK):
         start = max(0, stop - FACTOR_BLOCK)

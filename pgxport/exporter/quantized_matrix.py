@@ -40,8 +40,9 @@ class QuantizedMatrix:
 
     Args:
         layout: "blocks", as MatMulNBits reads it: values uint8 [N, G, group_size * bits / 8], scales [N, G];
-            "columns", for integer products: values int8 [K, N], scales [N]; "rows": values int8 or FP8 [N, K], scales [N];
-            "groups", as DequantizeLinear reads blocks of the first axis: values int8 or int4 [K, N], scales [K / group_size, N].
+            "columns", for integer products: values int8 [K, N], scales [N]; "rows": values
+            int8 or FP8 [N, K], scales [N]; "groups", as DequantizeLinear reads blocks of
+            the first axis: values int8 or int4 [K, N], scales [K / group_size, N].
         source: Where the matrix is read from, in row blocks.
         gain: What the product is multiplied by; it goes into the scales.
         dtype: That of the scales.

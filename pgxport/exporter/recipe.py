@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How each weight is stored and multiplied by, as data: ordered rules of pattern and scheme, the first match wins.
 
-Knows no operators and no engine; `targets.py` says what an engine can run, and the files that lower are where the two meet.
+Knows no operators and no engine; `targets.py` says what an
+engine can run, and the files that lower are where the two meet.
 """
 
 from collections.abc import Iterable, Mapping
@@ -38,7 +39,8 @@ class Scheme:
         shortlist: Of the token table: find the likeliest tokens with a copy of it in `SHORTLIST`, and then these tokens' logits with the
             table itself, whose other rows are not read.
         prefill8: Of the decoder's linears: multiply a prefix by a copy in `PREFILL`, which takes less time where processors have
-            integer products; a new token, for which reading the weights is what takes time, by what the rest of the scheme says.
+            integer products; a new token, for which reading the weights
+            is what takes time, by what the rest of the scheme says.
     """
 
     dtype: str = "float32"
@@ -132,18 +134,21 @@ class Recipe:
         return self.cache == "int8" or any(rule.scheme.bits for rule in self.rules)
 
 
-# Gemma's norms multiply by 1 + weight, of which half precision keeps too few digits. They are a few kilobytes a layer.
+# Gemma's norms multiply by 1 + weight, of which half precision
+# keeps too few digits. They are a few kilobytes a layer.
 NORMS = Rule("*norm*", Scheme())
 REST = Rule("*", Scheme("float16"))
 # Patterns of the matrices, in the order of their use; norms come first, for the third would match them.
 TABLE, DECODER = "*.embed_tokens.weight", "language_model.*_proj.weight"
 VISION, PROJECTOR = "vision_tower.*.layers.*.weight", "multi_modal_projector.linear.weight"
-# The copy of the token table that finds the likeliest tokens. With groups of 128 a step takes least; the candidates are computed anew.
+# The copy of the token table that finds the likeliest tokens. With
+# groups of 128 a step takes least; the candidates are computed anew.
 SHORTLIST = Scheme(bits=4, group_size=128)
 # And the copies that prefixes are multiplied by.
 PREFILL = Scheme(bits=8, activations="dynamic")
 VISION_FC2 = "vision_tower.*.fc2.weight"
-# Activations in int8 too: with a scale for each token, or with scales from calibration, which want outliers moved to the weights.
+# Activations in int8 too: with a scale for each token, or with
+# scales from calibration, which want outliers moved to the weights.
 TOKEN = Scheme(bits=8, activations="dynamic")
 STATIC = Scheme(bits=8, activations="static")
 SMOOTH = replace(STATIC, scaling="smoothquant")
@@ -155,8 +160,8 @@ GROUPS_32 = Scheme(bits=4, group_size=32, symmetric=False)
 GROUPS_128 = replace(GROUPS_32, group_size=128)  # these decode fastest
 # Where integer products are fast, the vision encoder has them.
 FAST_VISION = (Rule(VISION, TOKEN), Rule(PROJECTOR, TOKEN), REST)
-# The table alone in 4 bits costs a KL of 0.0047 rounded to nearest, 0.0033 clipped, and 0.0050 by GPTQ (tiny-112), which minimises a
-# norm of all logits, not of those that are likely.
+# The table alone in 4 bits costs a KL of 0.0047 rounded to nearest, 0.0033 clipped, and 0.0050
+# by GPTQ (tiny-112), which minimises a norm of all logits, not of those that are likely.
 SMALL_TABLE = Rule(TABLE, Scheme(bits=4, group_size=32, method="clip"))
 SMALL = replace(GROUPS_32, group_size=64)
 SMALL_REST = (Rule(PROJECTOR, GROUPS_8), REST)
@@ -196,8 +201,9 @@ INT4_SMALL_GPTQ = _recipe(
     Rule(VISION, replace(GROUPS_32, method="gptq")),
     *SMALL_REST,
 )
-# TensorRT multiplies by symmetric weights: of 8 bits with a scale for each row, of 4 in groups; and activations in int8 have the
-# scale of their calibration. The runner looks the table's rows up, so that they are integers in every recipe.
+# TensorRT multiplies by symmetric weights: of 8 bits with a scale for each row,
+# of 4 in groups; and activations in int8 have the scale of their calibration. The
+# runner looks the table's rows up, so that they are integers in every recipe.
 ROWS = Scheme(bits=8)
 ROWS_8 = Rule(TABLE, ROWS)
 FLOAT8 = Scheme(bits=8, format="e4m3", activations="static")
@@ -210,7 +216,8 @@ def _by_name(*recipes: Recipe) -> dict[str, Recipe]:
 
 
 _COMMON = (W8A8, W8A8_STATIC, INT4_GPTQ, INT4_FAST, INT4_FAST_KV8, MIXED, INT4_SMALL, INT4_SMALL_GPTQ, FP8)
-# Target -> name -> recipe. Every target knows every name: a target that cannot run a recipe says which rule it has no kernels for.
+# Target -> name -> recipe. Every target knows every name: a target
+# that cannot run a recipe says which rule it has no kernels for.
 RECIPES: Mapping[str, Mapping[str, Recipe]] = {
     "cpu": _by_name(*FLOATS, INT8, _recipe("int4", TABLE_8, Rule(DECODER, GROUPS_32), *FAST_VISION), *_COMMON),
     "cuda": _by_name(*FLOATS, INT8, _recipe("int4", TABLE_8, Rule(DECODER, GROUPS_32), REST), *_COMMON),

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes as TOML files: read strictly, each mistake named with its rule; written so that reading gives an equal recipe.
 
-Knows no weights and no engine: whether a rule matches anything is `Recipe.check`'s, what can be run is `targets.py`'s.
+Knows no weights and no engine: whether a rule matches anything
+is `Recipe.check`'s, what can be run is `targets.py`'s.
 """
 
 import json

@@ -19,7 +19,8 @@ from pgxport.models.weights import weight_shapes
 
 RATIOS = np.arange(20) / 20  # the grid of AWQ's own search; 0 is no scaling
 SAMPLED_ROWS = 256  # of each matrix, in AWQ's search: 12 s on two cores where K is 9216 and there are second moments
-# The weakest channel counts as at least this part of the strongest: one that calibration did not see is not scaled away.
+# The weakest channel counts as at least this part of the
+# strongest: one that calibration did not see is not scaled away.
 WEAKEST = 1e-4
 
 
@@ -186,8 +187,9 @@ class RescaledStatistics:
     def range(self, path: str, observer: str) -> tuple[float, float]:
         """The range that was measured, times what the largest |x| of all channels changes by.
 
-        That keeps the part of the range that the observer cut off, and how much of it is below zero. It is exact for no observer:
-        a range says nothing about single channels. Calibrating the rescaled checkpoint again does.
+        That keeps the part of the range that the observer cut off, and how much
+        of it is below zero. It is exact for no observer: a range says nothing
+        about single channels. Calibrating the rescaled checkpoint again does.
         """
         low, high = self._statistics.range(path, observer)
         before = float(self._statistics.absmax(path).max())

@@ -25,29 +25,32 @@ from pgxport.models.checkpoint import BLOCK_BYTES, TensorSource
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import ModelSpec
 
-# Python, numpy, onnx_ir and a graph of 46 layers; then blocks of rows on their way: as stored, widened, transformed, narrowed.
-# Measured: 132 to 146 MB for exports of 0.8 GB, with a tokenizer.json of 0.3 MB.
+# Python, numpy, onnx_ir and a graph of 46 layers; then blocks of rows on their way: as stored, widened,
+# transformed, narrowed. Measured: 132 to 146 MB for exports of 0.8 GB, with a tokenizer.json of 0.3 MB.
 EXPORT_BASE, EXPORT_BLOCKS = 125_000_000, 4
 
 
-# Measuring ranges for float16 holds activations in float32: this many of the MLP's width for each token of a scene. Measured:
-# 194 MB with the true widths of PaliGemma 2 3B at 448 px, on one layer.
+# Measuring ranges for float16 holds activations in float32: this many of the MLP's width for each
+# token of a scene. Measured: 194 MB with the true widths of PaliGemma 2 3B at 448 px, on one layer.
 RANGES_BUFFERS = 5.2
 
 
-# What the tokenizer takes once it is parsed: measured with 255,000 pieces and half a million merges, as the published ones have.
+# What the tokenizer takes once it is parsed: measured with 255,000
+# pieces and half a million merges, as the published ones have.
 TOKENIZER_MEMORY, TOKENIZER_FACTOR = 320_000_000, 10
 
 
-# Python, numpy, Pillow and ONNX Runtime on the CPU, measured. On a GPU its libraries and a CUDA context: assumed.
+# Python, numpy, Pillow and ONNX Runtime on the CPU, measured.
+# On a GPU its libraries and a CUDA context: assumed.
 RUN_BASE = {"cpu": 70_000_000}
 
 
 RUN_BASE_GPU = 600_000_000
 
 
-# ONNX Runtime 1.31 on the CPU, in activations of one token: outputs of the MLP's products and its GELU, and some of the
-# stream's width. Measured on 3 to 4 layers at 1,500 and 4,500 tokens: plans of whole runs were 1 to 13 % above.
+# ONNX Runtime 1.31 on the CPU, in activations of one token: outputs of the
+# MLP's products and its GELU, and some of the stream's width. Measured on 3 to
+# 4 layers at 1,500 and 4,500 tokens: plans of whole runs were 1 to 13 % above.
 MLP_BUFFERS, STREAM_BUFFERS, QKV_BUFFERS = 3, 6, 4
 
 
@@ -146,8 +149,9 @@ def one_layer(spec: ModelSpec) -> ModelSpec:
 def _held(tensor: LazyTensor, computed: np.dtype[Any]) -> tuple[int, int]:
     """What an engine holds of a weight once it is loaded, and what more for a moment.
 
-    ONNX Runtime maps the files, and packs what it multiplies by into memory of its own: as large, and what was mapped is let go.
-    A float stored in another type than it is computed in is cast whole before it is packed.
+    ONNX Runtime maps the files, and packs what it multiplies by into memory
+    of its own: as large, and what was mapped is let go. A float stored in
+    another type than it is computed in is cast whole before it is packed.
     """
     if tensor.dtype == computed:
         return tensor.nbytes, 0

@@ -131,10 +131,11 @@ class Target:
         return None
 
 
-# GroupQueryAttention has had `causal` since ONNX Runtime 1.30: one node serves the bidirectional prefix and the decode step.
+# GroupQueryAttention has had `causal` since ONNX Runtime 1.30:
+# one node serves the bidirectional prefix and the decode step.
 _ORT = (("", 23), ("com.microsoft", 1))
-# On a CPU, ONNX Runtime has no bfloat16 products, and widens float16 ones to float32: so half precision is a way to store, and
-# ONNX Runtime widens it once, while loading.
+# On a CPU, ONNX Runtime has no bfloat16 products, and widens float16 ones to float32:
+# so half precision is a way to store, and ONNX Runtime widens it once, while loading.
 CPU = Target(
     "cpu", _ORT, 11, MappingProxyType(dict.fromkeys(("float32", "float16", "bfloat16"), "float32")),
     frozenset({(4, "float"), (8, "float"), (8, "dynamic"), (8, "static")}), frozenset({"float32", "float16", "int8"}),
@@ -143,11 +144,12 @@ CPU = Target(
 CUDA = Target(
     "cuda", _ORT, 11, MappingProxyType({"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}),
     frozenset({(4, "float"), (8, "float")}), frozenset({"float16", "bfloat16", "int8"}),
-    # GroupQueryAttention has no float32 kernel there, and refuses a bias beside an int8 cache when it runs (1.31.1).
+    # GroupQueryAttention has no float32 kernel there, and
+    # refuses a bias beside an int8 cache when it runs (1.31.1).
     frozenset({"float16", "bfloat16"}), biased_int8_cache=False,
 )  # fmt: skip
-# What each version takes: docs/reference/tensorrt-dialect.md, with sources. 4 bits in blocks are of opset 21, which graphs for
-# 10.3 ask for only where they have some.
+# What each version takes: docs/reference/tensorrt-dialect.md, with sources. 4 bits in
+# blocks are of opset 21, which graphs for 10.3 ask for only where they have some.
 _TENSORRT = Target(
     "tensorrt", (("", 24),), 11, MappingProxyType({name: name for name in ("float32", "float16", "bfloat16")}),
     frozenset({(4, "float"), (8, "float"), (8, "static")}), frozenset({"float32", "float16"}),

@@ -12,7 +12,8 @@ from pgxport.files import disk_errors, writing
 from pgxport.runners.outputs import Box, Mask
 from pgxport.text import terminal_safe
 
-# Told apart side by side, on photos, and with the common colour blindnesses: Okabe and Ito's set, brightened, and two more.
+# Told apart side by side, on photos, and with the common colour
+# blindnesses: Okabe and Ito's set, brightened, and two more.
 COLOURS = (
     (255, 176, 0),
     (64, 180, 255),
@@ -48,8 +49,9 @@ def draw(image: Image.Image, boxes: Sequence[Box], masks: Sequence[Mask]) -> Ima
 def _mask(canvas: Image.Image, mask: np.ndarray, colour: tuple[int, int, int], line: int) -> None:
     shape = Image.fromarray(mask.astype(np.uint8) * 255)
     canvas.paste(colour, mask=shape.point(lambda level: level * MASK_OPACITY))
-    # The edge is what tells an object from its surroundings where both have the colour of the mask.
-    # A mean over the neighbourhood is full only inside; it costs the same for any width, a minimum filter its square.
+    # The edge is what tells an object from its surroundings where both have
+    # the colour of the mask. A mean over the neighbourhood is full only
+    # inside; it costs the same for any width, a minimum filter its square.
     inside = shape.filter(ImageFilter.BoxBlur(line)).point(lambda level: 255 * (level == 255))
     canvas.paste(colour, mask=ImageChops.subtract(shape, inside))
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-# The plugins are imported to keep `Image.open` from importing all of them: no EPS, no Ghostscript, no format we never test.
+# The plugins are imported to keep `Image.open` from importing
+# all of them: no EPS, no Ghostscript, no format we never test.
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 
 from pgxport.errors import DiskError, InputError
@@ -18,8 +19,8 @@ MAX_PIXELS = 64_000_000
 # The largest honest file: MAX_PIXELS of uncompressed 16-bit RGBA.
 MAX_BYTES = 8 * MAX_PIXELS
 
-# EXIF tag 0x0112: what undoes it. `ImageOps.exif_transpose` does the same, then rewrites the whole EXIF block, which odd
-# cameras' tags make fail.
+# EXIF tag 0x0112: what undoes it. `ImageOps.exif_transpose` does the same,
+# then rewrites the whole EXIF block, which odd cameras' tags make fail.
 ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,7 +31,8 @@ ORIENTATION = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Grey level -> what the encoder reads, in the reference's order of rounding: × 1/255 in float64, the rest in float32.
+# Grey level -> what the encoder reads, in the reference's
+# order of rounding: × 1/255 in float64, the rest in float32.
 LEVELS = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
 
 
@@ -163,7 +165,8 @@ def _rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         image = Image.fromarray(_eight_bits(values, _white(values, image.mode)))
     if "transparency" in image.info or image.mode.endswith(("A", "a")):
-        # The colour under a transparent pixel is arbitrary. White is what transformers' Pillow backend puts there.
+        # The colour under a transparent pixel is arbitrary.
+        # White is what transformers' Pillow backend puts there.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     rgb = image.convert("RGB")

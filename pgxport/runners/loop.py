@@ -3,7 +3,8 @@
 
 Knows no words and no pixels: embeddings go in, token ids come out.
 
-A prefix of three and two generated tokens; x is seen, and in local layers w hides what is `window` or more behind:
+A prefix of three and two generated tokens; x is seen, and
+in local layers w hides what is `window` or more behind:
 
         prefix    generated
     p   x x x     . .

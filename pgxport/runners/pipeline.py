@@ -155,7 +155,8 @@ class Pipeline:
     def generate(self, prefix: np.ndarray, limit: int) -> Iterator[int]:
         """The likeliest token ids after a prefix [1, T, H], until the end of text or `limit` tokens.
 
-        Each answer has a cache of its own: what an abandoned or failed one left behind is never seen by the next.
+        Each answer has a cache of its own: what an abandoned
+        or failed one left behind is never seen by the next.
         """
         decoder = self.decoder(prefix.shape[1] + limit)
         return generate(decoder, prefix, lambda token: self.embed([token]), eos=self.manifest.token_ids.eos, limit=limit)

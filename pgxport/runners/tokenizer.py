@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn a prompt into the prefix's token ids, and generated ids back into text.
 
-Built by hand rather than by the tokenizer's own template, because a user's text is data: `<image>` typed in it is seven letters.
+Built by hand rather than by the tokenizer's own template, because
+a user's text is data: `<image>` typed in it is seven letters.
 """
 
 import codecs
@@ -85,7 +86,8 @@ class PromptTokenizer:
         if not prompt.strip():
             seen = f"{len(prompt)} blank characters" if prompt else "nothing"
             raise InputError(f"the prompt is empty ({seen}); say what to do with the image, for example 'caption en'")
-        # The newline is tokenized on its own, as in training: appended to the text it would merge with one the user typed.
+        # The newline is tokenized on its own, as in training:
+        # appended to the text it would merge with one the user typed.
         prefix = [self.ids.image] * (image_tokens * images) + [self.ids.bos, *self._text_ids(prompt), self.ids.newline]
         if limit is not None and len(prefix) > limit:
             raise InputError(
@@ -100,7 +102,8 @@ class PromptTokenizer:
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The same text in pieces, as soon as each is certain: a character in several byte tokens comes out whole."""
-        # Not tokenizers' DecodeStream: it turns a whole run of bytes into U+FFFD when only the last character is cut off.
+        # Not tokenizers' DecodeStream: it turns a whole run of
+        # bytes into U+FFFD when only the last character is cut off.
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
             token = self._tokenizer.id_to_token(i)
@@ -123,8 +126,9 @@ class PromptTokenizer:
                 f"the prompt has a lone surrogate, {text[error.start]!r}, at character {error.start}, which is not text; "
                 f"it was probably decoded from bytes that are not UTF-8"
             ) from error
-        # Cut after its first character, a reserved token is two stretches of ordinary text; neither the added tokens nor the
-        # merges can then put it together. `encode_special_tokens` would miss tokens a checkpoint does not flag as special.
+        # Cut after its first character, a reserved token is two stretches of ordinary
+        # text; neither the added tokens nor the merges can then put it together.
+        # `encode_special_tokens` would miss tokens a checkpoint does not flag as special.
         cuts = [0, *(match.start() + 1 for match in self._literal.finditer(text)), len(text)]
         pieces = (text[a:b] for a, b in itertools.pairwise(cuts))
         ids = [i for piece in pieces for i in self._tokenizer.encode(piece, add_special_tokens=False).ids]
@@ -180,7 +184,8 @@ def _stated(config: Mapping[str, Any], *keys: str, token: int | None = None) -> 
 def _added_tokens(tokenizer_json: Path | bytes) -> dict[str, int]:
     """The tokens that tokenizer.json adds to its vocabulary: all that have a meaning of their own.
 
-    They stand at its head. The published file has 35 MB, and to build the whole tokenizer from it takes 300 MB of memory.
+    They stand at its head. The published file has 35 MB, and to
+    build the whole tokenizer from it takes 300 MB of memory.
     """
     name = "tokenizer.json" if isinstance(tokenizer_json, bytes) else str(tokenizer_json)
     data = tokenizer_json if isinstance(tokenizer_json, bytes) else _read(tokenizer_json)
