@@ -114,7 +114,7 @@ class TokenTable(_Frozen):
 
     @property
     def nbytes(self) -> int:
-        """Of the file."""
+        """Bytes of the token table's file."""
         if self.scales_offset is None:
             return self.shape[0] * self.row_bytes
         return self.scales_offset + self.shape[0] * self.groups * ITEM_BYTES[self.scales_dtype or "float32"]
@@ -170,7 +170,7 @@ class Parity(_Frozen):
 
 
 class Provenance(_Frozen):
-    """Where a bundle comes from."""
+    """The origin of a bundle: its checkpoint, calibration and versions."""
 
     checkpoint: str  # a name for people, never a path
     revision: str | None  # the hub's commit, where it comes from the hub
@@ -216,7 +216,7 @@ class Manifest(_Frozen):
         return self
 
     def signatures(self) -> dict[str, tuple[set[str], set[str]]]:
-        """What runners feed to each graph, and what they take from it."""
+        """Returns the inputs that runners feed to each graph, and the outputs they take, by graph."""
         cache = [f"{i}.{part}" for i in range(self.cache.layers) for part in ("key", "value")]
         feeds, takes = {"inputs_embeds"}, {"logits"}
         if self.cache.kind == "shared":
@@ -235,7 +235,7 @@ class Manifest(_Frozen):
 
 
 def parse_manifest(text: bytes, name: str) -> Manifest:
-    """A manifest; `name` is what to call it in messages.
+    """Parses a manifest; messages call it `name`.
 
     Raises:
         IntegrityError: it is none of this format.

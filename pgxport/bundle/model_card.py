@@ -18,7 +18,7 @@ LIBRARY = {"cpu": "onnxruntime", "cuda": "onnxruntime", "tensorrt": "tensorrt"}
 
 @dataclass(frozen=True)
 class CardResults:
-    """What a report says of this bundle."""
+    """The results that a report has of this bundle."""
 
     results: Sequence[Mapping[str, Plain]]  # as the hub's model-index has them
     text: str  # Markdown, escaped
@@ -60,17 +60,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _metadata(m: Manifest, measured: CardResults | None) -> dict[str, Plain]:
-    found: dict[str, Plain] = {"library_name": "pgxport", "pipeline_tag": "image-text-to-text"}
+    metadata: dict[str, Plain] = {"library_name": "pgxport", "pipeline_tag": "image-text-to-text"}
     if m.provenance.license:
-        found["license"] = m.provenance.license
+        metadata["license"] = m.provenance.license
     if m.provenance.repository:
-        found["base_model"] = m.provenance.repository
+        metadata["base_model"] = m.provenance.repository
         if m.parity or {"int4", "int8"} & {dtype for stored in m.stored.values() for dtype in stored}:
-            found["base_model_relation"] = "quantized"
-    found["tags"] = list(dict.fromkeys([m.family, "onnx", LIBRARY.get(m.target, m.target), m.recipe]))
+            metadata["base_model_relation"] = "quantized"
+    metadata["tags"] = list(dict.fromkeys([m.family, "onnx", LIBRARY.get(m.target, m.target), m.recipe]))
     if measured and measured.results:
-        found["model-index"] = [{"name": f"{m.name}, {m.recipe}, for {m.target}", "results": list(measured.results)}]
-    return found
+        metadata["model-index"] = [{"name": f"{m.name}, {m.recipe}, for {m.target}", "results": list(measured.results)}]
+    return metadata
 
 
 def _checkpoint(m: Manifest) -> str:

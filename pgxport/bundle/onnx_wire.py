@@ -100,7 +100,7 @@ def inner(fields: Fields, number: int) -> list[Fields]:
 
 
 def text_of(fields: Fields, number: int) -> str:
-    """A string that is there once at most: of two, readers might not agree on which counts."""
+    """Returns a string field that occurs at most once: readers might disagree about which of two counts."""
     values = fields[number]
     if len(values) > 1:
         raise ValueError(f"a string is there {len(values)} times")

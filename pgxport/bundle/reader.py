@@ -47,9 +47,9 @@ class Bundle:
     def digest(self) -> str:
         """The sha256 of what this bundle computes: of the manifest without the model card, which may be written again."""
         with disk_errors("cannot read", CHECK_DISK, path=self.path):
-            found = json.loads((self.path / MANIFEST).read_bytes())
-        found["files"].pop(CARD, None)
-        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+            manifest = json.loads((self.path / MANIFEST).read_bytes())
+        manifest["files"].pop(CARD, None)
+        return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
     def graph(self, name: str) -> Path:
         return self.path / self.manifest.graphs[name].file
@@ -97,11 +97,11 @@ def _check_files(path: Path, manifest: Manifest) -> None:
 def _plain_size(file: Path) -> int:
     for _ in range(2):  # between the two looks of one round a writer may take its link away
         try:
-            found = file.lstat()
+            status = file.lstat()
         except FileNotFoundError:
             raise IntegrityError(f"{file} is missing; export the bundle again") from None
-        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 + _staged(file, found):
-            return found.st_size
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 + _staged(file, status):
+            return status.st_size
     raise IntegrityError(f"{file} is not a plain file of its own (a link, a pipe or a folder)")
 
 
@@ -135,9 +135,9 @@ def _check_graphs(path: Path, manifest: Manifest) -> None:
         file = path / graph.file
         if file.suffix != ".onnx":  # what an engine does with a file depends on its name
             raise IntegrityError(f"{path}: the graph {name} is called {graph.file!r}, which does not end in .onnx")
-        found = read_signature(file, sizes)
+        signature = read_signature(file, sizes)
         described = tuple({t.name: t.shape for t in tensors} for tensors in (graph.inputs, graph.outputs))
-        if found != described or tuple(map(set, found)) != expected[name]:
+        if signature != described or tuple(map(set, signature)) != expected[name]:
             raise IntegrityError(f"{file} has other inputs or outputs than the manifest and the runners know; export it again")
     width = manifest.token_table.shape[1]
     embeds = {t.name: t.shape for t in manifest.graphs["decoder_step"].inputs}["inputs_embeds"]

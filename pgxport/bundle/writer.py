@@ -81,7 +81,7 @@ class BundleWriter:
             self._folder.publish()
 
     def check_output(self) -> None:
-        """What is at the bundle's name is replaced only if that was asked for, and it is a bundle or an empty folder."""
+        """Raises UsageError unless the bundle's name is free, or holds a bundle or an empty folder that may be replaced."""
         if not os.path.lexists(self.path):
             return
         if not self._overwrite:

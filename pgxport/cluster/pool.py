@@ -313,9 +313,11 @@ class TaskQueue(Generic[Task, Result]):
         if self.workers:
             self.last_worker = now
         elif first or now - self.last_worker > PATIENCE_SECONDS:
-            there = ", ".join(f"{n.name} with {n.resources.get('CPU', 0):g} CPUs" for n in nodes) or "none"
+            nodes_text = ", ".join(f"{n.name} with {n.resources.get('CPU', 0):g} CPUs" for n in nodes) or "none"
             wants = f"{self.size.threads or 'one or more'} CPUs" + (" and a GPU" if self.size.gpu else "")
-            raise EngineError(f"no node of the cluster has room for {wants}; there are: {there}. Add a node, or change --threads")
+            raise EngineError(
+                f"no node of the cluster has room for {wants}; there are: {nodes_text}. Add a node, or change --threads"
+            )
 
     def _start(self, node: Node, number: int, cpus: int) -> None:
         options = {"num_cpus": cpus, "num_gpus": int(self.size.gpu), "max_restarts": 0}

@@ -148,9 +148,9 @@ def _chosen(options: DataOptions, data: Path) -> tuple[str, Rows]:
         )
     if options.format is not None and len(every) == 1:
         return options.format, every[0]  # its records will say what they lack
-    seen = "; ".join(f"{rows.where} has {', '.join(map(repr, list(_first(rows))[:8]))}" for rows in every[:3])
+    columns = "; ".join(f"{rows.where} has {', '.join(map(repr, list(_first(rows))[:8]))}" for rows in every[:3])
     raise UsageError(
-        f"{data}: {seen or 'no JSON, parquet or Arrow file with records'}: no known data set; "
+        f"{data}: {columns or 'no JSON, parquet or Arrow file with records'}: no known data set; "
         f"say which it is with --format {'|'.join(FORMATS)} (report, tune, diff), or give records of 'image', 'prompt' and 'answer'"
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large the numbers of a model become, measured on calibration scenes, and the divisor that float16 needs.
+"""Activation ranges, measured on calibration scenes, and the residual divisor that float16 needs.
 
 One pass in float32 over the checkpoint, layer by layer: a few
 row blocks of weights in memory, whatever the model's size.

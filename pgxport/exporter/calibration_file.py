@@ -31,7 +31,7 @@ AGAIN = "make it again with pgx calibrate"
 
 
 class About(BaseModel):
-    """What a calibration file says about itself."""
+    """Metadata of a calibration file: its model, its samples, and how it was made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -94,8 +94,8 @@ class Calibration:
         if metadata.get("format") != FORMAT:
             raise IntegrityError(f"{path} is a safetensors file, and not one that pgx calibrate wrote; {AGAIN}")
         if metadata.get("format_version") != VERSION:
-            seen = shown(str(metadata.get("format_version")))
-            raise IntegrityError(f"{path} is a calibration file of version {seen}, and this pgx reads {VERSION}; {AGAIN}")
+            version = shown(str(metadata.get("format_version")))
+            raise IntegrityError(f"{path} is a calibration file of version {version}, and this pgx reads {VERSION}; {AGAIN}")
         plain, unsigned = _digests(path, metadata.get("sha256", ""))
         if unsigned != metadata.get("sha256"):
             raise IntegrityError(
@@ -295,9 +295,9 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The strings of a file whose header `read_header` has accepted."""
     with opened(path) as file:
         length = int.from_bytes(read_exactly(file, 8, path), "little")
-        found = parse_json(read_exactly(file, length, path), path).get("__metadata__", {})
-    assert isinstance(found, dict), "Bug: read_header accepted metadata that is no table"
-    return found
+        metadata = parse_json(read_exactly(file, length, path), path).get("__metadata__", {})
+    assert isinstance(metadata, dict), "Bug: read_header accepted metadata that is no table"
+    return metadata
 
 
 def _digests(path: Path, signature: str) -> tuple[str, str]:

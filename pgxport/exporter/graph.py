@@ -119,7 +119,7 @@ class GraphBuilder:
     # Values -------------------------------------------------------------------------------------------------
 
     def input(self, name: str, shape: Sequence[int | str], dtype: Any = None) -> ir.Value:
-        """An input of the graph. Without a dtype it is activations: float32 outside, cast to what the graph computes in."""
+        """Adds an input. Without a dtype it holds activations: float32 outside, cast to the dtype that the graph computes in."""
         if name not in self._inputs:
             value = _value(name, np.dtype(dtype or np.float32), shape)
             self.graph.inputs.append(value)
@@ -127,7 +127,7 @@ class GraphBuilder:
         return self._inputs[name]
 
     def output(self, value: ir.Value, name: str, shape: Sequence[int | str], dtype: Any = None) -> None:
-        """An output of the graph; activations leave it as float32."""
+        """Adds an output; activations leave the graph as float32."""
         if self.results is not None:
             self.results.append(LayerOutput(value, name, shape, dtype))
             return
@@ -140,7 +140,7 @@ class GraphBuilder:
         return value if have == want else self.op("Cast", value, to=int(ir.DataType.from_numpy(want)))
 
     def constant(self, value: Any, dtype: Any = None, name: str = "") -> ir.Value:
-        """A number or short list that is part of the architecture, not of the checkpoint.
+        """Returns a number or short list of the architecture as a constant; the checkpoint has none of these.
 
         Python's floats become activations, and its integers int64; numpy's stay what they are. Equal ones
         are stored once, but for those with a name: what is measured should not decide how large a graph is.
@@ -157,7 +157,7 @@ class GraphBuilder:
         return self._constants[key]
 
     def table(self, name: str, shape: tuple[int, ...], make: Callable[[], np.ndarray], dtype: Any = None) -> ir.Value:
-        """A large constant, worked out when it is written."""
+        """Returns a large constant, which is computed when it is written."""
         kind = np.dtype(dtype or self.dtype)
         return self.inside(self.graph).initializer(LazyTensor(name, kind, shape, lambda: iter([make().astype(kind)])))
 
@@ -182,7 +182,7 @@ class GraphBuilder:
         return self._weights[path]
 
     def inside(self, body: ir.Graph, phase: Phase | None = None) -> GraphBuilder:
-        """The same builder, writing nodes into another body; with a phase, its outputs are results of a layer."""
+        """Returns a view of this builder that writes nodes into another body; with a phase, its outputs are a layer's results."""
         view = copy(self)
         view.body, view.phase = body, phase
         view.results = self.results if phase is None else []
@@ -196,7 +196,7 @@ class GraphBuilder:
         return self.shared["prefill",]
 
     def quantized_matrix(self, path: str, layout: Layout, gain: float = 1.0) -> QuantizedMatrix:
-        """A matrix of the checkpoint, quantized; its parts become initializers by `initializer`."""
+        """Quantizes a matrix of the checkpoint; its parts become initializers by `initializer`."""
         if path not in self.matrices:
             scheme = self.recipe.scheme(path)
             dtype = self._scales(scheme, layout)
@@ -206,7 +206,7 @@ class GraphBuilder:
         return self.matrices[path]
 
     def copied(self, path: str, layout: Layout, scheme: Scheme, name: str, gain: float = 1.0) -> QuantizedMatrix:
-        """The same in another scheme and under another name, beside what the recipe says of it."""
+        """Quantizes a matrix a second time, in another scheme and under another name."""
         source, dtype = Renamed(self.source, name, path), self._scales(scheme, layout)
         self.matrices[name] = QuantizedMatrix(name, source, scheme, layout, gain=gain, dtype=dtype)
         self.copies.add(name)
@@ -256,7 +256,7 @@ class GraphBuilder:
             yield narrow(block if transform is None else transform(block), stored, path)
 
     def initializer(self, lazy: LazyTensor) -> ir.Value:
-        """A lazy tensor as an initializer: its bytes are written later, into the graph's data file.
+        """Adds a lazy tensor as an initializer: its bytes are written later, into the graph's data file.
 
         It belongs to the branch that is being written, if there is one: without
         VNNI, ONNX Runtime (1.32) makes integer products exact where the weights are
@@ -310,7 +310,7 @@ class GraphBuilder:
         return self.op("If", condition, outputs=len(bodies["then_branch"].outputs), **bodies)
 
     def layer(self, x: ir.Value, write: Callable[[GraphBuilder, ir.Value], ir.Value]) -> ir.Value:
-        """A layer, written once; or under an `If`, for a prefix and for a new token, where each has weights of its own."""
+        """Writes a layer once; or twice under an `If`, for a prefix and for a new token, if each has weights of its own."""
         if not any(rule.scheme.prefill8 for rule in self.recipe.rules):
             return write(self, x)
         condition = self.prefill(x)
@@ -368,7 +368,7 @@ class GraphBuilder:
         self._lower.add_greedy_outputs(self)
 
     def output_named(self, name: str) -> ir.Value:
-        """An output of the graph, by its name."""
+        """Returns the output of that name."""
         return next(value for value in self.graph.outputs if value.name == name)
 
     def needs_opset(self, version: int) -> None:
@@ -377,14 +377,14 @@ class GraphBuilder:
 
 
 def _tensors(values: Sequence[ir.Value]) -> tuple[TensorInfo, ...]:
-    found = []
+    infos = []
     for v in values:
         assert v.name, "Bug: an input or output has no name"
         assert v.dtype is not None, f"Bug: {v.name} has no type"
         assert v.shape is not None, f"Bug: {v.name} has no shape"
         shape = tuple(d if isinstance(d, int) else str(d.value) for d in v.shape)
-        found.append(TensorInfo(name=v.name, dtype=v.dtype.numpy().name, shape=shape))
-    return tuple(found)
+        infos.append(TensorInfo(name=v.name, dtype=v.dtype.numpy().name, shape=shape))
+    return tuple(infos)
 
 
 def _unwritten() -> ir.TensorProtocol:

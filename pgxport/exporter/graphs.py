@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All graphs of a bundle together, written over anything that knows the weights' shapes."""
+"""All graphs of a bundle, written from any source that has the weights' shapes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_graphs(
 
 
 def _floats(recipe: Recipe) -> Recipe:
-    """What a recipe does with all that no rule names: the mask decoder is a small model of another kind.
+    """Returns the recipe of the mask decoder: what the last rule says of all other weights, for it is a small model of another kind.
 
     It stays in float32 where the rest is bfloat16: ConvTranspose knows it neither in ONNX
     Runtime on a GPU (1.31.1) nor in TensorRT-RTX (1.7.1), which parses it and fails to build.
@@ -65,7 +65,7 @@ def _floats(recipe: Recipe) -> Recipe:
 
 
 def stored(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, dict[CountedDtype, int]]:
-    """How many weights of each type, by graph, and for the token table."""
+    """Counts the weights of each dtype, by graph, and those of the token table."""
     counts: dict[str, dict[CountedDtype, int]] = {"token_table": {}}
     for g in graphs.values():
         for path, matrix in g.matrices.items():
@@ -90,7 +90,7 @@ def _count(counts: dict[str, dict[CountedDtype, int]], part: str, kind: str, sha
 
 
 def token_table(graphs: dict[str, GraphBuilder], table: DataLayout, spec: ModelSpec) -> TokenTable:
-    """What the manifest says of the table's file."""
+    """Returns the manifest's entry of the token table."""
     matrix = graphs["decoder_step"].matrices.get(TOKEN_TABLE)
     described: dict[str, Any] = {"dtype": table.lazy_tensors[0].dtype.name}
     if matrix is not None:
@@ -118,7 +118,7 @@ def file_sizes(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, 
 
 
 class NoStatistics:
-    """A calibration that has no numbers; a graph has the same size with any."""
+    """A calibration without numbers, for sizes: a graph has the same size with any statistics."""
 
     def range(self, path: str, observer: str) -> tuple[float, float]:
         return -1.0, 1.0
@@ -128,7 +128,7 @@ class NoStatistics:
 
 
 class SpecSource:
-    """A checkpoint that has shapes, and no numbers."""
+    """A checkpoint that has shapes and no values, for sizes."""
 
     def __init__(self, spec: ModelSpec):
         self._shapes = weight_shapes(spec)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a Scheme meets ONNX Runtime: the operators that multiply by a weight, those that norm, and those that attend.
+"""Lowering for ONNX Runtime: the operators that multiply by a weight, normalize and attend.
 
 `lower_standard.py` has the same functions in standard operators.
 Everything else in a graph is the same for every engine.
@@ -69,7 +69,7 @@ def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
 
 
 def two_pass_lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
-    """The same in two passes (as SVD-softmax, Shim et al., 2017): every token in 4 bits, and the likeliest once more, from the table.
+    """Writes the output matrix in two passes (SVD-softmax, Shim et al., 2017): all tokens in 4 bits, the likeliest again from the table.
 
     A step reads half the bytes, and the table's rows are all that the graph and the
     lookup share, so that it stays on the disk but for some pages. What the candidates are
@@ -279,7 +279,7 @@ def fused_attention(g: GraphBuilder, qkv: Sequence[ir.Value], cache: LayerCache,
 
 
 def prefix_attention(g: GraphBuilder, qkv: Sequence[ir.Value], cache: LayerCache, text: TextSpec) -> list[ir.Value]:
-    """The same for a prefix, decomposed: every token sees every other, and the cache is empty before.
+    """Writes the attention of a prefix, decomposed: every token sees every other, and the cache is empty before.
 
     On a CPU the fused kernel, whose softcap is slow, takes 1.5 to 2 times as long. One head at a time:
     the scores of one head of 1,040 tokens stay in the CPU's cache, and those of 4,112 tokens take 68 MB.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a Scheme meets TensorRT: the same functions as in `lower_onnxruntime.py`, in standard operators alone.
+"""Lowering for TensorRT: the functions of `lower_onnxruntime.py`, in standard operators alone.
 
 TensorRT takes precision from the graph: casts, and QuantizeLinear and
 DequantizeLinear around what it shall multiply in fewer bits. Norms, softmax
@@ -57,13 +57,13 @@ def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
 
 
 def rows_product(g: GraphBuilder, path: str, gain: float) -> ir.Value:
-    """A matrix of 8 bits [out, in] with a scale for each row, in floats again: [in, out]"""
+    """Dequantizes an 8-bit matrix [out, in] with a scale for each row to floats [in, out]."""
     w = g.quantized_matrix(path, "rows", gain)
     return _transposed(g, g.op("DequantizeLinear", g.initializer(w.quantized), g.initializer(w.scales), axis=0))
 
 
 def groups_product(g: GraphBuilder, path: str, gain: float) -> ir.Value:
-    """A matrix [in, out] with a scale for each group of input channels, in floats again: the form TensorRT keeps 4 bits in."""
+    """Dequantizes a matrix [in, out] with a scale for each group of input channels: the form in which TensorRT keeps 4 bits."""
     group_size, columns = g.recipe.scheme(path).group_size, g.source.shape(path)[1]
     assert group_size is not None, f"Bug: {path} has no group"
     if columns % group_size:
@@ -141,9 +141,9 @@ def cached_attention(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, *, 
     # What is capped comes divided by the cap.
     q = g.op("Mul", g.op("Transpose", q, perm=[0, 2, 1, 3]), text.query_scale / (cap or 1.0))
     q = g.op("Reshape", q, [0, text.kv_heads, -1, d])
-    seen = _visible(g, layer, text)
+    visible = _visible(g, layer, text)
     attend = _attend_to_delta if g.target.cache_kind == "delta" else _attend_to_update
-    out = attend(g, q, k, v, seen, layer=layer, text=text)
+    out = attend(g, q, k, v, visible, layer=layer, text=text)
     out = g.op("Transpose", g.op("Reshape", out, [0, text.heads, -1, d]), perm=[0, 2, 1, 3])
     return g.op("Reshape", out, [0, 0, text.heads * d])
 
@@ -215,9 +215,9 @@ def _visible(g: GraphBuilder, layer: int, text: TextSpec) -> ir.Value:
     g.input("visible", shape, np.bool_)  # which runners give, whether there is a layer that looks so far or not
     name = "local_visible" if local else "visible"
     if (name,) not in g.shared:
-        seen = g.input(name, shape, np.bool_)
+        visible = g.input(name, shape, np.bool_)
         groups = text.heads // text.kv_heads
-        g.shared[name,] = seen if groups == 1 else g.op("Concat", *[seen] * groups, axis=2)
+        g.shared[name,] = visible if groups == 1 else g.op("Concat", *[visible] * groups, axis=2)
     return g.shared[name,]
 
 
@@ -225,8 +225,8 @@ def _rotated(g: GraphBuilder, x: ir.Value, text: TextSpec) -> ir.Value:
     """x [B, T, N, D] turned by its tokens' positions."""
     cos, sin = (_turn(g, part, text) for part in ("cos", "sin"))
     a, b = g.op("Split", x, axis=-1, num_outputs=2, outputs=2)
-    left = g.op("Sub", g.op("Mul", a, cos), g.op("Mul", b, sin))
-    return g.op("Concat", left, g.op("Add", g.op("Mul", b, cos), g.op("Mul", a, sin)), axis=-1)
+    first_half = g.op("Sub", g.op("Mul", a, cos), g.op("Mul", b, sin))
+    return g.op("Concat", first_half, g.op("Add", g.op("Mul", b, cos), g.op("Mul", a, sin)), axis=-1)
 
 
 def _turn(g: GraphBuilder, part: str, text: TextSpec) -> ir.Value:

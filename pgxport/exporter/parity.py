@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rounding cost: a bundle's files, read back, against the checkpoint, on scenes that calibration does not use.
+"""The cost of rounding: a bundle's files, read back, compared with the checkpoint on scenes that calibration does not use.
 
 Both are run in numpy, for an export needs no engine and holds a few row blocks of
 weights. What the bundle rounds while it runs (activations, the KV cache) is
@@ -34,7 +34,7 @@ FIRST_SCENE = 1 << 20  # beyond what anybody calibrates on
 
 
 class StoredWeights:
-    """What a bundle's files hold, under the checkpoint's names: written, read back, and in float32 again.
+    """The weights in a bundle's files, under the checkpoint's names, read back and dequantized to float32.
 
     Args:
         layouts: By the name of the data file, without its ending.
@@ -74,7 +74,7 @@ class StoredWeights:
 
 @dataclass(frozen=True)
 class EagerModel:
-    """A model to be run in numpy: weights, how large it is, and how a recipe rounds what it computes with."""
+    """A model to run in numpy: its weights, its spec, and the recipe by which its inputs are rounded."""
 
     weights: TensorSource
     spec: ModelSpec
@@ -89,7 +89,7 @@ class EagerModel:
         return teacher_forced_logits(self.weights, self.spec, sample, rounding=self._rounding, writer=_AsStored)
 
     def _rounding(self, kind: str, where: str, x: np.ndarray) -> np.ndarray:
-        """What the engine takes for x."""
+        """Returns x as the engine rounds it."""
         assert self.recipe is not None
         if kind != "linear input":
             return self._cached(kind.removeprefix("cache "), where, x)
@@ -116,7 +116,7 @@ class EagerModel:
         )
 
     def _around_zero(self, where: str, scheme: Scheme, x: np.ndarray) -> np.ndarray:
-        """What QuantizeLinear and DequantizeLinear make of x."""
+        """Returns x after QuantizeLinear and DequantizeLinear."""
         if scheme.activations == "float":
             return x
         assert self.statistics is not None, "Bug: static activations without calibration"
@@ -199,7 +199,7 @@ def _symmetric(x: np.ndarray, largest: np.ndarray) -> np.ndarray:
 
 
 def scene(index: int, spec: ModelSpec, tokenizer: Path, ids: TokenIds) -> TokenizedSample:
-    """A scene of the calibration split with one of its questions, captions and boxes by turns."""
+    """Returns a scene of the calibration split with one of its questions: a caption or boxes, in turn."""
     drawn, words = draw("calibration", index), PromptTokenizer(tokenizer, ids)
     kinds = {q.task: q for q in ask(drawn, index)}
     question = kinds["detect"] if index % 2 and "detect" in kinds else kinds["caption"]

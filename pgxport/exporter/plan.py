@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a bundle will take, on disk and in memory, before it is written: no weight is read.
+"""The size of a bundle on disk and in memory, worked out before it is written, without reading a weight.
 
 Sizes of files are exact, for the graphs are written by the
 functions that export them, over a model that has shapes only.
@@ -50,7 +50,7 @@ class PlanOptions(ModelChoice):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a bundle takes. All sizes are bytes."""
+    """The sizes of a bundle's files and of the memory it needs, in bytes."""
 
     model: str
     family: str
@@ -78,9 +78,9 @@ class Plan:
 
     def fitting(self, board: BoardSpec) -> list[str]:
         """The precisions that fit, the largest first."""
-        there = sorted(self.needs.items(), key=lambda item: -item[1])
+        by_need = sorted(self.needs.items(), key=lambda item: -item[1])
         # Where two need as much, as on a CPU that widens one to the other, the one named first stores more.
-        return [name for name, need in there if need <= board.usable]
+        return [name for name, need in by_need if need <= board.usable]
 
     def compile_memory(self) -> dict[int, int]:
         """Profiles -> what `pgx compile` takes on a board with one memory for CPU and GPU; of TensorRT alone."""
@@ -213,7 +213,7 @@ def runs_on(recipe: Recipe, target: Target) -> bool:
 
 
 def _model(options: PlanOptions) -> tuple[str, TensorSource, ModelSpec, int | None]:
-    """A name for people, what the graphs are written over, the spec, and the bytes of tokenizer.json where it is there."""
+    """Returns the model's name, the source of its shapes, its spec, and the bytes of its tokenizer.json, if it has one."""
     window = options.local_window == "hf"
     if options.checkpoint is None and options.size != "tiny":
         if options.size is None or options.res is None:

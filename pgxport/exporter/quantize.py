@@ -267,7 +267,7 @@ class Gptq:
         )
 
     def _better(self, w: np.ndarray, a: Quantized, b: Quantized) -> Quantized:
-        """Of each row the one with the smaller Hessian error."""
+        """Returns, for each row, the candidate with the smaller Hessian error."""
         p, q = a.dequantized() - w, b.dequantized() - w
         # p H pᵀ - q H qᵀ, with one product where two differences would take two.
         worse = np.einsum("nk,nk->n", (p - q) @ self._moment, p + q) > 0

@@ -96,11 +96,11 @@ class Recipe:
             UsageError: one has not.
         """
         names = list(weights)
-        left = set(names)
+        unmatched = set(names)
         for rule in self.rules:
             if not any(fnmatchcase(name, rule.pattern) for name in names):
                 raise UsageError(f"recipe {self.name!r}: the rule for {rule.pattern!r} matches no weight; mend it or take it out")
-            matched = {name for name in left if fnmatchcase(name, rule.pattern)}
+            matched = {name for name in unmatched if fnmatchcase(name, rule.pattern)}
             if not matched and rule is not self.rules[-1]:
                 raise UsageError(f"recipe {self.name!r}: the rule for {rule.pattern!r} comes after others that match all it does")
             if rule.scheme.shortlist and (others := [name for name in matched if not fnmatchcase(name, TABLE)]):
@@ -113,9 +113,9 @@ class Recipe:
                     f"recipe {self.name!r}: prefill8 is of the decoder's linears, and the rule for {rule.pattern!r} decides for "
                     f"{min(others)}; give {DECODER!r} a rule of its own"
                 )
-            left -= matched
-        if left:
-            self.scheme(min(left))
+            unmatched -= matched
+        if unmatched:
+            self.scheme(min(unmatched))
         linears = {name: self.scheme(name).prefill8 for name in names if fnmatchcase(name, DECODER)}
         if len({*linears.values()}) > 1:
             raise UsageError(

@@ -36,7 +36,7 @@ TYPES = {
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
-    """What a field may hold: the values of a Literal, else types.
+    """Returns the values a field may have: those of a Literal, else types.
 
     >>> _alternatives(Literal[4, 8] | None), _alternatives(bool)
     ((4, 8), (<class 'bool'>,))
@@ -272,9 +272,9 @@ def _parse(path: Path, text: str) -> tuple[_Table, list[_Table]]:
         reason, _, place = str(error).rpartition(" (at ")
         found = re.match(r"line (\d+)", place)
         line = int(found[1]) if found else text.rstrip().count("\n") + 1
-        seen = text.split("\n")[line - 1].strip()
+        text_of_line = text.split("\n")[line - 1].strip()
         raise UsageError(
-            f"{path}, line {line}: {_shown(seen)} is not TOML: {reason}; strings are in quotes, lists in brackets"
+            f"{path}, line {line}: {_shown(text_of_line)} is not TOML: {reason}; strings are in quotes, lists in brackets"
         ) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read as TOML: {error}; no recipe has such numbers or such nesting") from error
@@ -312,7 +312,7 @@ def _toml(value: object) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as a message shows it: as TOML, and not endless."""
+    """Returns a value as messages show it: as TOML, cut off after 80 characters."""
     if isinstance(value, dict | list):
         return "a table" if isinstance(value, dict) else "a list"
     text = _toml(value)

@@ -25,7 +25,7 @@ WEAKEST = 1e-4
 
 
 class InputStatistics(Protocol):
-    """What was measured of the input x [K] of each linear, which goes by the name of its weight; a calibration file has it."""
+    """Statistics of the input x [K] of each linear, by the name of its weight; a calibration file provides them."""
 
     def absmax(self, path: str) -> np.ndarray:
         """[K], the largest |x|."""
@@ -155,7 +155,7 @@ class Rescaled:
 
 
 class RescaledStatistics:
-    """What would be measured of a rescaled checkpoint: of x / s where x was measured."""
+    """Statistics of a rescaled checkpoint: those of x / s, from those measured of x."""
 
     def __init__(self, statistics: InputStatistics, rescaled: Rescaled):
         self._statistics, self._rescaled = statistics, rescaled
@@ -249,7 +249,7 @@ def awq_scale(mean_abs: np.ndarray, samples: Sequence[SampledRows], moment: np.n
 
 
 def _loss(sample: SampledRows, scale: np.ndarray, moment: np.ndarray) -> float:
-    """What rounding w * s costs the outputs of x / s."""
+    """Returns the error that rounding w * s causes in the outputs for x / s."""
     delta = nearest(sample.rows * scale, sample.grid).dequantized()
     delta /= scale
     delta -= sample.rows

@@ -147,7 +147,7 @@ def one_layer(spec: ModelSpec) -> ModelSpec:
 
 
 def _held(tensor: LazyTensor, computed: np.dtype[Any]) -> tuple[int, int]:
-    """What an engine holds of a weight once it is loaded, and what more for a moment.
+    """Returns the bytes an engine holds of a weight once it is loaded, and the further bytes it holds while loading.
 
     ONNX Runtime maps the files, and packs what it multiplies by into memory
     of its own: as large, and what was mapped is let go. A float stored in

@@ -44,16 +44,16 @@ class LazyTensor:
 
     def bytes(self) -> Iterator[memoryview]:
         """The bytes of the tensor, block by block, and exactly `nbytes` of them."""
-        left = self.nbytes
+        remaining = self.nbytes
         for block in self.blocks():
             piece = np.ascontiguousarray(block, self.stored[0])
-            left -= piece.nbytes
+            remaining -= piece.nbytes
             yield piece.reshape(-1).view(np.uint8).data
-        assert left == 0, f"Bug: {self.name} was written {left} bytes short"
+        assert remaining == 0, f"Bug: {self.name} was written {remaining} bytes short"
 
 
 class DataLayout:
-    """Where each lazy tensor of a graph lies in its data file: one after another, each at the beginning of a page."""
+    """The places of a graph's lazy tensors in its data file: one after another, each at the start of a page."""
 
     def __init__(self, lazy_tensors: Iterable[LazyTensor]):
         self.lazy_tensors = list(lazy_tensors)
@@ -90,12 +90,12 @@ class Counter:
 
 
 def ahead(chunks: Iterable[memoryview], depth: int = 4) -> Iterator[memoryview]:
-    """The same chunks, made in a thread up to `depth` before they are asked for, so that reading and writing overlap."""
+    """Yields the chunks, made by a thread up to `depth` ahead of their use, so that reading and writing overlap."""
     made: queue.Queue[memoryview | BaseException | None] = queue.Queue(depth)
-    left = threading.Event()  # by whoever asked
+    stopped = threading.Event()  # by whoever asked
 
     def put(item: memoryview | BaseException | None) -> bool:
-        while not left.is_set():
+        while not stopped.is_set():
             try:
                 made.put(item, timeout=0.1)
                 return True
@@ -120,7 +120,7 @@ def ahead(chunks: Iterable[memoryview], depth: int = 4) -> Iterator[memoryview]:
                 raise item
             yield item
     finally:
-        left.set()
+        stopped.set()
         thread.join()
 
 

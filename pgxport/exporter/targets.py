@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine can execute. Knows no layers; `graph.py` and the files that lower read it."""
+"""The targets: what each engine can execute. Knows no layers; `graph.py` and the files that lower read it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -168,8 +168,8 @@ def _measure(cluster: Cluster, setup: OpenSubjects, askers: Sequence[Asker], wor
     workers = Workers(setup.threads, gpu=setup.engine != "cpu")
     for n, done in enumerate(cluster.spread(setup, _tasks(askers, work), workers), start=1):
         _keep(askers, done.get(f"sample {done.task.turn.sample.id}"))
-        left = duration((time.perf_counter() - start) / n * (count - n))
-        say(f"sample {n} of {count}, on node {done.node}: {n / count:.0%}, {left} left")
+        remaining = duration((time.perf_counter() - start) / n * (count - n))
+        say(f"sample {n} of {count}, on node {done.node}: {n / count:.0%}, {remaining} left")
 
 
 def _tasks(askers: Sequence[Asker], work: ReportWork) -> Iterator[SampleTask]:

@@ -253,8 +253,8 @@ class Report(_Model):
 
 def schema() -> str:
     """The published JSON schema."""
-    found = Report.model_json_schema(mode="serialization")
-    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **found}, indent=1) + "\n"
+    document = Report.model_json_schema(mode="serialization")
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **document}, indent=1) + "\n"
 
 
 if __name__ == "__main__":

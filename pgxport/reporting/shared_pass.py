@@ -280,8 +280,8 @@ class PassClock:
     @contextmanager
     def lap(self, where: str, what: str) -> Iterator[None]:
         """Tell what is being done, and count it and its time as done at the end of the block."""
-        left = f", {duration(self._spent / self._done * max(0, self._total - self._done))} left" if self._done else ""
-        self.say(f"{where}: {what}: {min(1, self._done / max(1, self._total)):.0%}{left}")
+        remaining = f", {duration(self._spent / self._done * max(0, self._total - self._done))} left" if self._done else ""
+        self.say(f"{where}: {what}: {min(1, self._done / max(1, self._total)):.0%}{remaining}")
         start = time.perf_counter()
         yield
         self._spent += time.perf_counter() - start

@@ -100,8 +100,8 @@ def read_picture(path: Path) -> bytes:
     """
     try:
         if not path.is_file():
-            seen = "is a folder or a device" if path.exists() else "does not exist"
-            raise InputError(f"{path}: {seen}; give the path of an image file (pgx downloads nothing: save a URL first)")
+            state = "is a folder or a device" if path.exists() else "does not exist"
+            raise InputError(f"{path}: {state}; give the path of an image file (pgx downloads nothing: save a URL first)")
         if (size := path.stat().st_size) > MAX_BYTES:
             raise InputError(
                 f"{path}: {size / 1e6:.0f} MB, more than the {MAX_BYTES / 1e6:.0f} MB pgx reads; scale it down first"

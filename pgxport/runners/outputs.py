@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a generated text means: boxes and masks in pixels of the original image, and what was wrong with the rest."""
+"""Parse a generated text into boxes and masks in pixels of the original image, and warnings for malformed parts."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ DecodeMask = Callable[[np.ndarray], np.ndarray]  # codes [1, 16] int64 -> mask [
 
 
 class Fault(StrEnum):
-    """How a part of an answer is malformed."""
+    """The ways in which a part of an answer is malformed."""
 
     NO_BOX = "no box"
     WRONG_COUNT = "wrong count"
@@ -78,7 +78,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said about an image. Segmented objects stand in `masks` and, like all located ones, in `boxes`."""
+    """A model's answer about an image. Segmented objects stand in `masks` and, like all located ones, in `boxes`."""
 
     text: str
     token_ids: tuple[int, ...] = ()
@@ -128,12 +128,12 @@ def parse(
     if not re.search(r"<loc[0-9]{4}>|<seg[0-9]{3}>", text):
         return (), (), ()
     for clause in text.split(";"):
-        found = [match for match in OBJECT.finditer(clause) if match[0].strip()]
+        matches = [match for match in OBJECT.finditer(clause) if match[0].strip()]
         # Whose is a box that follows a label or codes? The whole clause is doubtful.
-        if len(found) > 1 and not found[0]["loc"]:
+        if len(matches) > 1 and not matches[0]["loc"]:
             warnings.append(Malformed(Fault.OUT_OF_ORDER, clause.strip()))
             continue
-        for match in found:
+        for match in matches:
             bins, codes, label = _numbers(match["loc"]), _numbers(match["seg"]), match["label"].strip()
             if fault := _fault(bins, codes):
                 warnings.append(Malformed(fault, match[0].strip()))

@@ -23,7 +23,7 @@ def engine_key() -> EngineKey:
 
 
 def flags() -> Flags:
-    """What else decides how weights are packed: int8 matrices become uint8 where products are of uint8."""
+    """Returns the flags that decide how weights are packed, beside the machine: int8 matrices become uint8 where products are of uint8."""
     return {"x64quantprecision": int(overflows_in_16_bits())}
 
 

@@ -41,7 +41,7 @@ def read_token_ids(tokenizer_json: Path | bytes, config: Mapping[str, Any]) -> T
     # Where no added token is the newline, what the whole tokenizer makes of it.
     newline = [known["\n"]] if "\n" in known else _load(tokenizer_json).encode("\n", add_special_tokens=False).ids
     loc, seg = _run(known, "<loc{:04}>"), _run(known, "<seg{:03}>")
-    found = {
+    ids_or_none = {
         "bos": _stated(config, "bos_token_id", token=known.get("<bos>")),
         "eos": _stated(config, "eos_token_id", token=known.get("<eos>")),
         "pad": _stated(config, "pad_token_id", token=known.get("<pad>")),
@@ -50,8 +50,8 @@ def read_token_ids(tokenizer_json: Path | bytes, config: Mapping[str, Any]) -> T
         "loc_first": loc[0] if loc else None,
         "seg_first": seg[0] if seg else None,
     }
-    ids = {name: i for name, i in found.items() if i is not None}
-    if missing := [name.removesuffix("_first") for name in found if name not in ids]:
+    ids = {name: i for name, i in ids_or_none.items() if i is not None}
+    if missing := [name.removesuffix("_first") for name in ids_or_none if name not in ids]:
         raise CheckpointError(
             f"tokenizer.json and config.json do not say which tokens are: {', '.join(missing)}. "
             f"This looks like a plain Gemma tokenizer; use the one published with PaliGemma"
@@ -84,8 +84,8 @@ class PromptTokenizer:
             InputError: The prompt is empty, is not valid text, or makes the prefix longer than `limit`.
         """
         if not prompt.strip():
-            seen = f"{len(prompt)} blank characters" if prompt else "nothing"
-            raise InputError(f"the prompt is empty ({seen}); say what to do with the image, for example 'caption en'")
+            given = f"{len(prompt)} blank characters" if prompt else "nothing"
+            raise InputError(f"the prompt is empty ({given}); say what to do with the image, for example 'caption en'")
         # The newline is tokenized on its own, as in training:
         # appended to the text it would merge with one the user typed.
         prefix = [self.ids.image] * (image_tokens * images) + [self.ids.bos, *self._text_ids(prompt), self.ids.newline]
@@ -101,7 +101,7 @@ class PromptTokenizer:
         return "".join(self.stream(ids))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The same text in pieces, as soon as each is certain: a character in several byte tokens comes out whole."""
+        """Yields the text in pieces, each as soon as it is certain: a character of several byte tokens comes out whole."""
         # Not tokenizers' DecodeStream: it turns a whole run of
         # bytes into U+FFFD when only the last character is cut off.
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -140,7 +140,7 @@ class PromptTokenizer:
         return ids
 
     def _reserved_tokens(self) -> dict[int, str]:
-        """What no user's text may become: the control tokens, those flagged special, and unk; but not `<loc…>` and `<seg…>`."""
+        """Returns the tokens that a user's text may not become: control tokens, special ones and unk, but not `<loc…>` and `<seg…>`."""
         loc = range(self.ids.loc_first, self.ids.loc_first + self.ids.loc_count)
         seg = range(self.ids.seg_first, self.ids.seg_first + self.ids.seg_count)
         flagged = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -170,7 +170,7 @@ def _load(tokenizer_json: Path | bytes) -> Tokenizer:
 
 
 def _stated(config: Mapping[str, Any], *keys: str, token: int | None = None) -> int | None:
-    """What config.json says, at its top or in its text_config; else `token`."""
+    """Returns the id that config.json states, at its top or in its text_config; else `token`."""
     for section in (config, config.get("text_config") or {}):
         for key in keys:
             if (value := section.get(key)) is None:
