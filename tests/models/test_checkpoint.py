@@ -371,7 +371,7 @@ def test_a_planted_nan_is_named(folder: Path, tensor: int, value: float):
     name = sorted(tensors)[tensor % len(tensors)]
     tensors[name].view(-1)[-1] = value
     save_file(tensors, folder / "model.safetensors")
-    refused(folder, str(folder / "model.safetensors"), repr(name), "fetch it again")
+    refused(folder, str(folder / "model.safetensors"), repr(name), "take another checkpoint")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn])

@@ -294,7 +294,7 @@ def test_a_planted_nan_is_named(gemma1: Arrays, tmp_path: Path, key: str, value:
     damaged = gemma1[key].copy()
     damaged.reshape(-1)[-1] = value
     np.savez(tmp_path / "a.npz", **{**gemma1, key: damaged})
-    refused(tmp_path / "a.npz", key, "no weight")
+    refused(tmp_path / "a.npz", key, "weights are finite")
 
 
 def test_compressed_members_are_refused_with_what_to_do(gemma1: Arrays, tmp_path: Path):
@@ -313,13 +313,13 @@ def test_another_npz_is_none(tmp_path: Path):
 
 def test_a_member_twice_and_with_and_without_prefix(gemma1: Arrays, tmp_path: Path):
     np.savez(tmp_path / "a.npz", **gemma1, **{"llm/final_norm/scale": gemma1["params/llm/final_norm/scale"]})
-    refused(tmp_path / "a.npz", "'llm/final_norm/scale' is there twice")
+    refused(tmp_path / "a.npz", "'llm/final_norm/scale' twice, with and without params")
     np.savez(tmp_path / "b.npz", **gemma1)
     array = io.BytesIO()
     np.save(array, np.ones(40, np.float32))
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(tmp_path / "b.npz", "a") as archive:
         archive.writestr("params/llm/final_norm/scale.npy", array.getvalue())
-    refused(tmp_path / "b.npz", "'params/llm/final_norm/scale' is there twice")
+    refused(tmp_path / "b.npz", "'params/llm/final_norm/scale' stands twice in the file")
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,7 @@ def test_a_giant_header_is_refused_before_it_is_read(tmp_path: Path):
 
 
 LIES = {
-    "overlap": ({"a": entry(), "b": entry(offsets=[44, 92])}, "'b' overlaps what is before it by 4 bytes"),
+    "overlap": ({"a": entry(), "b": entry(offsets=[44, 92])}, "'b' overlaps the tensor before it by 4 bytes"),
     "the same bytes twice": ({"a": entry(), "b": entry()}, "'b' overlaps"),
     "hole at the start": ({"a": entry(offsets=[48, 96])}, "'a' leaves a hole of 48"),
     "hole between": ({"a": entry(), "b": entry(shape=[11], offsets=[52, 96])}, "'b' leaves a hole of 4"),
@@ -164,8 +164,8 @@ LIES = {
     "single quotes": (str(HEADER).encode(), "not sound JSON"),
     "a trailing comma": (json.dumps(HEADER).encode()[:-1] + b",}", "not sound JSON"),
     "a comment": (json.dumps(HEADER).encode()[:-1] + b"/**/}", "not sound JSON"),
-    "a tensor twice": (b'{"a":{"dtype":"F32","shape":[24],"data_offsets":[0,96]},"a":{}}', "'a' stands there twice"),
-    "a field twice": (b'{"a":{"dtype":"F32","dtype":"F32","shape":[24],"data_offsets":[0,96]}}', "'dtype' stands there twice"),
+    "a tensor twice": (b'{"a":{"dtype":"F32","shape":[24],"data_offsets":[0,96]},"a":{}}', "'a' stands twice in one object"),
+    "a field twice": (b'{"a":{"dtype":"F32","dtype":"F32","shape":[24],"data_offsets":[0,96]}}', "'dtype' stands twice in one object"),
     "NaN": (b'{"a":{"dtype":"F32","shape":[24],"data_offsets":[NaN,96]}}', "NaN"),
     "Infinity": (b'{"a":{"dtype":"F32","shape":[24],"data_offsets":[0,Infinity]}}', "Infinity"),
     "minus nothing": (b'{"a":{"dtype":"F32","shape":[24],"data_offsets":[-0,96]}}', "-0"),
