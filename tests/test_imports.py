@@ -298,7 +298,8 @@ def test_every_path_that_a_law_or_pyproject_names_exists():
     if project.is_file():
         ignored = tomllib.loads(project.read_text())["tool"]["ruff"]["lint"]["per-file-ignores"]
         named += [file.removeprefix("pgxport/") for file in ignored if file.startswith("pgxport/")]
-        assert all(list(project.parent.glob(file)) for file in ignored if not file.startswith("pgxport/"))
+        if (project.parent / "tools").is_dir():  # the wheel is tested with tests/ alone
+            assert all(list(project.parent.glob(file)) for file in ignored if not file.startswith("pgxport/"))
     assert [file for file in named if not list(root.glob(file))] == []
     assert [name for name in RANKS if not (root / name).is_dir() and not (root / f"{name}.py").is_file()] == []
 
