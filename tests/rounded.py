@@ -87,7 +87,7 @@ def engine_logits(bundle: Path, given: TokenizedSample) -> np.ndarray:
     """[answer tokens + 1, V] of ONNX Runtime on the CPU, whatever the bundle's target: the prefix at once, then token by token."""
     opened = Bundle.open(bundle)
     with Runner(Bundle(bundle, opened.manifest.model_copy(update={"target": "cpu"})), threads=1) as runner:
-        pipeline, m = runner.pipeline, runner.manifest
+        pipeline, m = runner, runner.manifest
         embeds = pipeline.prefix(pipeline.encode_pixels(given.pixels), [m.token_ids.image] * m.image_tokens + given.prompt)
         decoder = pipeline.decoder(embeds.shape[1] + len(given.answer))
         logits = [decoder.feed(embeds).copy()]

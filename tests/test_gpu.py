@@ -89,7 +89,7 @@ def given(tiny_112: Path) -> TokenizedSample:
 
 def logits(runner: Runner, given: TokenizedSample) -> np.ndarray:
     """[answer tokens + 1, V]"""
-    pipeline, m = runner.pipeline, runner.manifest
+    pipeline, m = runner, runner.manifest
     embeds = pipeline.prefix(pipeline.encode_pixels(given.pixels), [m.token_ids.image] * m.image_tokens + given.prompt)
     decoder = pipeline.decoder(embeds.shape[1] + len(given.answer))
     return np.stack([decoder.feed(embeds).copy(), *(decoder.feed(pipeline.embed([t])).copy() for t in given.answer)])

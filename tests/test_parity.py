@@ -92,7 +92,7 @@ def pair(request, tmp_path_factory):
 def prefix_of(case: Case, runner: Runner) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [T] and pixels [images, 3, R, R] of a prompt about scenes."""
     m = runner.manifest
-    ids = runner.pipeline.prompt_ids("answer en what is in the image?", case.images)
+    ids = runner.prompt_ids("answer en what is in the image?", case.images)
     pixels = np.stack([pixel_values(draw("test", i).image, m.resolution) for i in range(case.images)])
     return np.array(ids), pixels
 
@@ -122,7 +122,7 @@ def reference_logits(model: Any, ids: np.ndarray, pixels: np.ndarray, suffix: np
 
 
 def prefix_embeds(runner: Runner, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    return runner.pipeline.prefix(runner.pipeline.encode_pixels(pixels), ids)
+    return runner.prefix(runner.encode_pixels(pixels), ids)
 
 
 def test_logits_of_prefill_and_forced_steps_equal_transformers(pair):
@@ -131,9 +131,9 @@ def test_logits_of_prefill_and_forced_steps_equal_transformers(pair):
     suffix = np.random.default_rng(case.seed).integers(3, runner.manifest.token_ids.image, STEPS)
     expected = reference_logits(model, ids, pixels, suffix, window=case.local_window == "hf")
 
-    decoder = runner.pipeline.decoder(len(ids) + STEPS)
+    decoder = runner.decoder(len(ids) + STEPS)
     got = [decoder.feed(prefix_embeds(runner, ids, pixels)).copy()]
-    got += [decoder.feed(runner.pipeline.embed([token])).copy() for token in suffix]
+    got += [decoder.feed(runner.embed([token])).copy() for token in suffix]
     error = np.abs(np.stack(got) - expected).max(1) / np.abs(expected).max()
     print(f"largest error {error.max():.1e} of the logits' scale")
     assert error.max() < TOLERANCE, f"by position: {error}"
@@ -164,7 +164,7 @@ def test_a_late_prefix_token_moves_an_early_ones_keys_and_values(pair):
     embeds = prefix_embeds(runner, *prefix_of(case, runner))
     caches = []
     for shift in (0.0, 1.0):
-        decoder = runner.pipeline.decoder(embeds.shape[1] + 1)
+        decoder = runner.decoder(embeds.shape[1] + 1)
         moved = embeds.copy()
         moved[0, -1] += shift
         decoder.feed(moved)
@@ -180,12 +180,12 @@ def test_a_late_prefix_token_moves_an_early_ones_keys_and_values(pair):
 def test_a_suffix_token_is_not_seen_by_what_came_before(pair):
     case, _, runner = pair
     embeds = prefix_embeds(runner, *prefix_of(case, runner))
-    decoder = runner.pipeline.decoder(embeds.shape[1] + 2)
+    decoder = runner.decoder(embeds.shape[1] + 2)
     decoder.feed(embeds)
-    decoder.feed(runner.pipeline.embed([5]))
+    decoder.feed(runner.embed([5]))
     length = decoder.length
     before = {name: array[:, :, :length].copy() for name, array in decoder.cache.arrays.items()}
-    decoder.feed(runner.pipeline.embed([9]))
+    decoder.feed(runner.embed([9]))
     for name, array in decoder.cache.arrays.items():
         assert np.array_equal(array[:, :, :length], before[name]), name
         assert np.abs(array[:, :, length]).max() > 0, name
@@ -224,6 +224,6 @@ def test_the_mask_decoder_equals_the_same_layers_in_torch(tmp_path):
     random_paligemma(tmp_path / "checkpoint", text={"vocab_size": vocab}, image_token_index=vocab - 1)
     export(ExportOptions(output=tmp_path / "bundle", checkpoint=tmp_path / "checkpoint", masks=Path(TINY / "vae-oid.npz")))
     with Runner.from_pretrained(tmp_path / "bundle") as runner:
-        got = runner.pipeline.session("mask_decoder").run({"codes": codes})["mask"]
+        got = runner.session("mask_decoder").run({"codes": codes})["mask"]
     assert got.shape == (3, 64, 64)
     assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()

@@ -220,7 +220,7 @@ def test_a_half_precision_bundle_for_the_cpu_computes_in_float32_with_rounded_we
     ids, pixels = prompt(tmp_path / "ck", spec)
 
     with Runner.from_pretrained(tmp_path / "b") as runner:
-        pipeline = runner.pipeline
+        pipeline = runner
         got = pipeline.decoder(len(ids)).feed(pipeline.prefix(pipeline.encode_pixels(pixels), ids))
     assert relative(got, reference_logits(model, tmp_path / "ck")) < 1e-4
 

@@ -145,7 +145,7 @@ def test_a_rounded_cache_changes_little_and_takes_less(one, tmp_path, cache):
         assert bundle.manifest.cache.dtype == (kept or "float32")
         found[kept] = [engine_logits(bundle.path, sample(one.folder, i)) for i in range(2)]
         with Runner(bundle) as runner:
-            arrays = runner.pipeline.session("decoder_step").new_cache({"past_key_values.0.key": (1, 2, 8, 16)}).arrays
+            arrays = runner.session("decoder_step").new_cache({"past_key_values.0.key": (1, 2, 8, 16)}).arrays
             assert arrays["past_key_values.0.key"].dtype == (kept or "float32")
     # float16 has eleven bits, int8 eight, on the range of each channel in calibration. Worst seen: 1.2e-3 and 6.7e-2.
     for got, expected in zip(found[cache], found[None], strict=True):

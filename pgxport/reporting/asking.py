@@ -162,7 +162,7 @@ class BundleSubject:
             return {"refused": str(error)}
 
     def _teacher_force(self, picture: Picture, request: dict[str, Any]) -> dict[str, Any]:
-        pipeline, ids = self._runner.pipeline, request["teacher_force"]
+        pipeline, ids = self._runner, request["teacher_force"]
         prefix = pipeline.prefix(pipeline.encode([picture]), pipeline.prompt_ids(request["prompt"]))
         logits = pipeline.teacher_forced(prefix, ids)
         if "write" in request:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The steps between pictures, words and answers, each public: encode, embed, build the prefix, decode, parse.
 
-`Runner` puts them together for one answer; whoever measures, scores or serves puts them together otherwise.
+`Runner`, which is a pipeline, puts them together for one answer; whoever measures, scores or serves puts them together otherwise.
 
 B: images or rows, N: tokens of an image, T: tokens, R: resolution, H: width of the decoder.
 """
@@ -176,7 +176,7 @@ class Pipeline:
         """The text of generated ids."""
         return self._tokenizer.decode(ids)
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+    def pieces(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of generated ids, piece by piece as they come."""
         return self._tokenizer.stream(ids)
 

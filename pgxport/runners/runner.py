@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -27,21 +26,13 @@ class _Prefix:
     timings: dict[str, float]
 
 
-class Runner:
-    """A bundle, loaded into an engine.
+class Runner(Pipeline):
+    """A bundle, loaded into an engine, that answers prompts about images; the steps of an answer are its own methods.
 
     with Runner.from_pretrained("bundle") as runner:
         answer = runner.answer("cat.jpg", "detect cat")
         answer.draw(Image.open("cat.jpg")).save("out.png")
-
-    Attributes:
-        pipeline: The steps of which an answer is made.
     """
-
-    def __init__(self, bundle: Bundle, *, engine: str = "cpu", threads: int | None = None, low_memory: bool = False):
-        self.pipeline = Pipeline(bundle, engine=engine, threads=threads, low_memory=low_memory)
-        self.bundle, self.manifest = bundle, bundle.manifest
-        self.load_seconds = self.pipeline.load_seconds
 
     @classmethod
     def from_pretrained(
@@ -71,43 +62,33 @@ class Runner:
         prefix = self._prefix(image, prompt)
         timings, start = dict(prefix.timings), time.perf_counter()
         ids: list[int] = []
-        limit = self.pipeline.answer_limit(prefix.embeds, max_new_tokens)
-        for token in self.pipeline.generate(prefix.embeds, limit):
+        limit = self.answer_limit(prefix.embeds, max_new_tokens)
+        for token in self.generate(prefix.embeds, limit):
             if not ids:
                 timings["prefill"], start = time.perf_counter() - start, time.perf_counter()
             ids.append(token)
         timings["decode" if ids else "prefill"] = time.perf_counter() - start
         start = time.perf_counter()
-        answer = self.pipeline.parse(ids, prefix.images[0].size)
+        answer = self.parse(ids, prefix.images[0].size)
         timings["post"] = time.perf_counter() - start
         return replace(answer, truncated=len(ids) == limit, timings=timings)
 
     def stream(self, image: Picture | Sequence[Picture], prompt: str, *, max_new_tokens: int | None = None) -> Iterator[str]:
         """The answer's text, piece by piece as it is generated; it may be left at any time."""
         embeds = self._prefix(image, prompt).embeds
-        return self.pipeline.stream(self.pipeline.generate(embeds, self.pipeline.answer_limit(embeds, max_new_tokens)))
-
-    def close(self) -> None:
-        """Free the engine's memory."""
-        self.pipeline.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        return self.pieces(self.generate(embeds, self.answer_limit(embeds, max_new_tokens)))
 
     def _prefix(self, image: Picture | Sequence[Picture], prompt: str) -> _Prefix:
-        pipeline, start = self.pipeline, time.perf_counter()
+        start = time.perf_counter()
         pictures: Sequence[Any] = image if isinstance(image, Sequence) and not isinstance(image, str | bytes) else [image]
         if not pictures:
             raise UsageError("no image was given; PaliGemma answers about at least one")
         images = [load_image(picture) for picture in pictures]
-        ids = pipeline.prompt_ids(prompt, len(images))
-        pixels = pipeline.pixels(images)
+        ids = self.prompt_ids(prompt, len(images))
+        pixels = self.pixels(images)
         timings = {"preprocess": time.perf_counter() - start}
-        features = pipeline.encode_pixels(pixels, timings=timings)
+        features = self.encode_pixels(pixels, timings=timings)
         start = time.perf_counter()
-        embeds = pipeline.prefix(features, ids)
+        embeds = self.prefix(features, ids)
         timings["projector"] += time.perf_counter() - start
         return _Prefix(embeds, images, timings)

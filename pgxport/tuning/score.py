@@ -106,7 +106,7 @@ def score(pipeline: Pipeline, task: ScoreTask) -> ScoreResult:
 
 
 def _score_on_node(runner: Runner, task: ScoreTask) -> ScoreResult:
-    return score(runner.pipeline, task)
+    return score(runner, task)
 
 
 class ReferenceAnswers:

@@ -36,7 +36,7 @@ def int8_112(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("bundle", ["tiny_112", "int8_112"])
 def test_a_row_of_a_batch_is_what_it_is_alone(bundle: str, request: pytest.FixtureRequest):
     with Runner.from_pretrained(request.getfixturevalue(bundle), threads=1) as runner:
-        pipeline = runner.pipeline
+        pipeline = runner
         ids = pipeline.prompt_ids("detect cross")
         prefixes = [pipeline.prefix(pipeline.encode([draw("test", i).image]), ids) for i in range(3)]
         capacity = prefixes[0].shape[1] + 8

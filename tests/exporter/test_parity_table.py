@@ -146,7 +146,7 @@ def test_a_prefix_and_a_new_token_are_each_multiplied_by_weights_of_their_own(ca
         decoders = {}
         for name, bundle in bundles.items():
             runner = stack.enter_context(Runner(bundle, threads=1))
-            decoders[name] = runner.pipeline.decoder(length + 4)
+            decoders[name] = runner.decoder(length + 4)
         first = {name: decoder.feed(embeds).copy() for name, decoder in decoders.items()}
         assert np.array_equal(first["twice"], first["as its prefix"])
         assert not np.array_equal(first["twice"], first["as its steps"])

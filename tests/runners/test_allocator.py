@@ -62,7 +62,7 @@ def test_sessions_give_back_while_they_load(a_bundle: Path, monkeypatch, low_mem
     asked: list[int] = []
     monkeypatch.setattr(ort, "map_blocks", asked.append)
     with Runner.from_pretrained(a_bundle, low_memory=low_memory) as runner:
-        runner.pipeline.session("projector")
+        runner.session("projector")
     loaded = 1 if low_memory else len(runner.manifest.graphs)
     assert asked == [ort.LOADING, ort.RUNNING_SMALL if low_memory else ort.RUNNING] * loaded
 

@@ -19,7 +19,7 @@ def test_vision_and_decoder_are_never_loaded_together(a_bundle: Path, monkeypatc
     opened = pipeline_module.open_session
 
     def watched(engine, graph, **options):
-        held.append({*runner.pipeline.loaded, graph.stem})
+        held.append({*runner.loaded, graph.stem})
         return opened(engine, graph, **options)
 
     with Runner.from_pretrained(a_bundle) as whole:
@@ -37,4 +37,4 @@ def test_a_closed_runner_loads_nothing(a_bundle: Path):
     runner.close()
     with pytest.raises(UsageError, match="closed"):
         runner.answer(Image.new("RGB", (4, 4)), "caption en")
-    assert not runner.pipeline.loaded
+    assert not runner.loaded

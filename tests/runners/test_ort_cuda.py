@@ -193,7 +193,7 @@ def test_sessions_are_opened_for_cuda_alone_and_without_a_way_back(gpu: Gpu0, bu
 def test_a_step_moves_its_token_in_and_its_logits_out_and_no_cache(gpu: Gpu0, bundles: dict[str, Path]):
     with Runner.from_pretrained(bundles["fp16"], engine="cuda") as runner:
         m = runner.manifest
-        decoder = runner.pipeline.decoder(30)
+        decoder = runner.decoder(30)
         width, buffers = m.token_table.shape[1], 2 * m.cache.layers
         assert [(device, number) for device, number, _ in gpu.made] == [("cuda", 10)] * buffers  # 10: FLOAT16
         assert all(not value.numpy().any() for _, _, value in gpu.made), "a buffer holds what was in the memory before"

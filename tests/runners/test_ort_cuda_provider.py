@@ -19,7 +19,7 @@ import numpy as np
 from pgxport.runners.loop import Decoder
 from pgxport.runners.runner import Runner
 with Runner.from_pretrained(sys.argv[1], engine="cuda", threads=1) as runner:
-    decoder = runner.pipeline.decoder(90)
+    decoder = runner.decoder(90)
     width, random = runner.manifest.token_table.shape[1], np.random.default_rng(0)
     for tokens in (70, 1, 1):
         print("===", file=sys.stderr, flush=True)

@@ -274,7 +274,7 @@ def test_the_first_tokens_do_not_depend_on_the_limit(real: Runner):
 def test_closing_frees_the_engines_memory(a_bundle: Path):
     pytest.importorskip("onnxruntime")
     runner = Runner.from_pretrained(a_bundle)
-    sessions = [weakref.ref(runner.pipeline.session(name)) for name in runner.pipeline.loaded]
+    sessions = [weakref.ref(runner.session(name)) for name in runner.loaded]
     runner.answer(RED, "caption en", max_new_tokens=2)
     runner.close()
     gc.collect()

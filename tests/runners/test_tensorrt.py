@@ -158,11 +158,11 @@ def prefix_of(pipeline: Pipeline, prompt: str = PROMPTS[0]) -> np.ndarray:
 
 
 def test_a_step_brings_home_a_token_and_not_the_logits(runner: Runner, cudart: FakeCudart):
-    decoder, embeds = runner.pipeline.decoder(90), prefix_of(runner.pipeline)
+    decoder, embeds = runner.decoder(90), prefix_of(runner)
     cudart.down = 0
     token = decoder.next_token(embeds)
     for _ in range(3):
-        token = decoder.next_token(runner.pipeline.embed([token]))
+        token = decoder.next_token(runner.embed([token]))
     assert cudart.down <= 4 * 2 * ALIGNMENT < runner.manifest.token_table.shape[0] * 4, "next_token and logits_square"
 
 
@@ -170,16 +170,14 @@ def test_logits_are_there_for_those_who_score(runner: Runner, tiny_112: Path):
     with Runner.from_pretrained(tiny_112) as cpu:
         logits = []
         for r in (runner, cpu):
-            decoder, embeds = r.pipeline.decoder(90), prefix_of(r.pipeline)
-            logits.append(
-                np.stack([decoder.feed(embeds).copy(), *(decoder.feed(r.pipeline.embed([t])).copy() for t in (5, 9, 30))])
-            )
+            decoder, embeds = r.decoder(90), prefix_of(r)
+            logits.append(np.stack([decoder.feed(embeds).copy(), *(decoder.feed(r.embed([t])).copy() for t in (5, 9, 30))]))
     np.testing.assert_allclose(*logits, atol=2e-4)
 
 
 def test_what_the_vision_encoder_gives_stays_on_the_device(runner: Runner, cudart: FakeCudart):
     cudart.down = 0
-    embeds = prefix_of(runner.pipeline)
+    embeds = prefix_of(runner)
     m = runner.manifest
     assert cudart.down == m.image_tokens * embeds.shape[2] * 4, "image_features, and no image_hidden"
 
@@ -203,7 +201,7 @@ def test_a_longer_answer_grows_the_cache_and_a_shorter_one_is_still_right(
 
 
 def test_two_answers_in_turns_do_not_mix(runner: Runner, expected: dict[str, tuple[int, ...]]):
-    streams = [runner.pipeline.generate(prefix_of(runner.pipeline, prompt), 24) for prompt in PROMPTS[:2]]
+    streams = [runner.generate(prefix_of(runner, prompt), 24) for prompt in PROMPTS[:2]]
     answers: list[list[int]] = [[], []]
     for _ in range(24):
         for stream, tokens in zip(streams, answers, strict=True):
@@ -350,7 +348,7 @@ def test_of_a_lost_device_nothing_is_freed(bundle: Path, cudart: FakeCudart):
             ask(runner, PROMPTS[0])
         cudart.fail |= {name: (Code.cudaErrorIllegalAddress, frozenset(range(99))) for name in ("cudaFree", "cudaFreeHost")}
         frees = cudart.calls["cudaFree"]
-        sessions = [runner.pipeline.session(name) for name in runner.pipeline.loaded]
+        sessions = [runner.session(name) for name in runner.loaded]
         lost = next(s for s in sessions if isinstance(s, TensorrtSession) and s.cuda.lost)
         lost.close()
         assert cudart.calls["cudaFree"] == frees

@@ -433,18 +433,18 @@ def test_answers_beside_a_reference_are_those_of_the_runner(tiny_112, tmp_path):
     differ = 0
     with Runner.from_pretrained(tiny_112, threads=1) as exact, Runner(rough, threads=1) as runner:
         asked, every_one = ReferenceAnswers(samples, tmp_path / "kept"), range(len(samples))
-        asked.answer_all(exact.pipeline, lambda text: None)
-        here = partial(score_here, runner.pipeline)
+        asked.answer_all(exact, lambda text: None)
+        here = partial(score_here, runner)
         found = asked.score(every_one, "v", here, keep=True)
         for i, sample in enumerate(samples):
             assert asked.ids[i] == list(exact.answer(sample.open(), sample.prompt).token_ids)
             assert found.ids[i] == list(runner.answer(sample.open(), sample.prompt).token_ids)
             differ += found.ids[i] != asked.ids[i]
         assert asked.score(every_one, "v", here, keep=True) == found  # from kept features
-        same = asked.score(every_one, "w", partial(score_here, exact.pipeline), keep=False)
+        same = asked.score(every_one, "w", partial(score_here, exact), keep=False)
         assert (same.ids, same.kl, same.agreement) == (asked.ids, 0.0, 1.0)
         # Cut off at the bundle's limit, as the runner does.
-        pipeline = exact.pipeline
+        pipeline = exact
         short = replace_limit(pipeline, 2)
         prefix, given = prefix_of(pipeline, samples[0], features_of(pipeline, samples[0])), asked.ids[0][:2]
         logits = np.stack([row.copy() for row in pipeline.teacher_forced(prefix, given)])
