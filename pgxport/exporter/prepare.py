@@ -157,10 +157,11 @@ def check_weights(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     expected, present = weight_shapes(spec), set(checkpoint.names())
     where = checkpoint.path.name
     if missing := [n for n in expected if n not in present]:
-        raise CheckpointError(f"{where}: {_listed(missing)} missing; the checkpoint is not complete, download it again")
+        raise CheckpointError(f"{where}: {_listed(missing)} missing; give a complete checkpoint of the sizes in its config.json")
     if strangers := sorted(present - set(expected)):
         raise CheckpointError(
-            f"{where}: {_listed(strangers)} not part of a PaliGemma of this configuration; is config.json the right one?"
+            f"{where}: {_listed(strangers)} not part of a PaliGemma of the sizes in its config.json, and would not be used; "
+            f"give the config.json that was saved with the weights, or take these tensors out"
         )
     if wrong := [n for n, shape in expected.items() if checkpoint.shape(n) != shape]:
         name = wrong[0]

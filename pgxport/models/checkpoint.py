@@ -5,8 +5,8 @@ The only door to weights. Opening reads headers alone. A checkpoint remembers
 which tensors were read, so that an export can refuse to drop one in silence.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ import numpy as np
 from pgxport.errors import CheckpointError
 from pgxport.models import lora, npz
 from pgxport.models.safetensors import Stored, Tensor, listed, read_header, read_json, shown
-from pgxport.models.weights import EMBEDDING, LM_HEAD, canonical
+from pgxport.models.weights import EMBEDDING, LM_HEAD, canonical, why_unused
 
 CONFIG = "config.json"
 WHOLE = "model.safetensors"
@@ -77,14 +77,25 @@ class Tied:
         return rows
 
 
+@dataclass(frozen=True)
+class OpenedFiles:
+    """What the files of a checkpoint hold; `skipped` says of a tensor, by its stored name, why no answer depends on it."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    files: list[Path]
+    skipped: dict[str, str]
+
+
 class Checkpoint:
     """A checkpoint's config and its tensors by their published names. Made by `Checkpoint.open`."""
 
-    def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], files: list[Path]):
+    def __init__(self, path: Path, opened: OpenedFiles):
         self.path = path
-        self.config = config
-        self._tensors = dict(tensors)
-        self._files = files
+        self.config = opened.config
+        self.skipped = opened.skipped  # tensors that no answer depends on, by their stored names, and why
+        self._tensors = opened.tensors
+        self._files = opened.files
         self._read: set[str] = set()
 
     @classmethod
@@ -98,11 +109,12 @@ class Checkpoint:
             CheckpointError: the checkpoint is not complete and sound, or in a layout that pgx does not read.
         """
         path = Path(path)
-        tensors, config, files = _open(path)
+        opened = _open(path)
+        tensors, files = opened.tensors, opened.files
         if adapter is not None:
             tensors, adapter_files = lora.merge(tensors, Path(adapter))
             files = [*files, *adapter_files]
-        return cls(path, config, _tie(tensors, path), files)
+        return cls(path, replace(opened, tensors=_tie(tensors, path), files=files))
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -138,12 +150,10 @@ class Checkpoint:
         return list(self._files)
 
     def file(self, name: str) -> Path | None:
-        """Returns the path of a file beside the weights, such as tokenizer.json; None where there is none.
-
-        A lone npz has nothing beside it.
-        """
+        """Returns the path of a file beside the weights, such as tokenizer.json; None where there is none."""
         assert Path(name).name == name, f"Bug: {name!r} is not a plain file name"
-        return self.path / name if (self.path / name).is_file() else None
+        folder = self.path if self.path.is_dir() else self.path.parent  # a training npz may be given as a file
+        return folder / name if (folder / name).is_file() else None
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._tensors:
@@ -155,10 +165,10 @@ class Checkpoint:
         return self._tensors[name]
 
 
-def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[Path]]:
+def _open(path: Path) -> OpenedFiles:
     if path.is_file():
         if path.suffix == ".npz":
-            return _training(path)
+            return _training(path, alone=True)
         raise CheckpointError(f"{path}: {_why_not(path) or 'is a file; give the folder that holds config.json and the weights'}")
     if not path.is_dir():
         raise CheckpointError(
@@ -169,72 +179,92 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[Path]]:
     if whole.is_file() and index.is_file():
         raise CheckpointError(f"{path}: holds both {WHOLE} and {INDEX}; move away the one that is not meant")
     if whole.is_file() or index.is_file():
-        stored, files = _sharded(index) if index.is_file() else (read_header(whole), [whole])
-        return _renamed(stored.values()), _config(path), [path / CONFIG, *files]
+        return _published(path, _sharded(index) if index.is_file() else [whole])
     if (path / lora.CONFIG).is_file():
         raise CheckpointError(
             f"{path}: looks like a LoRA adapter ({lora.CONFIG}, no {WHOLE}); give its base checkpoint, and this as the adapter"
         )
     if len(arrays) == 1:
-        return _training(arrays[0], path / CONFIG)
+        return _training(arrays[0])
     if arrays:
         raise CheckpointError(f"{path}: holds {listed([a.name for a in arrays])}; give the one that is meant, not the folder")
     raise CheckpointError(f"{path}: {_why_no_weights(path)}")
 
 
-def _training(file: Path, config: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any], list[Path]]:
-    """Opens a training npz. A config.json in its folder overrides what the shapes say, for they do not say everything."""
-    tensors, shapes = npz.read_npz(file)
-    if config is not None and config.is_file():
-        return tensors, read_json(config), [config, file]
-    return tensors, npz.config_of(shapes, file), [file]
+def _training(file: Path, *, alone: bool = False) -> OpenedFiles:
+    """Opens a training npz. A config.json beside it overrides what the shapes say, for they do not say everything.
+
+    Args:
+        alone: The file was named, and may lie in a folder with anything: a config.json of another model is not its own.
+    """
+    config = file.with_name(CONFIG)
+    tensors, shapes, skipped = npz.read_npz(file)
+    if config.is_file() and (not alone or read_json(config).get("model_type") == "paligemma"):
+        return OpenedFiles(tensors, read_json(config), [config, file], skipped)
+    return OpenedFiles(tensors, npz.config_of(shapes, file), [file], skipped)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
+def _published(folder: Path, files: list[Path]) -> OpenedFiles:
+    """Opens safetensors files, the first of which may be an index, under their published names."""
+    config = folder / CONFIG
+    if not config.is_file():
         raise CheckpointError(f"{folder}: has no {CONFIG}; put the one that belongs to the weights there")
-    return read_json(folder / CONFIG)
+    tensors: dict[str, Tensor] = {}
+    skipped: dict[str, str] = {}
+    by_name: dict[str, Stored] = {}
+    for file in files:
+        if file.name == INDEX:
+            continue
+        for tensor in read_header(file, unused=_is_unused).values():
+            name = canonical(tensor.name)
+            if why := why_unused(name):
+                skipped[tensor.name] = why
+                continue
+            if other := by_name.get(name):
+                raise CheckpointError(
+                    f"{tensor.file}: {shown(tensor.name)} and {shown(other.name)} ({other.file.name}) are both {name}; "
+                    f"take one of them out"
+                )
+            tensors[name] = by_name[name] = tensor
+    return OpenedFiles(tensors, read_json(config), [config, *files], skipped)
 
 
-def _sharded(index: Path) -> tuple[dict[str, Stored], list[Path]]:
-    """Opens all shards. The index and the shards' own headers have to agree, tensor by tensor."""
+def _sharded(index: Path) -> list[Path]:
+    """Returns the index and its shards. The index and the shards' own headers have to agree, tensor by tensor.
+
+    They may differ about tensors that no answer depends on, and the index may name an lm_head that no shard holds:
+    one that is tied to the embedding is not stored.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map is not a table from tensor to file; fetch it again")
-    tensors: dict[str, Stored] = {}
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
+        raise CheckpointError(
+            f"{index}: weight_map is not a table from tensor to file; give the index that was saved with the shards"
+        )
+    needed = {name: shard for name, shard in weight_map.items() if not _is_unused(name)}
+    files = []
+    for shard in sorted(set(weight_map.values())):
         # The shard may be a link: the hub's local cache is made of links out of the folder.
         if not shard.endswith(".safetensors") or set("/\\\0") & set(shard) or len(shard.encode()) > 255:
             raise CheckpointError(
                 f"{index}: {shown(shard)} is not the plain name of a safetensors file in the same folder; refused"
             )
-        if not (index.parent / shard).is_file():
-            raise CheckpointError(f"{index.parent / shard}: this shard is missing, which {index.name} names; fetch it")
-        header = read_header(index.parent / shard)
-        named = {name for name, file in weight_map.items() if file == shard}
-        if missing := sorted(named - header.keys()):
-            raise CheckpointError(f"{index.parent / shard}: has no {listed(missing)}, which {index.name} says it holds")
-        if extra := sorted(header.keys() - named):
-            raise CheckpointError(
-                f"{index.parent / shard}: holds {listed(extra)}, which {index.name} places elsewhere or nowhere"
-            )
-        tensors |= header
-    return tensors, [index, *(index.parent / shard for shard in shards)]
+        file = index.with_name(shard)
+        named = {name for name, at in needed.items() if at == shard}
+        if not file.is_file():
+            if all(canonical(name) == LM_HEAD for name in named):
+                continue
+            raise CheckpointError(f"{file}: this shard is missing, which {index.name} names; put it there")
+        header = {name for name in read_header(file, unused=_is_unused) if not _is_unused(name)}
+        if missing := sorted(name for name in named - header if canonical(name) != LM_HEAD):
+            raise CheckpointError(f"{file}: has no {listed(missing)}, which {index.name} says it holds")
+        if extra := sorted(header - named):
+            raise CheckpointError(f"{file}: holds {listed(extra)}, which {index.name} places elsewhere or nowhere")
+        files.append(file)
+    return [index, *files]
 
 
-def _renamed(stored: Iterable[Stored]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    by_name: dict[str, Stored] = {}
-    for tensor in stored:
-        name = canonical(tensor.name)
-        if name in by_name:
-            other = by_name[name]
-            raise CheckpointError(
-                f"{tensor.file}: {shown(tensor.name)} and {shown(other.name)} ({other.file.name}) are both {name}"
-            )
-        tensors[name] = by_name[name] = tensor
-    return tensors
+def _is_unused(name: str) -> bool:
+    return why_unused(canonical(name)) is not None
 
 
 def _tie(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -78,8 +78,8 @@ GEMMA2_LAYER = (
 )
 # Only Gemma 2 has it.
 POST_NORM = "llm/layers/post_attention_norm/scale"
-# Prefixes of the arrays that a training checkpoint holds besides the weights.
-TRAINING_STATE = ("opt/", "chrono/")
+# Prefixes of the arrays that a training checkpoint holds besides the weights -> what they are.
+TRAINING_STATE = {"opt/": "the optimizer's state", "chrono/": "the training's clock"}
 # The id of <image>, which has no row in the training code's
 # table of 257,152 (transformers' conversion adds one).
 IMAGE_TOKEN = 257152
@@ -136,22 +136,27 @@ class Sliced:
         return rows
 
 
-def read_npz(file: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-    """Returns a training checkpoint's tensors by their published names, and its parameters' shapes; reads no weight.
+def read_npz(file: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]], dict[str, str]]:
+    """Returns a training checkpoint's tensors by their published names, its parameters' shapes, and what is no weight and why.
+
+    Reads no weight.
 
     Raises:
         CheckpointError: the file is not sound, is compressed, or is not a PaliGemma of the training code.
     """
     members: dict[str, Member] = {}
-    for name, member in _members(file).items():
+    arrays, skipped = _members(file)
+    for name, member in arrays.items():
         # The fine-tuning notebook of big_vision saves without `params/`.
         key = name.removeprefix("params/")
         if key in members:
             raise CheckpointError(f"{file}: holds {shown(key)} twice, with and without params/")
-        if not key.startswith(TRAINING_STATE):
-            members[key] = member
+        members[key] = member
     shapes = {key: member.shape for key, member in members.items()}
-    return {name: Sliced(members[key], axes, layer) for name, (key, axes, layer) in layout(shapes, file).items()}, shapes
+    tensors: dict[str, Tensor] = {
+        name: Sliced(members[key], axes, layer) for name, (key, axes, layer) in layout(shapes, file).items()
+    }
+    return tensors, shapes, skipped
 
 
 def layout(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, tuple[str, str, int]]:
@@ -251,8 +256,10 @@ def _text_config(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str,
     return text | {"query_pre_attn_scalar": round(scales[0] ** -2)}
 
 
-def _members(file: Path) -> dict[str, Member]:
+def _members(file: Path) -> tuple[dict[str, Member], dict[str, str]]:
+    """The arrays of an npz that may be weights, and those of a training's state, which may be of any kind, with what they are."""
     members: dict[str, Member] = {}
+    skipped: dict[str, str] = {}
     with opened(file) as f:
         size = file.stat().st_size
         try:
@@ -261,26 +268,29 @@ def _members(file: Path) -> dict[str, Member]:
         # zipfile and numpy's header parser raise a dozen kinds of
         # error on damaged bytes, MemoryError and RecursionError too.
         except Exception as error:
-            raise CheckpointError(f"{file}: not a sound npz: {error}; fetch it again") from error
+            raise CheckpointError(f"{file}: not a sound npz: {error}; give a sound copy of the file") from error
         end = 0
         for entry in sorted(entries, key=lambda e: e.header_offset):
             name = entry.filename.removesuffix(".npy")
             where = f"{file}: {shown(name)}"
+            if state := next((what for prefix, what in TRAINING_STATE.items() if name.startswith(prefix)), None):
+                skipped[name] = state
+                continue
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
                 raise CheckpointError(
                     f"{where} is compressed or encrypted, and cannot be read in rows; save it again with numpy.savez "
                     f"(not savez_compressed), which takes as much disk as the weights"
                 )
             if entry.header_offset < end:
-                raise CheckpointError(f"{where} overlaps the array before it; the file is damaged, fetch it again")
+                raise CheckpointError(f"{where} overlaps the array before it; give a sound copy of the file")
             f.seek(entry.header_offset)
             local = read_exactly(f, 30, file)
             if local[:4] != b"PK\x03\x04":
-                raise CheckpointError(f"{where} does not begin where the npz says; the file is damaged, fetch it again")
+                raise CheckpointError(f"{where} does not begin where the npz says; give a sound copy of the file")
             begin = entry.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
             end = begin + entry.file_size
             if entry.file_size != entry.compress_size or end > size:
-                raise CheckpointError(f"{where} ends beyond the file's {size:,} bytes; fetch the file again")
+                raise CheckpointError(f"{where} ends beyond the file's {size:,} bytes; give a whole copy of the file")
             if name in members:
                 raise CheckpointError(f"{where} stands twice in the file")
             f.seek(begin)
@@ -291,12 +301,14 @@ def _members(file: Path) -> dict[str, Member]:
                     raise ValueError(f"npy version {version}")
                 shape, fortran, dtype = npy.read_array_header_1_0(f)
             except Exception as error:
-                raise CheckpointError(f"{where} is not a sound array: {shown(str(error))}; fetch the file again") from error
+                raise CheckpointError(
+                    f"{where} is not a sound array: {shown(str(error))}; give a sound copy of the file"
+                ) from error
             offset = f.tell()
             members[name] = Member(file, name, offset, _dtype(dtype, where), _shape(shape, where), "F" if fortran else "C")
             if (needed := math.prod(shape) * dtype.itemsize) != end - offset:
                 raise CheckpointError(f"{where} is {dtype} {list(shape)}, which takes {needed:,} bytes, and has {end - offset:,}")
-    return members
+    return members, skipped
 
 
 def _dtype(dtype: np.dtype[Any], where: str) -> np.dtype[Any]:

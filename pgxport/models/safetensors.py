@@ -7,7 +7,7 @@ rejects; tests/models/test_safetensors.py compares the two.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,12 @@ from pgxport.errors import CheckpointError, DiskError
 
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BFLOAT16}
+# The other types of the format, as numpy's types of their sizes; weights in them are not read.
+OTHER_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("u1"), "BOOL": np.dtype("?"),
+    "F8_E4M3": np.dtype("u1"), "F8_E5M2": np.dtype("u1"),
+}  # fmt: skip
 # Infinities and NaNs have all bits of the exponent set. Comparing these bits runs
 # at 6 GB/s on 16-bit floats, numpy's isfinite at 1.4 (and at 18 on float32).
 EXPONENTS = {DTYPES["F16"]: np.uint16(0x7C00), BFLOAT16: np.uint16(0x7F80)}
@@ -112,7 +118,7 @@ def refuse_non_finite(rows: np.ndarray, start: int, name: str, file: Path) -> No
         at = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise CheckpointError(
             f"{file}: {shown(name)} holds {rows[at]} at {[at[0] + start, *at[1:]]}, and weights are finite; "
-            f"fetch the file again, or take another checkpoint"
+            f"give another copy of the file, or another checkpoint"
         )
 
 
@@ -130,14 +136,17 @@ def parse_json(data: bytes, where: Path) -> dict[str, Any]:
     try:
         value = json.loads(data.decode(), object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not sound JSON: {error}; fetch the file again") from error
+        raise CheckpointError(f"{where}: not sound JSON: {error}; give a sound copy of the file") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: holds a JSON {type(value).__name__}, not an object")
     return value
 
 
-def read_header(file: Path) -> dict[str, Stored]:
+def read_header(file: Path, *, unused: Callable[[str], bool] = lambda name: False) -> dict[str, Stored]:
     """Returns the tensors of a safetensors file by name, in the order of their bytes, without reading one.
+
+    Args:
+        unused: Whether a tensor of this name is no weight, so that it may be of any type and shape.
 
     Raises:
         CheckpointError: the file is not sound, or holds something that is not a float weight.
@@ -145,11 +154,13 @@ def read_header(file: Path) -> dict[str, Stored]:
     with opened(file) as f:
         size = file.stat().st_size
         if size < 8:
-            raise CheckpointError(f"{file}: {size} bytes are no safetensors file (truncated before its header); fetch it again")
+            raise CheckpointError(
+                f"{file}: {size} bytes are no safetensors file (it ends before its header); give the whole file"
+            )
         length = int.from_bytes(read_exactly(f, 8, file), "little")
         if length > size - 8:
             raise CheckpointError(
-                f"{file}: the header claims {length:,} bytes of a file of {size:,}, which is truncated or not safetensors"
+                f"{file}: the header claims {length:,} bytes of a file of {size:,}; give a whole safetensors file"
             )
         if length > MAX_JSON:
             raise CheckpointError(f"{file}: a header of {length:,} bytes; a PaliGemma's takes less than {MAX_JSON:,}")
@@ -160,7 +171,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{file}: __metadata__ is not a table of strings")
-    spans = {name: _span(file, name, entry) for name, entry in header.items()}
+    spans = {name: _span(file, name, entry, weight=not unused(name)) for name, entry in header.items()}
     tensors: dict[str, Stored] = {}
     end = 0
     for name, (dtype, shape, (start, stop)) in sorted(spans.items(), key=lambda item: item[1][2]):
@@ -170,13 +181,13 @@ def read_header(file: Path) -> dict[str, Stored]:
                 if start < end
                 else f"leaves a hole of {start - end:,} before it,"
             )
-            raise CheckpointError(f"{file}: {shown(name)} {fault} bytes; the file is damaged, fetch it again")
+            raise CheckpointError(f"{file}: {shown(name)} {fault} bytes; give a sound copy of the file")
         tensors[name] = Stored(file, name, 8 + length + start, dtype, shape)
         end = stop
     if (missing := 8 + length + end - size) != 0:
         last = f", where {shown(next(reversed(tensors)))} ends" if tensors else ""
-        fault = f"truncated, {missing:,} bytes are missing" if missing > 0 else f"{-missing:,} bytes too many"
-        raise CheckpointError(f"{file}: {fault} at its end{last}; fetch it again")
+        fault = f"{missing:,} bytes are missing" if missing > 0 else f"{-missing:,} bytes too many"
+        raise CheckpointError(f"{file}: {fault} at its end{last}; give a whole copy of the file")
     return tensors
 
 
@@ -185,23 +196,26 @@ def read_exactly(f: BinaryIO, count: int, file: Path) -> bytes:
     while len(data) < count:
         part = f.read(count - len(data))
         if not part:
-            raise CheckpointError(f"{file}: is truncated, {count - len(data):,} bytes are missing; fetch it again")
+            raise CheckpointError(f"{file}: {count - len(data):,} bytes are missing at its end; give a whole copy of the file")
         data += part
     return bytes(data)
 
 
-def _span(file: Path, name: str, entry: object) -> tuple[np.dtype[Any], tuple[int, ...], tuple[int, int]]:
+def _span(file: Path, name: str, entry: object, *, weight: bool) -> tuple[np.dtype[Any], tuple[int, ...], tuple[int, int]]:
     where = f"{file}: {shown(name)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where} is not described by dtype, shape and data_offsets, as safetensors asks; fetch it again")
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        raise CheckpointError(
+            f"{where} is not described by dtype, shape and data_offsets, as safetensors asks; give a sound copy of the file"
+        )
+    readable = DTYPES if weight else {**OTHER_DTYPES, **DTYPES}
+    dtype = readable.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise CheckpointError(
-            f"{where} is stored as {shown(str(entry['dtype']))}; pgx reads {', '.join(DTYPES)}. "
-            f"A quantized checkpoint has to be exported from its float original (pgx export --precision)"
+            f"{where} is stored as {shown(str(entry['dtype']))}; pgx reads weights in {', '.join(DTYPES)}: give the checkpoint "
+            f"in one of these"
         )
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _whole(shape) or not shape or 0 in shape:
+    if not _whole(shape) or (weight and (not shape or 0 in shape)):
         raise CheckpointError(f"{where} has the shape {shown(str(shape))}, which is no weight's")
     if not _whole(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where} has the data_offsets {shown(str(offsets))}, which are not two positions")

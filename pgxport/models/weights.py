@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names and shapes of a PaliGemma's weights: as they were published, and as later programs call them."""
 
+from fnmatch import fnmatchcase
 from math import prod
 
 from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
@@ -21,6 +22,17 @@ RENAMED = (
 )
 TOWER = "vision_tower."
 ENCODER = "vision_tower.vision_model."
+# Parts of a name that a wrapper put there: PEFT's model (the prefix and the layer below an adapter), torch.compile, data-parallel
+# training and activation checkpoints.
+PEFT_PREFIX = "base_model.model."
+WRAPPERS = frozenset(("base_layer", "_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+# Tensors that a checkpoint may hold beside its weights -> why no answer depends on them.
+UNUSED = {
+    "vision_tower.vision_model.head.*": "SigLIP's pooling head, whose output PaliGemma does not use",
+    "vision_tower.vision_model.embeddings.position_ids": "a buffer of 0, 1, 2, …",
+    "*.rotary_emb.inv_freq": "a buffer that follows from rope_theta",
+    "*.rotary_emb.original_inv_freq": "a buffer that follows from rope_theta",
+}
 
 
 def weight_shapes(spec: ModelSpec) -> Shapes:
@@ -75,6 +87,15 @@ def _text(t: TextSpec) -> Shapes:
     return shapes
 
 
+def why_unused(name: str) -> str | None:
+    """Returns why no answer depends on the tensor of this published name; None where one may.
+
+    >>> why_unused("vision_tower.vision_model.head.probe")
+    "SigLIP's pooling head, whose output PaliGemma does not use"
+    """
+    return next((why for pattern, why in UNUSED.items() if fnmatchcase(name, pattern)), None)
+
+
 def canonical(name: str) -> str:
     """Returns the published name of a tensor; a name that is none of a PaliGemma's comes back unchanged.
 
@@ -82,7 +103,11 @@ def canonical(name: str) -> str:
     'language_model.model.layers.0.self_attn.q_proj.weight'
     >>> canonical("model.vision_tower.post_layernorm.bias"), canonical("multi_modal_projector.linear.bias")
     ('vision_tower.vision_model.post_layernorm.bias', 'multi_modal_projector.linear.bias')
+    >>> canonical("_orig_mod.base_model.model.model.language_model.norm.weight")
+    'language_model.model.norm.weight'
     """
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    name = ".".join(parts).removeprefix(PEFT_PREFIX)
     for later, published in RENAMED:
         if name.startswith(later):
             name = published + name.removeprefix(later)

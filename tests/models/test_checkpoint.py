@@ -142,6 +142,80 @@ def test_names_of_transformers_4(saved: tuple[Any, Path], tmp_path: Path, prefix
     assert equal(Checkpoint.open(tmp_path / "c"), published(model))
 
 
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "_orig_mod.{}", "module.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "base_model.model.{}",
+        "_fsdp_wrapped_module.{}", "base_model.model.module.{}",
+    ],
+)  # fmt: skip
+def test_names_that_a_wrapper_put_a_part_before(saved: tuple[Any, Path], tmp_path: Path, wrapped: str):
+    model, folder = saved
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    rename(tmp_path, wrapped.format)
+    assert equal(Checkpoint.open(tmp_path), published(model))
+
+
+@pytest.mark.parametrize("part", ["_orig_mod", "base_layer", "_checkpoint_wrapped_module", "module"])
+def test_names_that_a_wrapper_put_a_part_into(saved: tuple[Any, Path], tmp_path: Path, part: str):
+    model, folder = saved
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    rename(tmp_path, lambda name: re.sub(r"(\w+\.(?:weight|bias))$", rf"{part}.\1" if part != "base_layer" else r"\1", name))
+    rename(tmp_path, lambda name: re.sub(r"(_proj)\.(\w+)$", rf"\1.{part}.\2", name))
+    assert equal(Checkpoint.open(tmp_path), published(model))
+
+
+BESIDE: dict[str, torch.Tensor] = {
+    "vision_tower.vision_model.embeddings.position_ids": torch.arange(16)[None],
+    "model.vision_tower.embeddings.position_ids": torch.arange(16, dtype=torch.int32)[None],
+    "_orig_mod.vision_tower.vision_model.embeddings.position_ids": torch.zeros(1, 16, dtype=torch.uint8),
+    "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    "language_model.model.rotary_emb.inv_freq": torch.ones(8, dtype=torch.float64),
+    "model.language_model.rotary_emb.original_inv_freq": torch.ones(8, dtype=torch.bfloat16),
+    "vision_tower.vision_model.head.probe": torch.ones(1, 1, 32),
+    "vision_tower.head.attention.in_proj_weight": torch.full((96, 32), float("nan")),
+    "vision_tower.vision_model.head.mlp.fc1.weight": torch.ones(3, 3, dtype=torch.int8),
+    "vision_tower.vision_model.head.scale": torch.tensor(3),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_tensor_that_no_answer_depends_on_is_skipped_and_named(saved: tuple[Any, Path], tmp_path: Path, name: str):
+    model, folder = saved
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    save_file({**load_file(folder / "model.safetensors"), name: BESIDE[name]}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert equal(checkpoint, published(model))
+    assert list(checkpoint.skipped) == [name]
+
+
+def test_shards_and_an_index_may_differ_about_a_tensor_that_no_answer_depends_on(sharded: Path, base: Path):
+    index, name = read_index(sharded), "vision_tower.vision_model.embeddings.position_ids"
+    index["weight_map"][name] = "model-00001-of-00004.safetensors"  # stored nowhere
+    write_index(sharded, index)
+    assert Checkpoint.open(sharded).names() == Checkpoint.open(base).names()
+    shard = sharded / "model-00003-of-00004.safetensors"
+    save_file({**load_file(shard), name: torch.arange(4)}, shard)  # in another shard than the index says
+    checkpoint = Checkpoint.open(sharded)
+    assert (checkpoint.names(), list(checkpoint.skipped)) == (Checkpoint.open(base).names(), [name])
+
+
+@pytest.mark.parametrize("shard", ["model-00002-of-00004.safetensors", "model-00009-of-00009.safetensors"])
+def test_an_lm_head_that_only_the_index_names_is_tied(sharded: Path, base: Path, shard: str):
+    index = read_index(sharded)
+    index["weight_map"]["lm_head.weight"] = shard
+    write_index(sharded, index)
+    assert Checkpoint.open(sharded).names() == Checkpoint.open(base).names()
+
+
+@pytest.mark.parametrize("name", ["vision_tower.vision_model.headstone.weight", "language_model.model.rotary_emb.scale", "extra"])
+def test_a_tensor_of_no_known_place_is_not_skipped(folder: Path, name: str):
+    save_file({**load_file(folder / "model.safetensors"), name: torch.ones(3)}, folder / "model.safetensors")
+    checkpoint = Checkpoint.open(folder)
+    assert not checkpoint.skipped
+    assert name in checkpoint.names()
+
+
 @pytest.mark.parametrize("size", ["20KB", "60KB"])
 def test_shards_that_transformers_saves(saved: tuple[Any, Path], tmp_path: Path, size: str):
     model, _ = saved
@@ -371,7 +445,7 @@ def test_a_planted_nan_is_named(folder: Path, tensor: int, value: float):
     name = sorted(tensors)[tensor % len(tensors)]
     tensors[name].view(-1)[-1] = value
     save_file(tensors, folder / "model.safetensors")
-    refused(folder, str(folder / "model.safetensors"), repr(name), "take another checkpoint")
+    refused(folder, str(folder / "model.safetensors"), repr(name), "or another checkpoint")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn])

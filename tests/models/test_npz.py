@@ -26,7 +26,7 @@ from reference import random_paligemma
 from pgxport.errors import CheckpointError
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.config import read_config
-from pgxport.models.npz import config_of
+from pgxport.models.npz import config_of, read_npz
 from pgxport.models.spec import RESOLUTIONS, TEXT, published
 
 Arrays = dict[str, np.ndarray]
@@ -332,12 +332,12 @@ def sound(gemma1: Arrays) -> bytes:
 @pytest.mark.parametrize("part", range(40))
 def test_a_truncated_npz(sound: bytes, tmp_path: Path, part: int):
     (tmp_path / "a.npz").write_bytes(sound[: len(sound) * part // 40])
-    refused(tmp_path / "a.npz", "fetch it again")
+    refused(tmp_path / "a.npz", "copy of the file")
 
 
 def test_a_truncation_of_one_byte(sound: bytes, tmp_path: Path):
     (tmp_path / "a.npz").write_bytes(sound[:-1])
-    refused(tmp_path / "a.npz", "fetch it again")
+    refused(tmp_path / "a.npz", "copy of the file")
 
 
 @pytest.mark.parametrize(
@@ -397,8 +397,23 @@ def test_a_config_beside_the_npz_goes_before_its_shapes(gemma1: Arrays, tmp_path
     checkpoint = Checkpoint.open(tmp_path)
     assert checkpoint.config == {"model_type": "mine"}
     assert checkpoint.files() == [tmp_path / "config.json", tmp_path / "a.npz"]
-    # A file given by itself may lie in a folder with anything else.
+    # A file given by itself may lie in a folder with another model's config.json; a PaliGemma's is taken for its own.
     assert Checkpoint.open(tmp_path / "a.npz").config["model_type"] == "paligemma"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "paligemma", "image_token_index": 7}))
+    assert Checkpoint.open(tmp_path / "a.npz").config["image_token_index"] == 7
+
+
+def test_the_state_of_a_training_beside_the_weights_is_skipped_whatever_it_is(gemma1: Arrays, tmp_path: Path):
+    state = {
+        "opt/0/mu/img/embedding/bias": np.zeros(3), "opt/1/count": np.int32(7), "opt/params/llm/x": np.zeros((0, 4), bool),
+        "chrono/accum_train_time": np.float64(3.5), "chrono/note": np.array("a word"), "chrono/start": np.array(["2024"], "S4"),
+    }  # fmt: skip
+    np.savez(tmp_path / "state.npz", **state, **gemma1)
+    np.savez(tmp_path / "weights.npz", **gemma1)
+    ours, weights = (read_npz(tmp_path / name) for name in ("state.npz", "weights.npz"))
+    assert ours[0].keys() == weights[0].keys()
+    assert all(np.array_equal(t.rows(0, 1), weights[0][name].rows(0, 1)) for name, t in ours[0].items())
+    assert (ours[2].keys(), weights[2]) == (state.keys(), {})
 
 
 @pytest.mark.parametrize("family", ["paligemma", "paligemma2"])
@@ -419,7 +434,10 @@ def test_a_folder_with_the_npz_and_a_tokenizer_exports_the_bytes_of_the_hub_chec
     np.savez(npz / "model.npz", **training_arrays(model))
     for name in ("tokenizer.json", *(["config.json"] if family == "paligemma2" else [])):  # Gemma 2's query scale has no shape
         (npz / name).write_bytes((hub / name).read_bytes())
-    ours, theirs = (export(ExportOptions(output=tmp_path / f"b-{c.name}", checkpoint=c)).manifest for c in (npz, hub))
-    assert ours.token_ids == theirs.token_ids
+    ours, alone, theirs = (
+        export(ExportOptions(output=tmp_path / f"b-{c.name}", checkpoint=c)).manifest for c in (npz, npz / "model.npz", hub)
+    )
+    assert ours.token_ids == alone.token_ids == theirs.token_ids
     weights = {name: info.sha256 for name, info in theirs.files.items() if name != "README.md"}
-    assert {name: info.sha256 for name, info in ours.files.items() if name != "README.md"} == weights
+    for manifest in (ours, alone):
+        assert {name: info.sha256 for name, info in manifest.files.items() if name != "README.md"} == weights
