@@ -33,7 +33,7 @@ def walk(output: Path, *, echo: Callable[[str], object]) -> None:
         raise DiskError(f"cannot write {output}: {error.strerror}; choose another -o") from error
     graded: list[bool] = []
     for res in TINY_RESOLUTIONS:
-        bundle = export(ExportOptions(output=output / f"tiny-{res}", size="tiny", res=res, overwrite=True))
+        bundle = export(ExportOptions(output=output / f"tiny-{res}", size="tiny", res=res, answer=False, overwrite=True))
         echo(f"exported {bundle.path} ({size(bundle.nbytes)}, {bundle.manifest.parameters / 1e6:.2f} million parameters)")
         with Runner.from_pretrained(bundle.path) as runner:
             for number in SCENES:

@@ -101,6 +101,12 @@ def note(text: str) -> None:
         click.echo(text, err=True)
 
 
+def detail(text: str) -> None:
+    """Write on stderr what only --verbose shows."""
+    if volume() == "verbose":
+        click.echo(terminal_safe(text), err=True)
+
+
 def fail(code: int, message: str) -> NoReturn:
     """End with one line on stderr, whatever a file's name or a stranger's manifest put in the message."""
     click.echo(f"pgx: {' '.join(terminal_safe(message).split())}", err=True)

@@ -324,7 +324,7 @@ from pgxport.bundle import writer
 def hang(self, manifest):
     print("ready", flush=True)
     time.sleep(60)
-writer.BundleWriter.commit = hang
+writer.BundleWriter.complete = hang
 cli.main()
 """
 

@@ -16,7 +16,8 @@ from machines import MACHINES, tree
 
 from pgxport import doctor
 from pgxport.errors import EngineError
-from pgxport.runners.open_session import open_session
+from pgxport.runners import open_session as open_session_module
+from pgxport.runners.open_session import PROBE, open_session
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_a_complete_installation_needs_no_advice(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(doctor, "open_session", lambda engine, graph: Engine([42.0]))
+    monkeypatch.setattr(open_session_module, "open_session", lambda engine, graph: Engine([42.0]))
     facts = doctor.examine(tmp_path, load=no_driver)  # whatever the processor here has or lacks
     assert facts["advice"] == []
     assert facts["engines"] == {"cpu": {"works": True, "reason": ""}}
@@ -67,7 +68,7 @@ def test_an_engine_that_cannot_open_is_reported_with_its_reason(installed: dict[
     def refuse(engine: str, graph: object) -> None:
         raise EngineError("onnxruntime 1.0 is too old")
 
-    monkeypatch.setattr(doctor, "open_session", refuse)
+    monkeypatch.setattr(open_session_module, "open_session", refuse)
     facts = doctor.examine()
     assert facts["engines"]["cpu"] == {"works": False, "reason": "onnxruntime 1.0 is too old"}
     assert "engine cpu: onnxruntime 1.0 is too old" in doctor.render(facts)
@@ -75,7 +76,7 @@ def test_an_engine_that_cannot_open_is_reported_with_its_reason(installed: dict[
 
 
 def test_an_engine_that_computes_something_else_does_not_work(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doctor, "open_session", lambda engine, graph: Engine([41.0]))
+    monkeypatch.setattr(open_session_module, "open_session", lambda engine, graph: Engine([41.0]))
     facts = doctor.examine()["engines"]["cpu"]
     assert not facts["works"]
     assert "41.0" in facts["reason"]
@@ -85,7 +86,7 @@ def test_the_probe_is_a_graph_that_the_engine_really_runs():
     pytest.importorskip("onnxruntime")
     assert doctor.examine()["engines"]["cpu"]["works"]
     onnx = pytest.importorskip("onnx")
-    onnx.checker.check_model(onnx.load_from_string(doctor.PROBE), full_check=True)
+    onnx.checker.check_model(onnx.load_from_string(PROBE), full_check=True)
 
 
 def test_an_onnxruntime_of_another_time_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any):

@@ -166,7 +166,12 @@ class Parity(_Frozen):
     kl: float  # mean Kullback-Leibler divergence from the checkpoint's next-token distribution, in nats
     kl_worst: float
     agreement: float  # share of positions where both find the same token likeliest
-    sqnr: dict[str, float]  # of each rounded matrix, in dB, worst first
+    sqnr: dict[str, float | None]  # of each rounded matrix, in dB, worst first; None: rounding changed nothing
+
+    @property
+    def losses(self) -> list[tuple[str, float]]:
+        """The matrices that rounding changed and their SQNR in dB, worst first."""
+        return sorted(((path, db) for path, db in self.sqnr.items() if db is not None), key=lambda item: item[1])
 
 
 class Provenance(_Frozen):
@@ -176,6 +181,7 @@ class Provenance(_Frozen):
     revision: str | None  # the hub's commit, where it comes from the hub
     repository: str | None = None  # and its name there
     license: Literal["apache-2.0", "gemma"] | None = None  # of the checkpoint, as the hub calls it; None: not known to pgx
+    skipped: dict[str, str] = {}  # tensors of the checkpoint that no answer depends on, and why
     checkpoint_sha256: str
     calibration_sha256: str | None = None
     versions: dict[str, str]

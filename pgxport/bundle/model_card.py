@@ -88,7 +88,7 @@ def _stored(m: Manifest) -> str:
 
 
 def _parity(p: Parity) -> str:
-    lost = [(path, f"{decibels:.1f}") for path, decibels in sorted(p.sqnr.items(), key=lambda item: item[1])[:WORST]]
+    lost = [(path, f"{decibels:.1f}") for path, decibels in p.losses[:WORST]]
     worst = "\n" + table(("weight that rounding hurt most", "SQNR, dB"), lost) if lost else ""
     return (
         f"## Against the checkpoint\n\nOn {p.positions} tokens of {p.scenes} drawn scenes, measured by the export in float32 "

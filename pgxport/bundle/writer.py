@@ -74,6 +74,15 @@ class BundleWriter:
         self.publish()
         return Bundle(self.path, written)
 
+    def complete(self, manifest: Manifest) -> Bundle:
+        """Write the manifest, and open the folder as a reader does; it has no name until `publish`.
+
+        Raises:
+            IntegrityError: a reader would refuse the bundle.
+        """
+        self.write(MANIFEST, [manifest.model_dump_json(indent=1).encode() + b"\n"])
+        return Bundle.open(self.staging)
+
     def publish(self) -> None:
         """Give the folder its name; its manifest is there already."""
         self.check_output()

@@ -18,13 +18,13 @@ from pgxport.cli.options import (
     target_option,
 )
 from pgxport.errors import needs
-from pgxport.terminal import Cost, progress_bar, volume_options
+from pgxport.terminal import Cost, detail, progress_bar, volume_options
 from pgxport.text import size
 
 if TYPE_CHECKING:
-    from pgxport.bundle.reader import Bundle
     from pgxport.compile.options import Compiled
     from pgxport.exporter.calibration_file import Calibration
+    from pgxport.exporter.export import ExportedBundle
 
 
 @click.command()
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     "--parity", type=click.IntRange(0), default=2, show_default=True, help="Scenes to compare a rounded bundle on; 0: none."
 )
 @click.option("--gate", type=click.FloatRange(0, 1), help="Write nothing if fewer tokens agree with the checkpoint, as 0.99.")
+@click.option(
+    "--answer/--no-answer", default=True, show_default=True, help="Ask the bundle about a scene before it gets its name."
+)
 @click.option("-o", "--output", type=click.Path(), help="The folder to write  [default: named after the model]")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say how large each file would be; write nothing.")
@@ -71,6 +74,10 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     with progress_bar() as progress:
         bundle = export(ExportOptions(**options), progress=progress)
     cost = Cost.since(start)
+    if skipped := bundle.manifest.provenance.skipped:
+        detail(f"skipped {len(skipped)} tensors of the checkpoint that no answer depends on:")
+        for name, why in skipped.items():
+            detail(f"  {name}: {why}")
     if as_json:
         click.echo(json.dumps(export_json(bundle, cost), indent=1))
     else:
@@ -83,25 +90,29 @@ def render_dry_run(sizes: dict[str, int]) -> str:
     return "\n".join([*(f"{name}: {size(nbytes)}" for name, nbytes in sizes.items()), total])
 
 
-def export_json(bundle: "Bundle", cost: Cost) -> dict[str, Any]:
+def export_json(bundle: "ExportedBundle", cost: Cost) -> dict[str, Any]:
     """An exported bundle as plain data."""
     manifest = bundle.manifest
     return {
         "bundle": str(bundle.path), "bytes": bundle.nbytes, **cost.to_json(),
         "files": {name: info.size for name, info in manifest.files.items()},
         "parity": manifest.parity.model_dump() if manifest.parity else None,
+        "answered": bundle.not_answered is None, "not_answered": bundle.not_answered,
     }  # fmt: skip
 
 
-def render_export(bundle: "Bundle", output: str, cost: Cost) -> str:
+def render_export(bundle: "ExportedBundle", output: str, cost: Cost) -> str:
     """An exported bundle for people: its size, its parity with the checkpoint, and the next command."""
-    lines = [f"wrote {bundle.path}: {size(bundle.nbytes)} in {cost}"]
+    done = "opened, verified, and asked about a drawn scene" if bundle.not_answered is None else "opened and verified"
+    lines = [f"wrote {bundle.path}: {size(bundle.nbytes)} in {cost}; {done}"]
+    if bundle.not_answered is not None:
+        lines.append(f"not answered here: {bundle.not_answered}")
     if parity := bundle.manifest.parity:
         lines.append(
             f"against the checkpoint, {parity.positions} tokens of {parity.scenes} scenes: {parity.agreement:.1%} of the likeliest "
             f"tokens the same, KL {parity.kl:.2g} nats (worst {parity.kl_worst:.2g})"
         )
-        lines += [f"  {decibels:6.1f} dB  {path}" for path, decibels in list(parity.sqnr.items())[:5]]
+        lines += [f"  {decibels:6.1f} dB  {path}" for path, decibels in parity.losses[:5]]
     if "mask_decoder" not in bundle.manifest.graphs:
         lines.append("without a mask decoder: `segment` answers with boxes and codes only; --masks vae-oid.npz adds it")
     return "\n".join([*lines, f'try: pgx run {output} --image photo.jpg --prompt "caption en"    pgx inspect {output}'])

@@ -14,16 +14,17 @@ from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
 from pgxport.compile.lint import check
 from pgxport.errors import CheckpointError, GateError
+from pgxport.exporter.acceptance import answer_scene
 from pgxport.exporter.activation_ranges import measure_ranges, residual_divisor
-from pgxport.exporter.calibration_file import Calibration, checkpoint_sha256
+from pgxport.exporter.calibration_file import checkpoint_sha256
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, file_sizes, serialized, stored, token_table, write_graphs
 from pgxport.exporter.parity import FIRST_SCENE, EagerModel, StoredWeights, parity, scene
 from pgxport.exporter.prepare import MAX_NEW_TOKENS, ExportOptions, PreparedExport, open_checkpoint, prepare
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.scaling import InputStatistics, Rescaled, RescaledStatistics, rescaled
+from pgxport.exporter.sketch import Sketch
 from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
-from pgxport.hub.locate import Located
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.spec import ModelSpec, shrunk
 from pgxport.models.weights import parameters
@@ -56,13 +57,26 @@ class BuiltGraphs:
     layouts: dict[str, DataLayout]
 
 
-def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundle:
-    """Write a bundle from a checkpoint.
+@dataclass(frozen=True)
+class ExportedBundle(Bundle):
+    """A bundle that was just written, opened and verified.
+
+    Attributes:
+        not_answered: Why no scene was answered with it here; None: one was.
+    """
+
+    not_answered: str | None = None
+
+
+def export(options: ExportOptions, *, progress: Progress | None = None) -> ExportedBundle:
+    """Write a bundle from a checkpoint, open it, and answer a drawn scene with it where this machine can.
 
     Raises:
         UsageError: an option names what does not exist, or the output is there already.
         CheckpointError: the checkpoint is not a complete, sound PaliGemma.
         GateError: the bundle agrees with the checkpoint on fewer tokens than `gate` asks for.
+        EngineError: the engine that the bundle is for refuses it.
+        NumericError: its numbers are not finite.
         DiskError: the bundle cannot be written; nothing is left at its name.
     """
     job = prepare(options, progress=progress)
@@ -74,7 +88,10 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Bundl
         compared = _compare(job, model, built, writer.staging, progress)
         manifest = _manifest(job, model, built, compared, digest.result())
         writer.write(CARD, [card(manifest.model_copy(update={"files": writer.files})).encode()])
-        return writer.commit(manifest.model_copy(update={"files": writer.files}))
+        staged = writer.complete(manifest.model_copy(update={"files": writer.files}))
+        not_answered = _answer(job, model, built, staged, progress)
+        writer.publish()
+        return ExportedBundle(writer.path, staged.manifest, not_answered)
 
 
 def dry_run(options: ExportOptions, *, progress: Progress | None = None) -> dict[str, int]:
@@ -141,12 +158,12 @@ def _write(job: PreparedExport, built: BuiltGraphs, writer: BundleWriter, progre
 def _compare(
     job: PreparedExport, model: FittedModel, built: BuiltGraphs, folder: Path, progress: Progress | None
 ) -> Parity | None:
-    """Compare the written files with the checkpoint, teacher-forced on drawn scenes; None for a bundle of floats.
+    """Compare the written files with the checkpoint, teacher-forced on drawn scenes; None for floats without a gate.
 
     Raises:
         GateError: token agreement is below `gate`.
     """
-    if not (job.recipe.lossy and job.options.parity):
+    if not job.options.parity or not (job.recipe.lossy or job.options.gate is not None):
         return None
     files = {name: (folder / f"{name}.data", layout) for name, layout in built.layouts.items()}
     files["token_table"] = (folder / TABLE_FILE, built.table)
@@ -156,13 +173,24 @@ def _compare(
     measured = parity(EagerModel(job.checkpoint, job.spec), rounded, samples, progress=progress)
     least = job.options.gate
     if least is not None and measured.agreement < least:
-        worst = next(iter(measured.sqnr))
+        remedy = "Take a --precision with more bits"
+        for path, decibels in measured.losses[:1]:
+            remedy = f"Of the matrices {path} lost most ({decibels:.1f} dB): give it more bits by a rule, or calibrate"
         raise GateError(
             f"{job.found.name} in {job.recipe.name} agrees with the checkpoint on {measured.agreement:.1%} of "
-            f"{measured.positions} tokens, and --gate asks for {least:.1%}; nothing was written. Of the matrices {worst} lost "
-            f"most ({measured.sqnr[worst]:.1f} dB): give it more bits by a rule, or calibrate"
+            f"{measured.positions} tokens, and --gate asks for {least:.1%}; nothing was written. {remedy}"
         )
     return measured
+
+
+def _answer(job: PreparedExport, model: FittedModel, built: BuiltGraphs, staged: Bundle, progress: Progress | None) -> str | None:
+    """Answer a drawn scene with the bundle; the reason where it was not."""
+    if not job.options.answer:
+        return "it was not to be asked"
+    if progress:
+        progress("answering a scene", 0, 1)
+    sketch = Sketch(model.spec, model.spec, job.context, built.graphs, built.table)
+    return answer_scene(staged, sketch.memory(job.target, job.tokenizer.stat().st_size).peak)
 
 
 def _manifest(
@@ -199,11 +227,12 @@ def _manifest(
         ),
         graphs=infos,
         files={},
-        provenance=_provenance(job.found, checkpoint_digest, job.calibration),
+        provenance=_provenance(job, checkpoint_digest),
     )
 
 
-def _provenance(found: Located, checkpoint_digest: str, calibration: Calibration | None) -> Provenance:
+def _provenance(job: PreparedExport, checkpoint_digest: str) -> Provenance:
+    found, calibration = job.found, job.calibration
     packages = ("numpy", "onnx-ir", "ml-dtypes")
     versions = {"pgxport": __version__, **{p: importlib.metadata.version(p) for p in packages}}
     return Provenance(
@@ -211,6 +240,7 @@ def _provenance(found: Located, checkpoint_digest: str, calibration: Calibration
         revision=found.revision,
         repository=found.repository,
         license=found.license,
+        skipped=job.checkpoint.skipped,
         checkpoint_sha256=checkpoint_digest,
         calibration_sha256=calibration.digest if calibration else None,
         versions=versions,

@@ -6,6 +6,7 @@ weights. What the bundle rounds while it runs (activations, the KV cache) is
 rounded here as well; what an engine adds of its own is measured by `pgx report`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,16 +180,16 @@ def parity(
     if progress:
         progress("comparing with the checkpoint", len(samples), len(samples))
     assert isinstance(rounded.weights, StoredWeights), "Bug: only a bundle's files are compared"
-    sqnr = {
-        path: round(matrix.sqnr, 2) for path, matrix in rounded.weights.matrices.items() if path not in rounded.weights.copies
-    }
+    matrices = ((path, m) for path, m in rounded.weights.matrices.items() if path not in rounded.weights.copies)
+    # Infinite where rounding changed nothing, which JSON cannot say.
+    sqnr = {path: round(m.sqnr, 2) if math.isfinite(m.sqnr) else None for path, m in matrices}
     return Parity(
         scenes=len(samples),
         positions=len(losses),
         kl=float(np.mean(losses)),
         kl_worst=max(losses),
         agreement=agreed / len(losses),
-        sqnr=dict(sorted(sqnr.items(), key=lambda item: item[1])),
+        sqnr=dict(sorted(sqnr.items(), key=lambda item: math.inf if item[1] is None else item[1])),
     )
 
 

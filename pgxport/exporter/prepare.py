@@ -41,6 +41,7 @@ class ExportOptions(ModelChoice):
             "none": they see all of it, as in the training code. Both are the same below 4,096 tokens.
         parity: Scenes on which a quantized bundle is compared with the checkpoint before it gets its name; 0: none.
         gate: Least token agreement with the checkpoint, 0 to 1; below it nothing is written.
+        answer: Answer a drawn scene with the bundle before it gets its name, where this machine can.
     """
 
     output: str | Path | None = None
@@ -54,6 +55,7 @@ class ExportOptions(ModelChoice):
     local_window: str = "hf"
     parity: int = 2
     gate: float | None = None
+    answer: bool = True
     overwrite: bool = False
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pgxport.bundle.manifest import Parity
 from pgxport.metrics import bootstrap, fidelity
 from pgxport.metrics.bootstrap import Curve, Resampled
 from pgxport.metrics.metrics import METRICS, groups, metrics_for, tally
@@ -315,9 +316,9 @@ def _ratio(first: SubjectRun, second: SubjectRun, keys: Sequence[str]) -> schema
 def _rounding(parity: Mapping[str, object] | None) -> schema.Rounding | None:
     if parity is None:
         return None
-    sqnr: dict[str, float] = parity["sqnr"]  # type: ignore[assignment]
-    worst = tuple(sorted(sqnr.items(), key=lambda item: item[1])[:WORST])
-    return schema.Rounding(positions=parity["positions"], kl=parity["kl"], agreement=parity["agreement"], worst=worst)  # type: ignore[arg-type]
+    measured = Parity.model_validate(parity)
+    worst = tuple(measured.losses[:WORST])
+    return schema.Rounding(positions=measured.positions, kl=measured.kl, agreement=measured.agreement, worst=worst)
 
 
 def _answers(run: SubjectRun, keys: Sequence[str]) -> list[Answer]:

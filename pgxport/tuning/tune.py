@@ -170,6 +170,7 @@ def tuned_model(o: TuneOptions) -> TunedModel:
         calibration=o.calibration,
         target=o.target,
         parity=0,
+        answer=False,
     )
     return TunedModel(export, spec, data.samples, common, o.threads)
 
