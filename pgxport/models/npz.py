@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -294,21 +294,26 @@ def _members(file: Path) -> tuple[dict[str, Member], dict[str, str]]:
             if name in members:
                 raise CheckpointError(f"{where} stands twice in the file")
             f.seek(begin)
-            try:
-                # Later versions are for headers of over 64 KB, which
-                # no plain array has and numpy would read whole.
-                if (version := npy.read_magic(f)) != (1, 0):
-                    raise ValueError(f"npy version {version}")
-                shape, fortran, dtype = npy.read_array_header_1_0(f)
-            except Exception as error:
-                raise CheckpointError(
-                    f"{where} is not a sound array: {shown(str(error))}; give a sound copy of the file"
-                ) from error
-            offset = f.tell()
-            members[name] = Member(file, name, offset, _dtype(dtype, where), _shape(shape, where), "F" if fortran else "C")
-            if (needed := math.prod(shape) * dtype.itemsize) != end - offset:
-                raise CheckpointError(f"{where} is {dtype} {list(shape)}, which takes {needed:,} bytes, and has {end - offset:,}")
+            members[name] = _member(f, file, name, end)
     return members, skipped
+
+
+def _member(f: BinaryIO, file: Path, name: str, end: int) -> Member:
+    """The array that begins here and ends at byte `end` of the file."""
+    where = f"{file}: {shown(name)}"
+    try:
+        # Later versions are for headers of over 64 KB, which
+        # no plain array has and numpy would read whole.
+        if (version := npy.read_magic(f)) != (1, 0):
+            raise ValueError(f"npy version {version}")
+        shape, fortran, dtype = npy.read_array_header_1_0(f)
+    except Exception as error:
+        raise CheckpointError(f"{where} is not a sound array: {shown(str(error))}; give a sound copy of the file") from error
+    offset = f.tell()
+    member = Member(file, name, offset, _dtype(dtype, where), _shape(shape, where), "F" if fortran else "C")
+    if (needed := math.prod(shape) * dtype.itemsize) != end - offset:
+        raise CheckpointError(f"{where} is {dtype} {list(shape)}, which takes {needed:,} bytes, and has {end - offset:,}")
+    return member
 
 
 def _dtype(dtype: np.dtype[Any], where: str) -> np.dtype[Any]:
