@@ -34,7 +34,6 @@ def read_config(config: Mapping[str, Any], *, local_window: bool = True) -> Mode
         patch=_int(vision, "patch_size", 16),
         eps=_float(vision, "layer_norm_eps", 1e-6),
     )
-    _only(config, "the model", {"tie_word_embeddings": (True,)})
     _only(vision, "vision_config", {"hidden_act": ("gelu_pytorch_tanh",), "num_channels": (3,)})
     _only(text, "text_config", {"attention_bias": (False,), "hidden_activation": (None, "gelu_pytorch_tanh")})
     if v.width % v.heads:
