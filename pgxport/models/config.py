@@ -205,7 +205,7 @@ class PaliGemmaConfig(FileSchema):
     image_token_index: TokenId | None = None
     image_token_id: TokenId | None = None
     eos_token_id: StopTokens | None = None
-    tie_word_embeddings: Literal[True] = True
+    tie_word_embeddings: bool = True
 
     no_effect: ClassVar[Mapping[str, str]] = EVERY | {
         "vision_config": "read by a schema of its own", "text_config": "read by a schema of its own",
