@@ -158,10 +158,8 @@ def plan(options: PlanOptions) -> Plan:
                 small = sketch(source, spec, one_layer(spec), masks, other.fitted(weights), target, context)
                 needs[other.name] = small.memory(target, text).peak
     files, manifest = drawn.files()
-    estimated = {"tokenizer.json": text} if tokenizer is None else {}
-    estimated |= {"README.md": 2500, "manifest.json": manifest}
-    files |= {"recipe.toml": len(to_toml(recipe).encode())}
-    exact = {} if tokenizer is None else {"tokenizer.json": tokenizer}
+    files |= {"recipe.toml": len(to_toml(recipe).encode())} | ({"tokenizer.json": tokenizer} if tokenizer else {})
+    estimated = ({} if tokenizer else {"tokenizer.json": text}) | {"README.md": 2500, "manifest.json": manifest}
     return Plan(
         model=model,
         family=spec.family,
@@ -170,7 +168,7 @@ def plan(options: PlanOptions) -> Plan:
         target=target.name,
         context=context,
         parameters=_parameters(spec),
-        files=files | exact | estimated,
+        files=files | estimated,
         estimated=tuple(estimated),
         export_memory=export_memory(spec, recipe, target, text),
         run=run,
