@@ -148,6 +148,7 @@ class TokenIds(_Frozen):
     loc_count: int = Field(ge=0)
     seg_first: TokenId
     seg_count: int = Field(ge=0)
+    special: tuple[TokenId, ...] = ()  # the fine-tune's own special tokens, which a prompt may use if its author asks for it
 
 
 class Ranges(_Frozen):
@@ -182,6 +183,7 @@ class Provenance(_Frozen):
     repository: str | None = None  # and its name there
     license: Literal["apache-2.0", "gemma"] | None = None  # of the checkpoint, as the hub calls it; None: not known to pgx
     skipped: dict[str, str] = {}  # tensors of the checkpoint that no answer depends on, and why
+    tokenizer: str | None = None  # how it differs from the checkpoint's, where it is an adapter's own
     checkpoint_sha256: str
     calibration_sha256: str | None = None
     versions: dict[str, str]

@@ -18,7 +18,7 @@ from pgxport.cli.options import (
     target_option,
 )
 from pgxport.errors import needs
-from pgxport.terminal import Cost, detail, progress_bar, volume_options
+from pgxport.terminal import Cost, detail, note, progress_bar, volume_options
 from pgxport.text import size
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
         detail(f"skipped {len(skipped)} tensors of the checkpoint that no answer depends on:")
         for name, why in skipped.items():
             detail(f"  {name}: {why}")
+    if tokenizer := bundle.manifest.provenance.tokenizer:
+        note(f"tokenizer {tokenizer}")
     if as_json:
         click.echo(json.dumps(export_json(bundle, cost), indent=1))
     else:

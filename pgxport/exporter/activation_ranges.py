@@ -7,11 +7,10 @@ row blocks of weights in memory, whatever the model's size.
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from pgxport.bundle.manifest import Ranges, TokenIds
+from pgxport.bundle.manifest import Ranges
 from pgxport.errors import UsageError
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.eager import Eager, inputs_embeds
@@ -63,14 +62,13 @@ class ActivationRanges:
         return Ranges(largest={k: self.largest[k] for k in kinds}, where={k: self.where[k] for k in kinds}, scenes=scenes)
 
 
-def measure_ranges(source: TensorSource, spec: ModelSpec, tokenizer: Path, ids: TokenIds, *, scenes: int = SCENES) -> Ranges:
+def measure_ranges(source: TensorSource, spec: ModelSpec, words: PromptTokenizer, *, scenes: int = SCENES) -> Ranges:
     """The largest |x| of each kind of number, over prefix and answer of calibration scenes, and where it was.
 
     Raises:
         UsageError: numbers that no divisor reaches exceed float16, so that it cannot be used.
     """
     observe = ActivationRanges(spec)
-    words = PromptTokenizer(tokenizer, ids)
     prompt = words.prompt_ids("caption en", 0)
     for index in range(scenes):  # one at a time: the weights are read again, and activations take half the memory of two
         scene = draw("calibration", index)

@@ -102,7 +102,7 @@ def dry_run(options: ExportOptions, *, progress: Progress | None = None) -> dict
     """
     job = prepare(options, progress=progress)
     built = build(job, FittedModel(job.spec, job.checkpoint, job.calibration, None))
-    return {**file_sizes(built.graphs, built.table), "tokenizer.json": job.tokenizer.stat().st_size}
+    return {**file_sizes(built.graphs, built.table), "tokenizer.json": len(job.tokenizer.content)}
 
 
 def fit(job: PreparedExport) -> FittedModel:
@@ -117,7 +117,7 @@ def fit(job: PreparedExport) -> FittedModel:
     if job.target.compute(job.recipe.rules[-1].scheme.dtype) == "float16":
         # A checkpoint of its own: rows that the measurement reads do not count as exported.
         ranges = (calibration and calibration.ranges) or measure_ranges(
-            open_checkpoint(job.found, job.options), spec, job.tokenizer, job.token_ids
+            open_checkpoint(job.found, job.options), spec, job.tokenizer.words()
         )
         spec = shrunk(spec, residual_divisor(ranges))
     if calibration is None:
@@ -150,7 +150,7 @@ def _write(job: PreparedExport, built: BuiltGraphs, writer: BundleWriter, progre
             writer.write(f"{name}.data", count(f"{name}.data", ahead(built.layouts[name].bytes())))
         writer.write(f"{name}.onnx", [serialized(g, built.layouts[name], built.table)])
     writer.write("recipe.toml", [to_toml(job.recipe).encode()])
-    writer.write("tokenizer.json", [job.tokenizer.read_bytes()])
+    writer.write("tokenizer.json", [job.tokenizer.content])
     if unread := job.checkpoint.unread():
         raise CheckpointError(f"Bug: {listed(unread)} of {job.found.name} reached no graph")
 
@@ -169,7 +169,8 @@ def _compare(
     files["token_table"] = (folder / TABLE_FILE, built.table)
     weights = StoredWeights(model.source, built.graphs, files)
     rounded = EagerModel(weights, model.spec, job.recipe, model.statistics, job.target)
-    samples = [scene(FIRST_SCENE + i, job.spec, job.tokenizer, job.token_ids) for i in range(job.options.parity)]
+    words = job.tokenizer.words()
+    samples = [scene(FIRST_SCENE + i, job.spec, words) for i in range(job.options.parity)]
     measured = parity(EagerModel(job.checkpoint, job.spec), rounded, samples, progress=progress)
     least = job.options.gate
     if least is not None and measured.agreement < least:
@@ -190,7 +191,7 @@ def _answer(job: PreparedExport, model: FittedModel, built: BuiltGraphs, staged:
     if progress:
         progress("answering a scene", 0, 1)
     sketch = Sketch(model.spec, model.spec, job.context, built.graphs, built.table)
-    return answer_scene(staged, sketch.memory(job.target, job.tokenizer.stat().st_size).peak)
+    return answer_scene(staged, sketch.memory(job.target, len(job.tokenizer.content)).peak)
 
 
 def _manifest(
@@ -216,7 +217,7 @@ def _manifest(
         parameters=parameters(spec),
         stored=stored(built.graphs, built.table),
         spec=asdict(spec),
-        token_ids=job.token_ids,
+        token_ids=job.tokenizer.ids,
         token_table=token_table(built.graphs, built.table, spec),
         cache=Cache(
             kind=job.target.cache_kind,
@@ -241,6 +242,7 @@ def _provenance(job: PreparedExport, checkpoint_digest: str) -> Provenance:
         repository=found.repository,
         license=found.license,
         skipped=job.checkpoint.skipped,
+        tokenizer=job.tokenizer.note,
         checkpoint_sha256=checkpoint_digest,
         calibration_sha256=calibration.digest if calibration else None,
         versions=versions,

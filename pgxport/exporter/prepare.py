@@ -4,7 +4,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgxport.bundle.manifest import TokenIds
 from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.calibration_file import Calibration
@@ -19,7 +18,7 @@ from pgxport.models.config import read_config
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import ModelSpec, without_window
 from pgxport.models.weights import weight_shapes
-from pgxport.runners.tokenizer import read_token_ids
+from pgxport.runners.saved_tokenizer import SavedTokenizer, check_token_rows, find_tokenizer
 from pgxport.text import listed
 
 MAX_NEW_TOKENS = 256
@@ -71,8 +70,7 @@ class PreparedExport:
     target: Target
     context: int
     masks: MaskWeights | None
-    tokenizer: Path
-    token_ids: TokenIds
+    tokenizer: SavedTokenizer
     output: Path
     calibration: Calibration | None
 
@@ -99,11 +97,8 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Prep
     check_sites(spec, recipe.scheme)
     context = context_length(spec, options.context)
     masks = options.masks or found.masks
-    tokenizer = checkpoint.file("tokenizer.json")
-    if tokenizer is None:
-        raise CheckpointError(
-            f"{found.name}: tokenizer.json is missing; download it beside the weights, from the same repository"
-        )
+    tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, _adapters(options))
+    check_token_rows(tokenizer, spec.text.vocab)
     return PreparedExport(
         options,
         found,
@@ -114,7 +109,6 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Prep
         context,
         MaskWeights(Path(masks)) if masks else None,
         tokenizer,
-        read_token_ids(tokenizer, checkpoint.config),
         output,
         calibration,
     )
@@ -209,6 +203,10 @@ def _check_spec(spec: ModelSpec, found: Located, options: ExportOptions) -> None
         raise UsageError(
             f"--res {options.res} was asked for, and {found.name} is a checkpoint for {spec.resolution} px; leave --res away"
         )
+
+
+def _adapters(options: ModelChoice) -> list[Path]:
+    return [Path(options.adapter)] if options.adapter else []
 
 
 def open_checkpoint(found: Located, options: ExportOptions) -> Checkpoint:
