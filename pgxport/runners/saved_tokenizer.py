@@ -216,15 +216,12 @@ def _together(file: TokenizerFile, beside: Mapping[str, TokenFlags], where: Path
 
 def _with_special(file: TokenizerFile, tokens: Iterable[str]) -> TokenizerFile:
     """The tokenizer with these special tokens, each after all others unless the vocabulary has it."""
-    known = {row.content for row in file.added}
-    rows, ids = list(file.added), file.ids()
-    following = max(len(file.vocab), *(row.id + 1 for row in rows), 0)
-    for token in dict.fromkeys(tokens):
-        if token not in known:
-            i = ids.get(token, following)
-            following = max(following, i + 1)
-            rows.append(AddedTokenRow(content=token, id=i, normalized=False, special=token not in LOCATED))
-    return file._replace(added=rows)
+    rows, ids = {row.content: row for row in file.added}, file.ids()
+    for token in tokens:
+        if token not in rows:
+            i = ids.setdefault(token, len(ids))
+            rows[token] = AddedTokenRow(content=token, id=i, normalized=False, special=token not in LOCATED)
+    return file._replace(added=list(rows.values()))
 
 
 def _token_ids(file: TokenizerFile, newline: list[int], roles: Mapping[str, str | None], config: Mapping[str, Any]) -> TokenIds:
