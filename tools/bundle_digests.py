@@ -29,8 +29,6 @@ RECIPES = (
     "int4-small-gptq", "fp8",
 )  # fmt: skip
 LEFT_OUT = ("provenance", "parity", "ranges", "files")
-# Fields younger than the digests -> what their absence said.
-YOUNGER: dict[str, dict[str, object]] = {"token_ids": {"special": []}}
 CARD = "README.md"
 
 
@@ -39,8 +37,6 @@ def digest(bundle: Path) -> str:
     manifest = json.loads((bundle / "manifest.json").read_text())
     files = {name: info["sha256"] for name, info in manifest["files"].items() if name != CARD}
     kept = {key: value for key, value in manifest.items() if key not in LEFT_OUT}
-    for part, fields in YOUNGER.items():
-        kept[part] = {key: value for key, value in kept[part].items() if key not in fields or value != fields[key]}
     return hashlib.sha256(json.dumps([files, kept], sort_keys=True).encode()).hexdigest()
 
 

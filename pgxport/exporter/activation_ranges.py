@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pgxport.bundle.manifest import Ranges
+from pgxport.bundle.manifest import Pixels, Ranges
 from pgxport.errors import UsageError
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.eager import Eager, inputs_embeds
@@ -19,7 +19,7 @@ from pgxport.models.projector import projector
 from pgxport.models.siglip import vision_encoder
 from pgxport.models.spec import ModelSpec
 from pgxport.models.tiny.scenes import caption, draw
-from pgxport.runners.image import pixel_values
+from pgxport.runners.image import PALIGEMMA, pixel_values
 from pgxport.runners.tokenizer import PromptTokenizer
 
 FLOAT16_MAX = 65504.0
@@ -62,7 +62,9 @@ class ActivationRanges:
         return Ranges(largest={k: self.largest[k] for k in kinds}, where={k: self.where[k] for k in kinds}, scenes=scenes)
 
 
-def measure_ranges(source: TensorSource, spec: ModelSpec, words: PromptTokenizer, *, scenes: int = SCENES) -> Ranges:
+def measure_ranges(
+    source: TensorSource, spec: ModelSpec, words: PromptTokenizer, pixels: Pixels = PALIGEMMA, *, scenes: int = SCENES
+) -> Ranges:
     """The largest |x| of each kind of number, over prefix and answer of calibration scenes, and where it was.
 
     Raises:
@@ -73,8 +75,8 @@ def measure_ranges(source: TensorSource, spec: ModelSpec, words: PromptTokenizer
     for index in range(scenes):  # one at a time: the weights are read again, and activations take half the memory of two
         scene = draw("calibration", index)
         tokens = prompt + words.prompt_ids(caption(scene), 0)[1:-1]  # without bos and newline
-        pixels = pixel_values(scene.image, spec.resolution)[None]
-        hidden = _run(Eager(source, {"pixel_values": pixels}, observe=observe), vision_encoder, spec, "image_hidden")
+        picture = pixel_values(scene.image, spec.resolution, pixels)[None]
+        hidden = _run(Eager(source, {"pixel_values": picture}, observe=observe), vision_encoder, spec, "image_hidden")
         features = _run(Eager(source, {"image_hidden": hidden}, observe=observe), projector, spec, "image_features")
         embeds = inputs_embeds(source, spec, features, tokens)
         observe("residual", "inputs_embeds", embeds)

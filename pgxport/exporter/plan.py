@@ -13,6 +13,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+from pgxport.bundle.manifest import Generation
 from pgxport.compile.memory import COPIES, WORKSPACE_BYTES, build_memory
 from pgxport.errors import UsageError, choose
 from pgxport.exporter.graphs import TABLE_FILE, SpecSource
@@ -26,6 +27,7 @@ from pgxport.machine.board import BOARDS, BoardSpec
 from pgxport.models.checkpoint import Checkpoint, TensorSource
 from pgxport.models.config import read_config
 from pgxport.models.gemma import TOKEN_TABLE
+from pgxport.models.generation_config import read_generation
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import SIZES, TINY_RESOLUTIONS, ModelSpec, published, without_window
 from pgxport.models.weights import weight_shapes
@@ -142,8 +144,8 @@ def plan(options: PlanOptions) -> Plan:
         )
     if options.local_window not in ("hf", "none"):
         raise UsageError(f"local window {options.local_window!r} does not exist; choose 'hf' or 'none'")
-    model, source, spec, tokenizer = _model(options)
-    context = context_length(spec, options.context)
+    model, source, spec, tokenizer, generation = _model(options)
+    context = context_length(spec, options.context, generation)
     masks = _masks(options)
     text = tokenizer or TOKENIZER_BYTES[spec.family]
     drawn = sketch(source, spec, spec, masks, recipe, target, context)
@@ -212,8 +214,8 @@ def runs_on(recipe: Recipe, target: Target) -> bool:
     return True
 
 
-def _model(options: PlanOptions) -> tuple[str, TensorSource, ModelSpec, int | None]:
-    """Returns the model's name, the source of its shapes, its spec, and the bytes of its tokenizer.json, if it has one."""
+def _model(options: PlanOptions) -> tuple[str, TensorSource, ModelSpec, int | None, Generation]:
+    """Returns the model's name, the source of its shapes, its spec, the bytes of its tokenizer.json, and what it says of answers."""
     window = options.local_window == "hf"
     if options.checkpoint is None and options.size != "tiny":
         if options.size is None or options.res is None:
@@ -222,7 +224,13 @@ def _model(options: PlanOptions) -> tuple[str, TensorSource, ModelSpec, int | No
             raise UsageError(f"size {options.size!r} does not exist; choose --size {', '.join(SIZES)}, or --checkpoint DIR")
         spec = published(options.family, options.size, options.res)
         spec = spec if window else without_window(spec)
-        return published_name(options.family, options.size, options.res, options.variant), SpecSource(spec), spec, None
+        return (
+            published_name(options.family, options.size, options.res, options.variant),
+            SpecSource(spec),
+            spec,
+            None,
+            Generation(),
+        )
     if options.checkpoint is None:
         res = options.res or TINY_RESOLUTIONS[0]
         if res not in TINY_RESOLUTIONS:
@@ -237,7 +245,8 @@ def _model(options: PlanOptions) -> tuple[str, TensorSource, ModelSpec, int | No
     if options.res is not None and options.res != spec.resolution:
         raise UsageError(f"--res {options.res} was asked for, and {folder.name} is a checkpoint for {spec.resolution} px")
     tokenizer = checkpoint.file("tokenizer.json")
-    return folder.resolve().name, checkpoint, spec, tokenizer.stat().st_size if tokenizer else None
+    generation = read_generation(checkpoint.config, checkpoint.json("generation_config.json"))
+    return folder.resolve().name, checkpoint, spec, tokenizer.stat().st_size if tokenizer else None, generation
 
 
 def _masks(options: PlanOptions) -> MaskWeights | None:

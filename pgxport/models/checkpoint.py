@@ -5,7 +5,7 @@ The only door to weights. Opening reads headers alone. A checkpoint remembers
 which tensors were read, so that an export can refuse to drop one in silence.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -90,8 +90,10 @@ class OpenedFiles:
 class Checkpoint:
     """A checkpoint's config and its tensors by their published names. Made by `Checkpoint.open`."""
 
-    def __init__(self, path: Path, opened: OpenedFiles):
+    def __init__(self, path: Path, opened: OpenedFiles, adapters: Sequence[Path] = ()):
         self.path = path
+        # What stands beside an adapter goes before what stands beside the base's weights.
+        self.folders = (*reversed(adapters), path if path.is_dir() else path.parent)
         self.config = opened.config
         self.skipped = opened.skipped  # tensors that no answer depends on, by their stored names, and why
         self._tensors = opened.tensors
@@ -114,7 +116,7 @@ class Checkpoint:
         if adapter is not None:
             tensors, adapter_files = lora.merge(tensors, Path(adapter))
             files = [*files, *adapter_files]
-        return cls(path, replace(opened, tensors=_tie(tensors, path), files=files))
+        return cls(path, replace(opened, tensors=_tie(tensors, path), files=files), [Path(adapter)] if adapter else [])
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -150,10 +152,24 @@ class Checkpoint:
         return list(self._files)
 
     def file(self, name: str) -> Path | None:
-        """Returns the path of a file beside the weights, such as tokenizer.json; None where there is none."""
+        """Returns the path of a file beside the weights, such as tokenizer.json; None where there is none.
+
+        The last adapter's folder that has it goes before the base's.
+        """
         assert Path(name).name == name, f"Bug: {name!r} is not a plain file name"
-        folder = self.path if self.path.is_dir() else self.path.parent  # a training npz may be given as a file
-        return folder / name if (folder / name).is_file() else None
+        return next((folder / name for folder in self.folders if (folder / name).is_file()), None)
+
+    def json(self, name: str, *others: str) -> dict[str, Any] | None:
+        """Returns the object in a json file beside the weights; None where there is none.
+
+        Args:
+            others: Files that belong to it: the folder that is looked into is the first that has any of them all.
+
+        Raises:
+            CheckpointError: it is no sound JSON.
+        """
+        found = next((folder for folder in self.folders if any((folder / n).is_file() for n in (name, *others))), None)
+        return read_json(found / name) if found and (found / name).is_file() else None
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._tensors:
