@@ -13,13 +13,14 @@ from pgxport.bundle.manifest import MANIFEST
 from pgxport.bundle.reader import Bundle
 from pgxport.calib.encoding import EncodedSample, digest, encode
 from pgxport.data.loader import first_samples
-from pgxport.errors import CheckpointError, EngineError, UsageError
+from pgxport.errors import EngineError, UsageError
 from pgxport.exporter.calibration_file import About, Array, Calibration, checkpoint_sha256, write_calibration
 from pgxport.exporter.stream import Progress
 from pgxport.files import check_output, disk_errors, locked
 from pgxport.hub.locate import ModelChoice, locate
 from pgxport.models.safetensors import Tensor
-from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
+from pgxport.runners.saved_tokenizer import find_tokenizer
+from pgxport.runners.tokenizer import PromptTokenizer
 
 RUN = "run.json"  # in a folder of work: the calibration that it belongs to
 
@@ -128,12 +129,8 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibra
     checkpoint = Checkpoint.open(model.path, Path(options.adapter) if options.adapter else None)
     spec = checkpoint.spec()
     check_weights(checkpoint, spec)
-    tokenizer_file = checkpoint.file("tokenizer.json")
-    if tokenizer_file is None:
-        raise CheckpointError(
-            f"{model.name}: tokenizer.json is missing; download it beside the weights, from the same repository"
-        )
-    tokenizer = PromptTokenizer(tokenizer_file, read_token_ids(tokenizer_file, checkpoint.config))
+    adapters = [Path(options.adapter)] if options.adapter else []
+    tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, adapters).words()
     samples = first_samples(Path(options.data) if options.data else None, options.samples)
     encoded, sha256 = [encode(s, tokenizer) for s in samples], checkpoint_sha256(checkpoint.files())
     job = CalibrationJob(model.name, sha256, encoded, digest(samples), spec.image_tokens, spec.text.depth, options)
