@@ -315,8 +315,8 @@ def holds_records(file: Path) -> bool:
 def read_json(file: Path) -> Any:
     """Read a JSON file, or JSON lines, which are returned as a list of `Record`s with line numbers.
 
-    A line ends at a line feed and nowhere else: U+2028, U+2029 and U+0085 may stand inside a string. A line that
-    is no JSON object is a record with a fault.
+    A line ends at a line feed and nowhere else: U+2028, U+0085 or a vertical tab may stand inside a string. A
+    line that is no JSON object is a record with a fault.
 
     Raises:
         InputError: it is neither, too large, or a pickle, which would run its author's code.
@@ -331,7 +331,7 @@ def read_json(file: Path) -> Any:
     if not text.strip():
         return []
     try:
-        value = json.loads(text)
+        value = json.loads(text, strict=False)
     except RecursionError as error:
         raise InputError(f"{file}: is nested too deeply to be a data set") from error
     except ValueError as error:  # JSONDecodeError, or a number of more digits than Python converts
@@ -355,7 +355,7 @@ def _inner_keys(value: Any) -> str:
 
 def _is_object(line: str) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(json.loads(line, strict=False), dict)
     except (ValueError, RecursionError):
         return False
 
