@@ -53,7 +53,10 @@ class PictureAnswer:
         return {"image": self.image} | self.answer.to_json() | where
 
 
-def ask_each(bundle: str, pictures: Sequence[Path | EmbeddedPicture], question: PictureQuestion) -> Iterator[PictureAnswer]:
+AskedPicture = Path | EmbeddedPicture | PictureAnswer  # the last: a record that names no picture, as the row that says so
+
+
+def ask_each(bundle: str, pictures: Sequence[AskedPicture], question: PictureQuestion) -> Iterator[PictureAnswer]:
     """Answer about one picture after the other; a picture that cannot be answered is a row like the others.
 
     Raises:
@@ -66,8 +69,10 @@ def ask_each(bundle: str, pictures: Sequence[Path | EmbeddedPicture], question: 
             yield answer(runner, str(picture), read(picture), q)
 
 
-def read(picture: Path | EmbeddedPicture) -> bytes | PictureAnswer:
+def read(picture: AskedPicture) -> bytes | PictureAnswer:
     """Return a picture's bytes, or the row that says why there are none."""
+    if isinstance(picture, PictureAnswer):
+        return picture
     if isinstance(picture, EmbeddedPicture):
         return picture.content
     try:
