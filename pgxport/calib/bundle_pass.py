@@ -55,7 +55,7 @@ def observe_bundle(
     statistics = InputObserver(moments=moments)
     pipeline = Pipeline(bundle, low_memory=True)  # for embeddings: it loads no graph until one is run
     for number, (sample, weights) in enumerate(zip(samples, token_weights(samples, m.image_tokens), strict=True), 1):
-        pixels = pixel_values(sample.sample.open(), m.resolution)[None]
+        pixels = pixel_values(sample.sample.open(), m.resolution, m.pixels)[None]
         hidden_states = sessions["vision_encoder"].run({"pixel_values": pixels})["image_hidden"]
         features = sessions["projector"].run({"image_hidden": hidden_states})["image_features"]
         decoder = Decoder(sessions["decoder_step"], m, features.shape[1] + len(sample.prompt) + len(sample.answer))

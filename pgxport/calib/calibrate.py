@@ -121,6 +121,7 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibra
     from pgxport.exporter.activation_ranges import ActivationRanges
     from pgxport.exporter.prepare import check_weights
     from pgxport.models.checkpoint import Checkpoint
+    from pgxport.models.processor_config import pixels_of
     from pgxport.models.safetensors import read_header
 
     model = locate(options, progress=progress)
@@ -137,12 +138,13 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibra
     encoded, sha256 = [encode(s, tokenizer) for s in samples], checkpoint_sha256(checkpoint.files())
     job = CalibrationJob(model.name, sha256, encoded, digest(samples), spec.image_tokens, spec.text.depth, options)
     # The key names versions: another pgx or numpy would have computed finished steps differently.
-    key = job.about(engine="numpy", inputs={}, ranges=None).model_dump_json()
+    pixels = pixels_of(checkpoint, spec)
+    key = job.about(engine="numpy", inputs={}, ranges=None).model_dump_json() + pixels.model_dump_json()
     output, activation_ranges = Path(options.output), ActivationRanges(spec)
     inputs: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     with _workplace(output.with_name(output.name + ".work"), key) as work:
-        steps = observe_checkpoint(checkpoint, spec, job.samples, work, moments=options.moments, progress=progress)
+        steps = observe_checkpoint(checkpoint, spec, job.samples, work, pixels, moments=options.moments, progress=progress)
         for step in steps:
             inputs |= step_findings(step, activation_ranges)
             tensors |= read_header(step)

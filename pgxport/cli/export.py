@@ -18,7 +18,7 @@ from pgxport.cli.options import (
     target_option,
 )
 from pgxport.errors import needs
-from pgxport.terminal import Cost, detail, progress_bar, volume_options
+from pgxport.terminal import Cost, detail, note, progress_bar, volume_options
 from pgxport.text import size
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     with progress_bar() as progress:
         bundle = export(ExportOptions(**options), progress=progress)
     cost = Cost.since(start)
+    for sentence in bundle.notes:
+        note(sentence)
     if skipped := bundle.manifest.provenance.skipped:
         detail(f"skipped {len(skipped)} tensors of the checkpoint that no answer depends on:")
         for name, why in skipped.items():
@@ -97,7 +99,7 @@ def export_json(bundle: "ExportedBundle", cost: Cost) -> dict[str, Any]:
         "bundle": str(bundle.path), "bytes": bundle.nbytes, **cost.to_json(),
         "files": {name: info.size for name, info in manifest.files.items()},
         "parity": manifest.parity.model_dump() if manifest.parity else None,
-        "answered": bundle.not_answered is None, "not_answered": bundle.not_answered,
+        "answered": bundle.not_answered is None, "not_answered": bundle.not_answered, "notes": list(bundle.notes),
     }  # fmt: skip
 
 

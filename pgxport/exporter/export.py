@@ -20,12 +20,13 @@ from pgxport.exporter.calibration_file import checkpoint_sha256
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import Files, file_sizes, serialized, stored, token_table, write_graphs
 from pgxport.exporter.parity import FIRST_SCENE, EagerModel, StoredWeights, parity, scene
-from pgxport.exporter.prepare import MAX_NEW_TOKENS, ExportOptions, PreparedExport, open_checkpoint, prepare
+from pgxport.exporter.prepare import ExportOptions, PreparedExport, open_checkpoint, prepare
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.scaling import InputStatistics, Rescaled, RescaledStatistics, rescaled
 from pgxport.exporter.sketch import Sketch
 from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
 from pgxport.models.checkpoint import TensorSource
+from pgxport.models.generation_config import unheeded
 from pgxport.models.spec import ModelSpec, shrunk
 from pgxport.models.weights import parameters
 from pgxport.text import listed
@@ -68,9 +69,11 @@ class ExportedBundle(Bundle):
 
     Attributes:
         not_answered: Why no scene was answered with it here; None: one was.
+        notes: What the checkpoint asks for and the bundle does otherwise.
     """
 
     not_answered: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def export(options: ExportOptions, *, progress: Progress | None = None) -> ExportedBundle:
@@ -96,7 +99,7 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Expor
         staged = writer.complete(manifest.model_copy(update={"files": writer.files}))
         not_answered = _answer(job, model, built, staged, progress)
         writer.publish()
-        return ExportedBundle(writer.path, staged.manifest, not_answered)
+        return ExportedBundle(writer.path, staged.manifest, not_answered, _notes(job))
 
 
 def dry_run(options: ExportOptions, *, progress: Progress | None = None) -> dict[str, int]:
@@ -122,7 +125,7 @@ def fit(job: PreparedExport) -> FittedModel:
     if job.target.compute(job.recipe.rules[-1].scheme.dtype) == "float16":
         # A checkpoint of its own: rows that the measurement reads do not count as exported.
         ranges = (calibration and calibration.ranges) or measure_ranges(
-            open_checkpoint(job.found, job.options), spec, job.tokenizer, job.token_ids
+            open_checkpoint(job.found, job.options), spec, job.tokenizer, job.token_ids, job.pixels
         )
         spec = shrunk(spec, residual_divisor(ranges))
     if calibration is None:
@@ -174,7 +177,7 @@ def _compare(
     files = built.shared | {f"{name}.data": layout for name, layout in built.layouts.items()}
     weights = StoredWeights(model.source, built.graphs, {folder / name: layout for name, layout in files.items()})
     rounded = EagerModel(weights, model.spec, job.recipe, model.statistics, job.target)
-    samples = [scene(FIRST_SCENE + i, job.spec, job.tokenizer, job.token_ids) for i in range(job.options.parity)]
+    samples = [scene(FIRST_SCENE + i, job.spec, job.tokenizer, job.token_ids, job.pixels) for i in range(job.options.parity)]
     measured = parity(EagerModel(job.checkpoint, job.spec), rounded, samples, progress=progress)
     least = job.options.gate
     if least is not None and measured.agreement < least:
@@ -198,6 +201,14 @@ def _answer(job: PreparedExport, model: FittedModel, built: BuiltGraphs, staged:
     return answer_scene(staged, sketch.memory(job.target, job.tokenizer.stat().st_size).peak)
 
 
+def _notes(job: PreparedExport) -> tuple[str, ...]:
+    """What the checkpoint asks for and the bundle does otherwise, as sentences."""
+    if keys := unheeded(job.generation):
+        asked = ", ".join(f"{key} {job.generation.kept[key]!r:.60}" for key in keys)
+        return (f"the checkpoint asks for {asked}: the bundle answers greedily without, and keeps it in its manifest",)
+    return ()
+
+
 def _manifest(
     job: PreparedExport, model: FittedModel, built: BuiltGraphs, compared: Parity | None, checkpoint_digest: str
 ) -> Manifest:
@@ -210,7 +221,7 @@ def _manifest(
         resolution=spec.resolution,
         image_tokens=spec.image_tokens,
         context_length=job.context,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=job.max_new_tokens,
         local_window=spec.text.window if windowed else None,
         residual_divisor=spec.text.residual_divisor,
         ranges=model.ranges,
@@ -221,6 +232,8 @@ def _manifest(
         parameters=parameters(spec),
         stored=stored(built.graphs, built.shared),
         spec=spec.described(),
+        pixels=job.pixels,
+        generation=job.generation,
         token_ids=job.token_ids,
         token_table=token_table(built.graphs, built.shared, spec),
         cache=Cache(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pgxport.bundle.manifest import Parity, TokenIds
+from pgxport.bundle.manifest import Parity, Pixels, TokenIds
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.lower_onnxruntime import CANDIDATES, SHORTLIST_TABLE, prefix_copy, uint8_grid
 from pgxport.exporter.lower_standard import activation_scale
@@ -28,7 +28,7 @@ from pgxport.models.checkpoint import TensorSource, to_float32
 from pgxport.models.eager import Eager, TokenizedSample, teacher_forced_logits
 from pgxport.models.spec import ModelSpec
 from pgxport.models.tiny.scenes import Question, ask, draw, locations
-from pgxport.runners.image import pixel_values
+from pgxport.runners.image import PALIGEMMA, pixel_values
 from pgxport.runners.tokenizer import PromptTokenizer
 
 FIRST_SCENE = 1 << 20  # beyond what anybody calibrates on
@@ -199,14 +199,14 @@ def _symmetric(x: np.ndarray, largest: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(x / scale), -128, 127) * scale
 
 
-def scene(index: int, spec: ModelSpec, tokenizer: Path, ids: TokenIds) -> TokenizedSample:
+def scene(index: int, spec: ModelSpec, tokenizer: Path, ids: TokenIds, pixels: Pixels = PALIGEMMA) -> TokenizedSample:
     """Returns a scene of the calibration split with one of its questions: a caption or boxes, in turn."""
     drawn, words = draw("calibration", index), PromptTokenizer(tokenizer, ids)
     kinds = {q.task: q for q in ask(drawn, index)}
     question = kinds["detect"] if index % 2 and "detect" in kinds else kinds["caption"]
     prompt = words.prompt_ids(question.prompt, 0)
     answer = words.prompt_ids(_answer(question), 0)[1:-1]  # without bos and newline
-    return TokenizedSample(pixel_values(drawn.image, spec.resolution)[None], prompt, answer)
+    return TokenizedSample(pixel_values(drawn.image, spec.resolution, pixels)[None], prompt, answer)
 
 
 def _answer(question: Question) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+from pgxport.bundle.manifest import Generation
 from pgxport.compile.memory import COPIES, WORKSPACE_BYTES, build_memory
 from pgxport.errors import UsageError, choose
 from pgxport.exporter.graphs import HEAD_FILE, TABLE_FILE, SpecSource
@@ -24,6 +25,7 @@ from pgxport.exporter.targets import TARGETS, Target, find_target
 from pgxport.hub.locate import TINY, ModelChoice, published_name
 from pgxport.machine.board import BOARDS, BoardSpec
 from pgxport.models.checkpoint import Checkpoint, TensorSource
+from pgxport.models.generation_config import read_generation
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import SIZES, TINY_RESOLUTIONS, ModelSpec, published, without_window
 from pgxport.models.weights import part_of, weight_shapes
@@ -140,10 +142,10 @@ def plan(options: PlanOptions) -> Plan:
         )
     if options.local_window not in ("hf", "none"):
         raise UsageError(f"local window {options.local_window!r} does not exist; choose 'hf' or 'none'")
-    model, source, spec, tokenizer = _model(options)
+    model, source, spec, tokenizer, generation = _model(options)
     weights = weight_shapes(spec)
     recipe = asked.fitted(weights)
-    context = context_length(spec, options.context)
+    context = context_length(spec, options.context, generation)
     masks = _masks(options)
     text = tokenizer or TOKENIZER_BYTES[spec.family]
     drawn = sketch(source, spec, spec, masks, recipe, target, context)
@@ -156,10 +158,8 @@ def plan(options: PlanOptions) -> Plan:
                 small = sketch(source, spec, one_layer(spec), masks, other.fitted(weights), target, context)
                 needs[other.name] = small.memory(target, text).peak
     files, manifest = drawn.files()
-    estimated = {"tokenizer.json": text} if tokenizer is None else {}
-    estimated |= {"README.md": 2500, "manifest.json": manifest}
-    files |= {"recipe.toml": len(to_toml(recipe).encode())}
-    exact = {} if tokenizer is None else {"tokenizer.json": tokenizer}
+    files |= {"recipe.toml": len(to_toml(recipe).encode())} | ({"tokenizer.json": tokenizer} if tokenizer else {})
+    estimated = ({} if tokenizer else {"tokenizer.json": text}) | {"README.md": 2500, "manifest.json": manifest}
     return Plan(
         model=model,
         family=spec.family,
@@ -168,7 +168,7 @@ def plan(options: PlanOptions) -> Plan:
         target=target.name,
         context=context,
         parameters=_parameters(spec),
-        files=files | exact | estimated,
+        files=files | estimated,
         estimated=tuple(estimated),
         export_memory=export_memory(spec, recipe, target, text),
         run=run,
@@ -213,8 +213,8 @@ def runs_on(recipe: Recipe, target: Target) -> bool:
     return True
 
 
-def _model(options: PlanOptions) -> tuple[str, TensorSource, ModelSpec, int | None]:
-    """Returns the model's name, the source of its shapes, its spec, and the bytes of its tokenizer.json, if it has one."""
+def _model(options: PlanOptions) -> tuple[str, TensorSource, ModelSpec, int | None, Generation]:
+    """Returns the model's name, the source of its shapes, its spec, the bytes of its tokenizer.json, and what it says of answers."""
     window = options.local_window == "hf"
     if options.checkpoint is None and options.size != "tiny":
         if options.size is None or options.res is None:
@@ -223,7 +223,13 @@ def _model(options: PlanOptions) -> tuple[str, TensorSource, ModelSpec, int | No
             raise UsageError(f"size {options.size!r} does not exist; choose --size {', '.join(SIZES)}, or --checkpoint DIR")
         spec = published(options.family, options.size, options.res)
         spec = spec if window else without_window(spec)
-        return published_name(options.family, options.size, options.res, options.variant), SpecSource(spec), spec, None
+        return (
+            published_name(options.family, options.size, options.res, options.variant),
+            SpecSource(spec),
+            spec,
+            None,
+            Generation(),
+        )
     if options.checkpoint is None:
         res = options.res or TINY_RESOLUTIONS[0]
         if res not in TINY_RESOLUTIONS:
@@ -238,7 +244,8 @@ def _model(options: PlanOptions) -> tuple[str, TensorSource, ModelSpec, int | No
     if options.res is not None and options.res != spec.resolution:
         raise UsageError(f"--res {options.res} was asked for, and {folder.name} is a checkpoint for {spec.resolution} px")
     tokenizer = checkpoint.file("tokenizer.json")
-    return folder.resolve().name, checkpoint, spec, tokenizer.stat().st_size if tokenizer else None
+    generation = read_generation(checkpoint.config, checkpoint.json("generation_config.json"))
+    return folder.resolve().name, checkpoint, spec, tokenizer.stat().st_size if tokenizer else None, generation
 
 
 def _masks(options: PlanOptions) -> MaskWeights | None:

@@ -5,7 +5,7 @@ The only door to weights. Opening reads headers, and an lm_head if there is one,
 A checkpoint remembers which tensors were read, so that an export can refuse to drop one in silence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -81,8 +81,10 @@ class Checkpoint:
         remarks: What someone should know about how the checkpoint was read.
     """
 
-    def __init__(self, path: Path, opened: OpenedFiles):
+    def __init__(self, path: Path, opened: OpenedFiles, adapters: Sequence[Path] = ()):
         self.path = path
+        # What stands beside an adapter goes before what stands beside the base's weights.
+        self.folders = (*reversed(adapters), path if path.is_dir() else path.parent)
         self.config = opened.config
         self.skipped = opened.skipped
         self.tied = LM_HEAD not in opened.tensors
@@ -112,7 +114,8 @@ class Checkpoint:
             tensors = {name: tensor for name, tensor in tensors.items() if name != LM_HEAD}
             skipped = skipped | {lm_head.name if isinstance(lm_head, Stored) else LM_HEAD: "a copy of the embedding"}
         by_value = LM_HEAD in tensors.keys() & opened.tensors.keys() and opened.config.get("tie_word_embeddings", True)
-        return cls(path, OpenedFiles(tensors, opened.config, files, skipped, (UNTIED_BY_VALUE,) if by_value else ()))
+        read = OpenedFiles(tensors, opened.config, files, skipped, (UNTIED_BY_VALUE,) if by_value else ())
+        return cls(path, read, [Path(adapter)] if adapter else [])
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -153,10 +156,24 @@ class Checkpoint:
         return list(self._files)
 
     def file(self, name: str) -> Path | None:
-        """Returns the path of a file beside the weights, such as tokenizer.json; None where there is none."""
+        """Returns the path of a file beside the weights, such as tokenizer.json; None where there is none.
+
+        The last adapter's folder that has it goes before the base's.
+        """
         assert Path(name).name == name, f"Bug: {name!r} is not a plain file name"
-        folder = self.path if self.path.is_dir() else self.path.parent  # a training npz may be given as a file
-        return folder / name if (folder / name).is_file() else None
+        return next((folder / name for folder in self.folders if (folder / name).is_file()), None)
+
+    def json(self, name: str, *others: str) -> dict[str, Any] | None:
+        """Returns the object in a json file beside the weights; None where there is none.
+
+        Args:
+            others: Files that belong to it: the folder that is looked into is the first that has any of them all.
+
+        Raises:
+            CheckpointError: it is no sound JSON.
+        """
+        found = next((folder for folder in self.folders if any((folder / n).is_file() for n in (name, *others))), None)
+        return read_json(found / name) if found and (found / name).is_file() else None
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._tensors:
