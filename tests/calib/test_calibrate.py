@@ -54,18 +54,19 @@ def data(folder: Path, *samples: tuple[str, str | None]) -> Path:
 SAMPLES = (("answer en what is it ?", "a small red thing"), ("ocr", "B7"), ("caption en", None))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, "paligemma2, untied"])
 def random(request, tmp_path_factory) -> tuple[Path, Any]:
     """A random checkpoint, and the same model in transformers."""
     reference = pytest.importorskip("reference", reason="needs torch and transformers")
     from gemma_tokenizer import build_tokenizer
     from tokenizers import Tokenizer
 
-    folder = tmp_path_factory.mktemp("calibrate") / request.param
+    family, _, untied = request.param.partition(", ")
+    folder = tmp_path_factory.mktemp("calibrate") / family
     build_tokenizer(folder)
     words = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model = reference.random_paligemma(
-        folder, family=request.param, seed=5, text={"vocab_size": words.get_vocab_size() + 3},
+        folder, family=family, seed=5, text={"vocab_size": words.get_vocab_size() + 3}, tie_word_embeddings=not untied,
         image_token_index=words.token_to_id("<image>"), **{f"{n}_token_id": words.token_to_id(f"<{n}>") for n in ("bos", "eos", "pad")},
     )  # fmt: skip
     model.set_attn_implementation("eager")
@@ -110,7 +111,8 @@ def hooked(
         read.append(np.arange(ids.shape[1]) >= first[0])
     for handle in handles:
         handle.remove()
-    names = {n: "language_model.model.embed_tokens.weight" if n == "lm_head" else canonical(f"{n}.weight") for n in linears}
+    tied = "language_model.model.embed_tokens.weight" if model.config.tie_word_embeddings else "language_model.lm_head.weight"
+    names = {n: tied if n == "lm_head" else canonical(f"{n}.weight") for n in linears}
     return {names[n]: np.concatenate(x) for n, x in seen.items()}, caches, np.concatenate(read)
 
 
