@@ -211,6 +211,7 @@ class Provenance(_Frozen):
     repository: str | None = None  # and its name there
     license: Literal["apache-2.0", "gemma"] | None = None  # of the checkpoint, as the hub calls it; None: not known to pgx
     skipped: dict[str, str] = {}  # tensors of the checkpoint that no answer depends on, and why
+    remarks: tuple[str, ...] = ()  # what someone should know about how the checkpoint was read
     checkpoint_sha256: str
     calibration_sha256: str | None = None
     versions: dict[str, str]

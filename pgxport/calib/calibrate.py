@@ -121,13 +121,12 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibra
     from pgxport.exporter.activation_ranges import ActivationRanges
     from pgxport.exporter.prepare import check_weights
     from pgxport.models.checkpoint import Checkpoint
-    from pgxport.models.config import read_config
     from pgxport.models.processor_config import pixels_of
     from pgxport.models.safetensors import read_header
 
     model = locate(options, progress=progress)
     checkpoint = Checkpoint.open(model.path, Path(options.adapter) if options.adapter else None)
-    spec = read_config(checkpoint.config)
+    spec = checkpoint.spec()
     check_weights(checkpoint, spec)
     tokenizer_file = checkpoint.file("tokenizer.json")
     if tokenizer_file is None:

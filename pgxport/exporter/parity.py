@@ -38,19 +38,19 @@ class StoredWeights:
     """The weights in a bundle's files, under the checkpoint's names, read back and dequantized to float32.
 
     Args:
-        layouts: By the name of the data file, without its ending.
+        layouts: By data file.
     """
 
-    def __init__(self, source: TensorSource, graphs: Mapping[str, GraphBuilder], layouts: Mapping[str, tuple[Path, DataLayout]]):
+    def __init__(self, source: TensorSource, graphs: Mapping[str, GraphBuilder], layouts: Mapping[Path, DataLayout]):
         self._source = source
         self.matrices = {path: matrix for g in graphs.values() for path, matrix in g.matrices.items()}
         self.copies = {name for g in graphs.values() for name in g.copies}
-        self._dtypes = {p.name: p.dtype for _, layout in layouts.values() for p in layout.lazy_tensors}
+        self._dtypes = {p.name: p.dtype for layout in layouts.values() for p in layout.lazy_tensors}
         # What rounding took from the mean output is in a bias's bytes alone.
         self._biases = {f"{path.removesuffix('weight')}bias": m for path, m in self.matrices.items() if m.scheme.compensate}
         wanted = {p.name for matrix in self.matrices.values() for p in matrix.lazy_tensors} | self._biases.keys()
         self._parts: dict[str, np.ndarray] = {}
-        for file, layout in layouts.values():
+        for file, layout in layouts.items():
             for p in layout.lazy_tensors:
                 if p.name in wanted:
                     dtype, shape = p.stored

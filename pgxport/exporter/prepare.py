@@ -15,7 +15,6 @@ from pgxport.exporter.stream import Progress
 from pgxport.exporter.targets import Target, find_target
 from pgxport.hub.locate import Located, ModelChoice, locate
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.config import read_config
 from pgxport.models.generation_config import read_generation
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.processor_config import pixels_of
@@ -101,9 +100,10 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Prep
     output = Path(options.output) if options.output else Path(f"{found.name}-{recipe.name}-{target.name}")
     BundleWriter(output, overwrite=options.overwrite).check_output()
     checkpoint = open_checkpoint(found, options)
-    spec = read_config(checkpoint.config, local_window=options.local_window == "hf")
+    spec = checkpoint.spec(local_window=options.local_window == "hf")
     _check_spec(spec, found, options)
     check_weights(checkpoint, spec)
+    recipe = recipe.fitted(weight_shapes(spec))
     recipe.check(weight_shapes(spec))
     check_sites(spec, recipe.scheme)
     pixels = pixels_of(checkpoint, spec)

@@ -77,6 +77,12 @@ class VisionConfig(FileSchema):
         return self
 
 
+OTHER_ROPE = (
+    "factor original_max_position_embeddings attention_factor beta_fast beta_slow short_factor long_factor low_freq_factor "
+    "high_freq_factor"
+)
+
+
 class RopeConfig(FileSchema):
     """rope_parameters of transformers 5.x, rope_scaling of 4.x: plain rotary embeddings."""
 
@@ -89,10 +95,7 @@ class RopeConfig(FileSchema):
         "full_attention": ((), "which gives kinds of layers embeddings of their own"),
         "sliding_attention": ((), "which gives kinds of layers embeddings of their own"),
     }
-    no_effect: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "short_factor", "long_factor",
-         "low_freq_factor", "high_freq_factor"), "of rotary embeddings that are not plain",
-    )  # fmt: skip
+    no_effect: ClassVar[Mapping[str, str]] = dict.fromkeys(OTHER_ROPE.split(), "of rotary embeddings that are not plain")
 
 
 class GemmaConfig(FileSchema):
@@ -171,11 +174,12 @@ class Gemma2Config(GemmaConfig):
     final_logit_softcapping: Positive | None = 30.0
 
     no_effect: ClassVar[Mapping[str, str]] = {
-        key: why for key, why in GemmaConfig.no_effect.items() if why != "of Gemma 2"
-    } | {"hidden_act": "of Gemma 1; a Gemma 2 reads hidden_activation"}  # fmt: skip
+        **{key: why for key, why in GemmaConfig.no_effect.items() if why != "of Gemma 2"},
+        "hidden_act": "of Gemma 1; a Gemma 2 reads hidden_activation",
+    }
     only: ClassVar[Mapping[str, Only]] = {
         key: rule for key, rule in GemmaConfig.only.items() if key not in ("hidden_act", "sliding_window")
-    }  # fmt: skip
+    }
 
     @model_validator(mode="after")
     def _named(self) -> Self:
@@ -205,7 +209,7 @@ class PaliGemmaConfig(FileSchema):
     image_token_index: TokenId | None = None
     image_token_id: TokenId | None = None
     eos_token_id: StopTokens | None = None
-    tie_word_embeddings: Literal[True] = True
+    tie_word_embeddings: bool = True
 
     no_effect: ClassVar[Mapping[str, str]] = EVERY | {
         "vision_config": "read by a schema of its own", "text_config": "read by a schema of its own",
