@@ -43,14 +43,16 @@ def taken(cls: type) -> set[str]:
 def source(module: str) -> str:
     """The text of a module of transformers, which is not imported: it may need torch."""
     spec = importlib.util.find_spec(f"transformers.{module}")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).read_text()
 
 
 def config_keys(cls: Any, modelling: str) -> set[str]:
     """The keys of a config: what its class takes and writes, and what the model's code asks it for."""
     asked = {a or b for a, b in ASKED.findall(source(f"models.{modelling}"))}
-    own = {name for name in asked if not callable(inspect.getattr_static(cls, name, None))}  # without methods
+    static = ((name, inspect.getattr_static(cls, name, None)) for name in asked)
+    own = {name for name, of_class in static if not (callable(of_class) or isinstance(of_class, property))}
     return taken(cls) | set(cls().to_dict()) | set(cls.attribute_map) | own
 
 
