@@ -56,7 +56,8 @@ class CalibrationJob:
 
     def about(self, **findings: object) -> About:
         o = self.options
-        command = ["pgx calibrate", *([self.name] if o.checkpoint else ["--size", o.size])]
+        command: list[object] = ["pgx calibrate", *(["--size", o.size] if o.size else [self.name])]
+        command += [part for adapter in o.adapters for part in ("--adapter", adapter.name)]
         command += ["--res", o.res] if o.res else []
         command += ["--data", Path(o.data).name] if o.data else []
         command += ["--samples", o.samples, "--moments" if o.moments else "--no-moments"]
@@ -94,8 +95,8 @@ def calibrate(options: CalibrateOptions, *, progress: Progress | None = None) ->
     except ImportError as error:
         raise EngineError(f'pgx calibrate needs ONNX Runtime: pip install "pgxport[cpu]" ({error})') from error
     check_output(Path(options.output), overwrite=options.overwrite)
-    if (options.checkpoint is None) == (options.size is None):
-        raise UsageError("name one model: a bundle, a checkpoint, or --size tiny --res 224")
+    if (options.checkpoint is None) == (options.size is None) and (options.size or not options.adapters):
+        raise UsageError("name one model: a bundle, a checkpoint, --size tiny --res 224, or an --adapter that names its base")
     if options.checkpoint is not None and (Path(options.checkpoint) / MANIFEST).is_file():
         return _bundle(Bundle.open(options.checkpoint), options, progress)
     return _checkpoint(options, progress)
@@ -119,14 +120,13 @@ def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None
 def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibration:
     from pgxport.calib.checkpoint_pass import observe_checkpoint, step_findings
     from pgxport.exporter.activation_ranges import ActivationRanges
-    from pgxport.exporter.prepare import check_weights
-    from pgxport.models.checkpoint import Checkpoint
+    from pgxport.exporter.prepare import check_weights, open_checkpoint
     from pgxport.models.config import read_config
     from pgxport.models.processor_config import pixels_of
     from pgxport.models.safetensors import read_header
 
     model = locate(options, progress=progress)
-    checkpoint = Checkpoint.open(model.path, Path(options.adapter) if options.adapter else None)
+    checkpoint = open_checkpoint(model, options)
     spec = read_config(checkpoint.config)
     check_weights(checkpoint, spec)
     tokenizer_file = checkpoint.file("tokenizer.json")

@@ -198,10 +198,11 @@ def _answer(job: PreparedExport, model: FittedModel, built: BuiltGraphs, staged:
 
 def _notes(job: PreparedExport) -> tuple[str, ...]:
     """What the checkpoint asks for and the bundle does otherwise, as sentences."""
+    notes = job.found.notes
     if keys := unheeded(job.generation):
         asked = ", ".join(f"{key} {job.generation.kept[key]!r:.60}" for key in keys)
-        return (f"the checkpoint asks for {asked}: the bundle answers greedily without, and keeps it in its manifest",)
-    return ()
+        notes += (f"the checkpoint asks for {asked}: the bundle answers greedily without, and keeps it in its manifest",)
+    return notes
 
 
 def _manifest(
@@ -253,6 +254,7 @@ def _provenance(job: PreparedExport, checkpoint_digest: str) -> Provenance:
         revision=found.revision,
         repository=found.repository,
         license=found.license,
+        adapters=tuple(adapter.resolve().name for adapter in job.options.adapters),
         skipped=job.checkpoint.skipped,
         checkpoint_sha256=checkpoint_digest,
         calibration_sha256=calibration.digest if calibration else None,

@@ -229,8 +229,9 @@ def _check_spec(spec: ModelSpec, found: Located, options: ExportOptions) -> None
         )
 
 
-def open_checkpoint(found: Located, options: ExportOptions) -> Checkpoint:
-    return Checkpoint.open(found.path, Path(options.adapter) if options.adapter else None)
+def open_checkpoint(found: Located, options: ModelChoice) -> Checkpoint:
+    """The checkpoint that was found, with the adapters that were chosen."""
+    return Checkpoint.open(found.path, options.adapters)
 
 
 def _listed(names: list[str]) -> str:

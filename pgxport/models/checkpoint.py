@@ -101,22 +101,22 @@ class Checkpoint:
         self._read: set[str] = set()
 
     @classmethod
-    def open(cls, path: Path, adapter: Path | None = None) -> "Checkpoint":
+    def open(cls, path: Path, adapters: Sequence[Path] = ()) -> "Checkpoint":
         """Opens a folder in the hub's layout, or a training npz alone or in a folder.
 
         Args:
-            adapter: A LoRA adapter's folder; the adapter is merged while weights are read.
+            adapters: Folders of PEFT adapters, which are merged one after the other while weights are read.
 
         Raises:
             CheckpointError: the checkpoint is not complete and sound, or in a layout that pgx does not read.
         """
         path = Path(path)
         opened = _open(path)
-        tensors, files = opened.tensors, opened.files
-        if adapter is not None:
-            tensors, adapter_files = lora.merge(tensors, Path(adapter))
-            files = [*files, *adapter_files]
-        return cls(path, replace(opened, tensors=_tie(tensors, path), files=files), [Path(adapter)] if adapter else [])
+        tensors, files, skipped = _tie(opened.tensors, path), opened.files, opened.skipped
+        for adapter in adapters:
+            merged = lora.merge(tensors, adapter, tied=opened.config.get("tie_word_embeddings") is not False)
+            tensors, files, skipped = _tie(merged.tensors, path), [*files, *merged.files], skipped | merged.skipped
+        return cls(path, replace(opened, tensors=tensors, files=files, skipped=skipped), adapters)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
