@@ -157,6 +157,9 @@ def _sort(adapter: AdapterFiles, path: str, tensor: Stored) -> str | None:
     if part == "token_adapter" and rest == ["weight"]:  # of the base, saved with a resized embedding
         _put(adapter.whole, f"{module}.weight", tensor, adapter)
         return None
+    if part == "token_adapter" and rest[:1] == ["trainable_tokens_original"]:
+        adapter.skipped[tensor.name] = "the rows of tokens before training"
+        return None
     if part == "token_adapter":
         known, rest, into = rest[:1] == ["trainable_tokens_delta"], rest[1:], adapter.tokens
     else:
@@ -287,6 +290,9 @@ def _set_tokens(current: dict[str, Tensor], adapter: AdapterFiles, *, tied: bool
     for module, values in adapter.tokens.items():
         name = canonical(f"{module}.weight")
         listed_as = next((layer for layer in wanted if module.endswith(layer)), None)
+        if tied and wanted and name == LM_HEAD and listed_as is None:
+            adapter.skipped[values.name] = "PEFT ties the lm_head's tokens to the embedding's"
+            continue
         if listed_as is None or name not in PAIR or EMBEDDING not in current:
             raise adapter.fault(
                 f"{shown(values.name)} is not of the embedding or lm_head by trainable_token_indices; {MERGE_FIRST}"
