@@ -211,6 +211,7 @@ class Provenance(_Frozen):
     revision: str | None  # the hub's commit, where it comes from the hub
     repository: str | None = None  # and its name there
     license: Literal["apache-2.0", "gemma"] | None = None  # of the checkpoint, as the hub calls it; None: not known to pgx
+    adapters: tuple[str, ...] = ()  # names for people of those that were merged, in their order
     skipped: dict[str, str] = {}  # tensors of the checkpoint that no answer depends on, and why
     remarks: tuple[str, ...] = ()  # what someone should know about how the checkpoint was read
     tokenizer: str | None = None  # how it differs from the checkpoint's, where it is an adapter's own

@@ -36,6 +36,8 @@ def card(m: Manifest, measured: CardResults | None = None) -> str:
         ("masks", "with the mask decoder" if "mask_decoder" in m.graphs else "boxes and codes only, without the mask decoder"),
         ("written by", ", ".join(f"{package} {version}" for package, version in m.provenance.versions.items())),
     ]
+    if m.provenance.adapters:
+        about.insert(2, ("adapters", ", ".join(m.provenance.adapters)))
     if m.provenance.calibration_sha256:
         about.insert(3, ("calibration", f"sha256 {m.provenance.calibration_sha256}"))
     files = [(name, _bytes(info.size), info.sha256) for name, info in sorted(m.files.items()) if name != CARD]

@@ -70,7 +70,8 @@ class CalibrationJob:
 
     def about(self, **findings: object) -> About:
         o = self.options
-        command = ["pgx calibrate", *([self.name] if o.checkpoint else ["--size", o.size])]
+        command: list[object] = ["pgx calibrate", *(["--size", o.size] if o.size else [self.name])]
+        command += [part for adapter in o.adapters for part in ("--adapter", adapter.name)]
         command += ["--res", o.res] if o.res else []
         command += ["--data", Path(o.data).name] if o.data else []
         command += ["--samples", o.samples, "--moments" if o.moments else "--no-moments"]
@@ -112,8 +113,8 @@ def calibrate(options: CalibrateOptions, *, progress: Progress | None = None, sa
     except ImportError as error:
         raise EngineError(f'pgx calibrate needs ONNX Runtime: pip install "pgxport[cpu]" ({error})') from error
     check_output(Path(options.output), overwrite=options.overwrite)
-    if (options.checkpoint is None) == (options.size is None):
-        raise UsageError("name one model: a bundle, a checkpoint, or --size tiny --res 224")
+    if (options.checkpoint is None) == (options.size is None) and (options.size or not options.adapters):
+        raise UsageError("name one model: a bundle, a checkpoint, --size tiny --res 224, or an --adapter that names its base")
     if options.checkpoint is not None and (Path(options.checkpoint) / MANIFEST).is_file():
         return _bundle(Bundle.open(options.checkpoint), options, progress, say)
     return _checkpoint(options, progress, say)
@@ -146,17 +147,15 @@ def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None
 def _checkpoint(options: CalibrateOptions, progress: Progress | None, say: Say | None) -> Calibration:
     from pgxport.calib.checkpoint_pass import observe_checkpoint, step_findings
     from pgxport.exporter.activation_ranges import ActivationRanges
-    from pgxport.exporter.prepare import check_weights
-    from pgxport.models.checkpoint import Checkpoint
+    from pgxport.exporter.prepare import check_weights, open_checkpoint
     from pgxport.models.processor_config import pixels_of
     from pgxport.models.safetensors import read_header
 
     model = locate(options, progress=progress)
-    checkpoint = Checkpoint.open(model.path, Path(options.adapter) if options.adapter else None)
+    checkpoint = open_checkpoint(model, options)
     spec = checkpoint.spec()
     check_weights(checkpoint, spec)
-    adapters = [Path(options.adapter)] if options.adapter else []
-    tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, adapters).words()
+    tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, options.adapters).words()
     samples, sha256 = _samples(options, tokenizer, say), checkpoint_sha256(checkpoint.files())
     job = CalibrationJob(model.name, sha256, samples, spec.image_tokens, spec.text.depth, options)
     # The key names versions: another pgx or numpy would have computed finished steps differently.

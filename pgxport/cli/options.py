@@ -34,12 +34,15 @@ MODEL: dict[str, tuple[dict[str, Any], str | None]] = {
     "family": ({"type": click.Choice(["paligemma", "paligemma2"]), "default": "paligemma2", "show_default": True}, None),
     "variant": ({"default": "pt", "show_default": True}, "pt, mix or ft-TASK, as the hub names them."),
     "checkpoint": ({}, "A folder in hub layout, or a hub id, in place of the published one."),
-    "adapter": ({"type": click.Path()}, "A LoRA adapter in PEFT layout, merged as the checkpoint is read."),
+    "adapter": (
+        {"type": click.Path(), "multiple": True},
+        "A PEFT adapter's folder, merged as its base is read; may be repeated.",
+    ),
     "masks": ({"type": click.Path(dir_okay=False)}, "vae-oid.npz, for the masks of `segment` (tiny brings its own)."),
 }
 OF_SOURCE = {  # where an argument SOURCE stands for --checkpoint
     "size": "A published size, 3b, 10b or 28b, or tiny for the embedded checkpoint, in place of SOURCE.",
-    "adapter": "A LoRA adapter in PEFT layout, as it will be given to the export.",
+    "adapter": "A PEFT adapter's folder, as it will be given to the export; may be repeated.",
 }
 
 

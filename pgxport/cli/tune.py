@@ -83,4 +83,9 @@ def _model(options: dict[str, Any]) -> str:
     flags = {"checkpoint": options["checkpoint"], "size": options["size"], "res": options["res"], "adapter": options["adapter"]}
     flags |= {key: options[key] for key in ("family", "variant") if options["size"] not in (None, "tiny")}
     flags |= {"masks": options["masks"], "recipe": options["output"], "calibration": options["calibration"]}
-    return " ".join(f"--{option} {value}" for option, value in flags.items() if value)
+    return " ".join(
+        f"--{option} {value}"
+        for option, given in flags.items()
+        for value in (given if isinstance(given, tuple) else (given,))
+        if value
+    )

@@ -109,7 +109,7 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Prep
     generation = read_generation(checkpoint.config, checkpoint.json("generation_config.json"))
     context = context_length(spec, options.context, generation)
     masks = options.masks or found.masks
-    tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, _adapters(options))
+    tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, options.adapters)
     check_token_rows(tokenizer, spec.text.vocab)
     return PreparedExport(
         options,
@@ -224,12 +224,9 @@ def _check_spec(spec: ModelSpec, found: Located, options: ExportOptions) -> None
         )
 
 
-def _adapters(options: ModelChoice) -> list[Path]:
-    return [Path(options.adapter)] if options.adapter else []
-
-
-def open_checkpoint(found: Located, options: ExportOptions) -> Checkpoint:
-    return Checkpoint.open(found.path, Path(options.adapter) if options.adapter else None)
+def open_checkpoint(found: Located, options: ModelChoice) -> Checkpoint:
+    """The checkpoint that was found, with the adapters that were chosen."""
+    return Checkpoint.open(found.path, options.adapters)
 
 
 def _listed(names: list[str]) -> str:

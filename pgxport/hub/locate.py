@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find a checkpoint: the embedded one, a folder, or one that was published on the model hub."""
 
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from pgxport.errors import UsageError
 from pgxport.hub import fetch as hub
 from pgxport.models import tiny
+from pgxport.models.lora import read_adapter_config
 from pgxport.models.spec import RESOLUTIONS, SIZES, TINY_RESOLUTIONS, ModelSpec, published
 
 TINY = Path(tiny.__file__).parent
@@ -29,7 +32,8 @@ class ModelChoice:
         res: Pixels a side.
         variant: "pt", "mix" or "ft-TASK", as the hub names them.
         checkpoint: A folder in hub layout, or a hub id, which @REVISION may follow.
-        adapter: A LoRA adapter in PEFT layout, merged into the checkpoint as it is read.
+        adapter: The folder of a PEFT adapter, merged into the checkpoint as it is read; or several, merged one after the
+            other. Without `checkpoint` and `size`, the base that the first one names is the checkpoint.
         masks: `vae-oid.npz`, for the mask decoder; the embedded checkpoint brings its own.
     """
 
@@ -38,8 +42,14 @@ class ModelChoice:
     family: str = "paligemma2"
     variant: str = "pt"
     checkpoint: str | Path | None = None
-    adapter: str | Path | None = None
+    adapter: str | Path | Sequence[str | Path] | None = None
     masks: str | Path | None = None
+
+    @property
+    def adapters(self) -> tuple[Path, ...]:
+        """The folders of the adapters, in the order in which they are merged."""
+        one = isinstance(self.adapter, str | Path)
+        return tuple(map(Path, (self.adapter,) if one else self.adapter or ()))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class Located:
     revision: str | None = None  # the hub's commit
     repository: str | None = None  # and its name there
     license: License | None = None  # the hub's name of it; None: not known
+    notes: tuple[str, ...] = ()  # what someone should know about the choice, as sentences
 
 
 def locate(choice: ModelChoice, *, precision: str | None = None, progress: hub.Progress | None = None) -> Located:
@@ -66,6 +77,12 @@ def locate(choice: ModelChoice, *, precision: str | None = None, progress: hub.P
         HubError: the model is not on disk, and the hub cannot be reached or refuses.
         IntegrityError: a local or downloaded file has another digest than the hub says.
     """
+    if choice.checkpoint is None and choice.size is None and choice.adapters:
+        return _with_notes(_base_of(choice.adapters[0], progress), choice.adapters)
+    return _with_notes(_named(choice, precision, progress), choice.adapters)
+
+
+def _named(choice: ModelChoice, precision: str | None, progress: hub.Progress | None) -> Located:
     size, res, family, checkpoint = choice.size, choice.res, choice.family, choice.checkpoint
     if size is not None and size not in SIZES:
         raise UsageError(f"size {size!r} does not exist; choose --size {', '.join(SIZES)}, or a folder with --checkpoint")
@@ -82,12 +99,37 @@ def locate(choice: ModelChoice, *, precision: str | None = None, progress: hub.P
             return _from_hub(repository, [revision or "main"], spec, progress)
         return Located(folder.resolve().name, folder, spec)
     if size is None:
-        raise UsageError("no model was named; pass --size tiny, --size 3b --res 448, or --checkpoint DIR")
+        raise UsageError("no model was named; pass --size tiny, --size 3b --res 448, --checkpoint DIR, or --adapter DIR")
     if res is None:
         raise UsageError(f"--size {size} was published at several resolutions; choose --res 224, 448 or 896")
     spec = published(family, size, res)
     name = published_name(family, size, res, choice.variant)
     return _from_hub(f"google/{name}", revisions(family, precision), spec, progress)
+
+
+def _base_of(adapter: Path, progress: hub.Progress | None) -> Located:
+    """The base that an adapter names: a folder, from the working directory on as in PEFT, or a hub id."""
+    config = read_adapter_config(adapter)
+    base = config.base_model_name_or_path
+    if not base:
+        raise UsageError(f"{adapter} does not name the model that it was trained on; pass that with --checkpoint")
+    if not os.path.exists(base):  # unlike Path's, False for what can be no path
+        if not HUB_ID.fullmatch(base):
+            raise UsageError(f"{adapter} was trained on {base!r:.200}, which is not here; pass that model with --checkpoint")
+        return _from_hub(base, [config.revision or "main"], None, progress)
+    return Located(Path(base).resolve().name, Path(base))
+
+
+def _with_notes(found: Located, adapters: Sequence[Path]) -> Located:
+    """Adds a sentence for each adapter that names another base: by its hub id, its path, or the last part of one."""
+    notes = []
+    for adapter in adapters:
+        base = read_adapter_config(adapter).base_model_name_or_path
+        here = {found.name, found.path.resolve().name, found.repository}
+        same = base and os.path.exists(base) and os.path.samefile(base, found.path)
+        if base and not same and not {base, Path(base).name} & here:
+            notes.append(f"{adapter} was trained on {base!r:.200}, and is merged into {str(found.repository or found.path)!r}")
+    return replace(found, notes=tuple(notes))
 
 
 def published_name(family: str, size: str, res: int, variant: str) -> str:

@@ -94,28 +94,25 @@ class Checkpoint:
         self._read: set[str] = set()
 
     @classmethod
-    def open(cls, path: Path, adapter: Path | None = None) -> "Checkpoint":
+    def open(cls, path: Path, adapters: Sequence[Path] = ()) -> "Checkpoint":
         """Opens a folder in the hub's layout, or a training npz alone or in a folder.
 
         Args:
-            adapter: A LoRA adapter's folder; the adapter is merged while weights are read.
+            adapters: Folders of PEFT adapters, which are merged one after the other while weights are read.
 
         Raises:
             CheckpointError: the checkpoint is not complete and sound, or in a layout that pgx does not read.
         """
         path = Path(path)
         opened = _open(path)
-        tensors, files, skipped = _with_embedding(opened, path), opened.files, opened.skipped
-        if adapter is not None:
-            tensors, adapter_files = lora.merge(tensors, Path(adapter))
-            files = [*files, *adapter_files]
-        lm_head = tensors.get(LM_HEAD)
-        if lm_head is not None and EMBEDDING in tensors and _equal(tensors[EMBEDDING], lm_head):
-            tensors = {name: tensor for name, tensor in tensors.items() if name != LM_HEAD}
-            skipped = skipped | {lm_head.name if isinstance(lm_head, Stored) else LM_HEAD: "a copy of the embedding"}
-        by_value = LM_HEAD in tensors.keys() & opened.tensors.keys() and opened.config.get("tie_word_embeddings", True)
-        read = OpenedFiles(tensors, opened.config, files, skipped, (UNTIED_BY_VALUE,) if by_value else ())
-        return cls(path, read, [Path(adapter)] if adapter else [])
+        tensors, skipped = _tie(_with_embedding(opened, path), opened.skipped)
+        files, flag = opened.files, opened.config.get("tie_word_embeddings") is not False
+        for adapter in adapters:
+            merged = lora.merge(tensors, adapter, tied=flag)
+            tensors, skipped = _tie(merged.tensors, skipped | merged.skipped)
+            files = [*files, *merged.files]
+        remarks = (UNTIED_BY_VALUE,) if flag and LM_HEAD in tensors.keys() & opened.tensors.keys() else ()
+        return cls(path, OpenedFiles(tensors, opened.config, files, skipped, remarks), adapters)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -304,6 +301,15 @@ def _with_embedding(opened: OpenedFiles, path: Path) -> dict[str, Tensor]:
     if pair == {LM_HEAD}:
         tensors[EMBEDDING] = tensors.pop(LM_HEAD)
     return tensors
+
+
+def _tie(tensors: dict[str, Tensor], skipped: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Leaves out an lm_head that is the embedding by value, and adds it to what was skipped."""
+    lm_head = tensors.get(LM_HEAD)
+    if lm_head is None or EMBEDDING not in tensors or not _equal(tensors[EMBEDDING], lm_head):
+        return tensors, skipped
+    name = lm_head.name if isinstance(lm_head, Stored) else LM_HEAD
+    return {n: tensor for n, tensor in tensors.items() if n != LM_HEAD}, skipped | {name: "a copy of the embedding"}
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

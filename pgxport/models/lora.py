@@ -1,218 +1,329 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LoRA adapter in PEFT's layout (Hu et al., 2021), merged into the checkpoint's weights while they are read.
+"""An adapter in PEFT's layout, merged into the checkpoint's weights while they are read: LoRA and its kin, whole modules, tokens.
 
-A row block is W[a:b] + scale * B[a:b] @ A in float32: neither the merged matrix nor B @ A ever exists whole.
+What comes out is what PEFT computes with the adapter on its base. Where an adapter changes the embedding of a tied model
+and not its lm_head, or the two in two ways, that is a model with an output matrix of its own.
 """
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from pgxport.errors import CheckpointError
-from pgxport.models.safetensors import DTYPES, Stored, Tensor, listed, read_header, read_json, refuse_non_finite, shown
-from pgxport.models.weights import EMBEDDING, LM_HEAD, canonical
+from pgxport.models import low_rank
+from pgxport.models.adapter_config import DERIVED_STARTS, MERGE_FIRST, AdapterConfig, LayerRules
+from pgxport.models.low_rank import Matrices
+from pgxport.models.safetensors import Stored, Tensor, listed, read_header, read_json, shown
+from pgxport.models.weights import EMBEDDING, LM_HEAD, PEFT_PREFIX, RENAMED, WRAPPERS, canonical, why_unused
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-MERGE_FIRST = "merge it where it was trained (PEFT's merge_and_unload, then save_pretrained) and export the result"
-
-# The fields that change the arithmetic and that this file obeys.
-HONOURED = (
-    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform",
-    "layers_pattern", "modules_to_save", "ensure_weight_tying", "peft_type", "bias", "init_lora_weights",
-)  # fmt: skip
-# The fields that matter in training alone, or that only a method reads which is refused by its own switch.
-IRRELEVANT = (
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
-    "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "task_type",
-)  # fmt: skip
-# The initializations of A and B that leave the base weights
-# alone; pissa, olora, loftq, corda and lora_ga change them.
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-# rank_pattern and alpha_pattern are regular expressions for
-# PEFT. A stranger's are not run here: one can take for ever.
-REGEX = frozenset("\\^$*+?{}[]|()")
+PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_E", "lora_magnitude_vector")
+OPTIONAL = {"lora_E": "peft_type ADALORA", "lora_B.bias": "lora_bias", "lora_magnitude_vector": "use_dora"}  # part -> what asks
+PAIR = frozenset((EMBEDDING, LM_HEAD))
+TIED = ("embed_tokens", "lm_head")
+POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
+INCOMPLETE = "give the complete adapter, and the checkpoint that it was trained on"
+# The transformers whose names a model had when it was trained, the latest first.
+ERAS = ("5", "4.52", "4")
 
 
 @dataclass(frozen=True)
-class Merged:
-    """A weight with its adapter added, in float32: rounding to the base's dtype would lose what the adapter learned."""
+class AdaptedCheckpoint:
+    """A checkpoint's tensors with an adapter's changes, the adapter's files, and which of its tensors no answer depends on."""
 
-    base: Tensor
-    a: Stored  # [r, in]
-    b: Stored  # [out, r]
-    scale: float
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return DTYPES["F32"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        rows = self.b.rows(start, stop).astype(np.float32) @ self.a.rows(0, self.a.shape[0]).astype(np.float32)
-        rows *= np.float32(self.scale)
-        rows += self.base.rows(start, stop).astype(np.float32)
-        refuse_non_finite(rows, start, self.b.name, self.b.file)
-        return rows
+    tensors: dict[str, Tensor]
+    files: list[Path]
+    skipped: dict[str, str]
 
 
-def merge(tensors: Mapping[str, Tensor], folder: Path) -> tuple[dict[str, Tensor], list[Path]]:
-    """Returns the checkpoint's tensors with an adapter's changes, and the adapter's files.
+@dataclass
+class AdapterFiles:
+    """What an adapter's folder holds, by the names of modules and parameters in the model that was trained."""
+
+    folder: Path
+    config: AdapterConfig
+    rules: LayerRules
+    parts: dict[str, dict[str, Stored]] = field(default_factory=dict)  # of the LoRA of a module
+    tokens: dict[str, Stored] = field(default_factory=dict)  # rows of a module's weight
+    whole: dict[str, Stored] = field(default_factory=dict)  # parameters
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def fault(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.folder / WEIGHTS}: {why}")
+
+    def eras(self) -> list[str]:
+        """The eras in which all its names are a PaliGemma's."""
+        paths = [*(f"{module}.weight" for module in self.parts), *self.whole]
+        return [era for era in ERAS if all(_spelled(canonical(path), era) == path for path in paths)] or list(ERAS)
+
+
+def merge(tensors: Mapping[str, Tensor], folder: Path, *, tied: bool = True) -> AdaptedCheckpoint:
+    """Returns a checkpoint's tensors with an adapter's changes, which are worked out in float32 as rows are read.
+
+    Args:
+        tensors: By their published names; where there is no lm_head, the embedding is that matrix too.
+        tied: The base's config says that the two are one, so that what PEFT does to one may follow in the other.
 
     Raises:
-        CheckpointError: the folder holds no LoRA adapter, or one that does not fit the checkpoint, is incomplete, or
-            holds a tensor that would not be used.
+        CheckpointError: the folder holds no adapter, or one that does not fit the checkpoint, is incomplete, asks for
+            something else, or holds a tensor that would not be used.
     """
+    adapter = _read(folder)
+    current = dict(tensors)
+    tied = tied and LM_HEAD not in current
+    if not tied and EMBEDDING in current:
+        current.setdefault(LM_HEAD, current[EMBEDDING])
+    _replace(current, adapter, tied=tied)
+    _check_targets(tensors, adapter)
+    layers: dict[str, str] = {}
+    for module in adapter.parts:
+        name = canonical(f"{module}.weight")
+        if name in layers:
+            raise adapter.fault(f"{shown(layers[name])} and {shown(module)} are both for {name}")
+        layers[name] = module
+    if EMBEDDING in current and PAIR & layers.keys():
+        current.setdefault(LM_HEAD, current[EMBEDDING])
+    for name, module in layers.items():
+        _adapt(current, name, module, adapter)
+    _set_tokens(current, adapter, tied=tied)
+    if current.get(LM_HEAD) is current.get(EMBEDDING):
+        current.pop(LM_HEAD, None)
+    return AdaptedCheckpoint(current, [folder / CONFIG, folder / WEIGHTS], adapter.skipped)
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Returns an adapter's config.
+
+    Raises:
+        CheckpointError: the folder holds no adapter, or one of a kind that is not merged.
+    """
+    _check_folder(folder)
+    return AdapterConfig.read(read_json(folder / CONFIG), str(folder / CONFIG))
+
+
+def _read(folder: Path) -> AdapterFiles:
+    """Reads an adapter's config, and sorts its tensors by what they change."""
+    config = read_adapter_config(folder)
+    adapter = AdapterFiles(folder, config, LayerRules(config, str(folder / CONFIG)))
+    names: dict[str, str] = {}  # of the adapter in the keys -> one of the keys
+    for key, tensor in read_header(folder / WEIGHTS).items():
+        path = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+        if not path.startswith(PEFT_PREFIX):
+            raise adapter.fault(f"{shown(key)} does not begin with {PEFT_PREFIX}, so that PEFT would not load it")
+        if (name := _sort(adapter, path.removeprefix(PEFT_PREFIX), tensor)) is not None:
+            names.setdefault(name, key)
+    if len(names) > 1:
+        raise adapter.fault(
+            f"holds tensors of several adapters, {listed(sorted(names))}; save the one that is meant with PEFT's "
+            f"save_pretrained(…, selected_adapters=[NAME])"
+        )
+    if not (adapter.parts or adapter.tokens or adapter.whole):
+        raise adapter.fault("holds no tensor")
+    return adapter
+
+
+def _check_folder(folder: Path) -> None:
     if not (folder / CONFIG).is_file():
+        inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+        if inside:
+            raise CheckpointError(
+                f"{folder}: holds {len(inside)} adapters in folders of their own, {listed(inside)}; give the one that is meant, "
+                f"as {folder / inside[0]}, or several one after the other"
+            )
         raise CheckpointError(f"{folder}: has no {CONFIG}; an adapter is a folder that PEFT's save_pretrained wrote")
     if not (folder / WEIGHTS).is_file():
         other = sorted(p.name for p in folder.glob("adapter_model.*"))
         raise CheckpointError(
             f"{folder}: has no {WEIGHTS}" + (f", only {listed(other)}, which is not read: {MERGE_FIRST}" if other else "")
         )
-    config = read_json(folder / CONFIG)
-    _check_config(config, folder / CONFIG)
-    pairs: dict[str, dict[str, Stored]] = {}
-    saved: dict[str, Stored] = {}
-    for key, tensor in read_header(folder / WEIGHTS).items():
-        path = key.removeprefix("base_model.model.")
-        module, dot, matrix = path.rpartition(".lora_")
-        if path == key or (dot and matrix not in ("A.weight", "B.weight")):
-            raise CheckpointError(f"{folder / WEIGHTS}: {shown(key)} is no plain LoRA matrix of a linear layer; {MERGE_FIRST}")
-        if dot:
-            pairs.setdefault(module, {})[matrix[0]] = tensor
-        elif any(f".{replaced}." in f".{path}" for replaced in config.get("modules_to_save") or ()):
-            _put(saved, canonical(path), tensor, folder)
-        else:
-            raise CheckpointError(
-                f"{folder / WEIGHTS}: {shown(key)} is neither a LoRA matrix nor in modules_to_save; {MERGE_FIRST}"
-            )
-    if not pairs and not saved:
-        raise CheckpointError(f"{folder / WEIGHTS}: holds no tensor")
-    merged = dict(_merged(tensors, pairs, config, folder))
-    _check_saved(tensors, saved, config, folder)
-    if both := sorted(merged.keys() & saved.keys()):
-        raise CheckpointError(f"{folder / WEIGHTS}: {listed(both)}: both replaced (modules_to_save) and adapted; {MERGE_FIRST}")
-    _check_complete(tensors, {*merged, *saved}, config, folder)
-    if EMBEDDING in saved and LM_HEAD not in saved:
-        # The adapter ties lm_head to its own embedding, so the stored copy of the old one has to go.
-        tensors = {name: tensor for name, tensor in tensors.items() if name != LM_HEAD}
-    return {**tensors, **merged, **saved}, [folder / CONFIG, folder / WEIGHTS]
 
 
-def _merged(
-    tensors: Mapping[str, Tensor], pairs: Mapping[str, Mapping[str, Stored]], config: Mapping[str, Any], folder: Path
-) -> Iterator[tuple[str, Merged]]:
-    by_name: dict[str, Stored] = {}
-    for module, pair in pairs.items():
-        name = canonical(f"{module}.weight")
-        half = next(iter(pair.values()))
-        if pair.keys() != {"A", "B"}:
-            raise CheckpointError(f"{half.file}: {shown(half.name)} has no other half; the adapter is incomplete")
-        if name in (EMBEDDING, LM_HEAD):
-            raise CheckpointError(f"{half.file}: {shown(half.name)} would untie the lm_head from the embedding; {MERGE_FIRST}")
-        if name not in tensors:
-            raise CheckpointError(f"{half.file}: {shown(half.name)} adapts {shown(name)}, which the checkpoint does not have")
-        _put(by_name, name, half, folder)
-        a, b, base = pair["A"], pair["B"], tensors[name]
-        rank = _by_module(config.get("rank_pattern"), module, config["r"], folder)
-        if type(rank) is not int or rank < 1:
-            raise CheckpointError(f"{folder / CONFIG}: the rank of {shown(module)} is {rank!r}, not a positive integer")
-        alpha = _by_module(config.get("alpha_pattern"), module, config["lora_alpha"], folder)
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise CheckpointError(f"{folder / CONFIG}: the alpha of {shown(module)} is {alpha!r}, not a number")
-        if len(base.shape) != 2 or a.shape != (rank, base.shape[1]) or b.shape != (base.shape[0], rank):
-            raise CheckpointError(
-                f"{a.file}: {shown(a.name)} {list(a.shape)} and lora_B {list(b.shape)} of rank {rank} do not fit {name} "
-                f"{list(base.shape)}; give the adapter with the checkpoint that it was trained on, not another model"
-            )
-        yield name, Merged(base, a, b, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+def _sort(adapter: AdapterFiles, path: str, tensor: Stored) -> str | None:
+    """Files a tensor under what it changes, by its name in the trained model; returns the adapter's name, where it has one.
+
+    PEFT takes the adapter's name out of the keys that it saves: lora_A.weight is lora_A.NAME.weight in the model.
+    """
+    steps = path.split(".")
+    at = next((i for i, step in enumerate(steps) if step in (*PARTS, "token_adapter", "modules_to_save")), None)
+    if at is None:
+        _put(adapter.whole, path, tensor, adapter)
+        return None
+    module, part, rest = ".".join(steps[:at]), steps[at], steps[at + 1 :]
+    if part == "modules_to_save":  # a module's own parameters follow
+        _put(adapter.whole, ".".join([module, *rest[1:]]), tensor, adapter)
+        return rest[0] if rest else None
+    if part == "token_adapter" and rest == ["weight"]:  # of the base, saved with a resized embedding
+        _put(adapter.whole, f"{module}.weight", tensor, adapter)
+        return None
+    if part == "token_adapter" and rest[:1] == ["trainable_tokens_original"]:
+        adapter.skipped[tensor.name] = "the rows of tokens before training"
+        return None
+    if part == "token_adapter":
+        known, rest, into = rest[:1] == ["trainable_tokens_delta"], rest[1:], adapter.tokens
+    else:
+        end = rest.pop() if rest and rest[-1] in ("weight", "bias") else "weight"
+        known, into = end == "weight" or part == "lora_B", adapter.parts.setdefault(module, {})
+        part += ".bias" if end == "bias" else ""
+    if not known or len(rest) > 1:
+        raise adapter.fault(f"{shown(tensor.name)} is no part of an adapter that pgx merges; {MERGE_FIRST}")
+    _put(into, module if into is adapter.tokens else part, tensor, adapter)
+    return rest[0] if rest else None
 
 
-def _put(by_name: dict[str, Stored], name: str, tensor: Stored, folder: Path) -> None:
-    if name in by_name:
-        raise CheckpointError(f"{folder / WEIGHTS}: {shown(by_name[name].name)} and {shown(tensor.name)} are both for {name}")
+def _put(by_name: dict[str, Stored], name: str, tensor: Stored, adapter: AdapterFiles) -> None:
+    if other := by_name.get(name):
+        raise adapter.fault(f"{shown(other.name)} and {shown(tensor.name)} are both for {shown(name)}")
     by_name[name] = tensor
 
 
-def _check_saved(tensors: Mapping[str, Tensor], saved: Mapping[str, Stored], config: Mapping[str, Any], folder: Path) -> None:
-    for name, tensor in saved.items():
-        # The lm_head may be stored nowhere, for it was the embedding until now.
-        base = tensors.get(EMBEDDING if name == LM_HEAD else name)
+def _replace(current: dict[str, Tensor], adapter: AdapterFiles, *, tied: bool) -> None:
+    """Puts whole parameters in place of the base's: those of modules_to_save, and whatever else PEFT would load."""
+    config, by_name, paths = adapter.config, dict[str, Stored](), dict[str, str]()
+    for path, tensor in adapter.whole.items():
+        name = canonical(path)
+        if why := why_unused(name):
+            adapter.skipped[tensor.name] = why
+            continue
+        base = current.get(EMBEDDING if name == LM_HEAD and LM_HEAD not in current else name)
         if base is None or base.shape != tensor.shape:
             fault = f"is {list(base.shape)} there" if base else "is not there"
-            raise CheckpointError(
-                f"{tensor.file}: {shown(tensor.name)} {list(tensor.shape)} does not fit the checkpoint: {shown(name)} {fault}"
+            raise adapter.fault(
+                f"{shown(tensor.name)} {list(tensor.shape)} does not fit the checkpoint: {shown(name)} {fault}; if tokens were "
+                f"added in training, add them to the base too (resize_token_embeddings, then save_pretrained), else {MERGE_FIRST}"
             )
-    if EMBEDDING in saved and LM_HEAD not in saved and not config.get("ensure_weight_tying"):
-        raise CheckpointError(
-            f"{folder}: replaces the embedding and not the lm_head, which unties them, and pgx exports tied ones only"
-        )
-    for module in config.get("modules_to_save") or ():
-        if not any(f".{module}." in f".{tensor.name}" for tensor in saved.values()):
-            raise CheckpointError(
-                f"{folder / WEIGHTS}: has nothing of {shown(module)}, which modules_to_save lists; it is incomplete"
-            )
+        _put(by_name, name, tensor, adapter)
+        paths[name] = path
+    # PEFT ties what modules_to_save lists by these last names, and no other.
+    follows = tied and bool(config.ensure_weight_tying) and any(m.split(".")[-1] in TIED for m in config.modules_to_save or ())
+    for name in sorted({*current, LM_HEAD} - by_name.keys()):
+        if all(config.saves(_module(_spelled(name, era))) for era in adapter.eras()) and not (name == LM_HEAD and follows):
+            raise adapter.fault(f"has nothing of {shown(name)}, which modules_to_save lists; {INCOMPLETE}")
+    if EMBEDDING in by_name and config.saves(_module(paths[EMBEDDING])) and not follows:
+        current.setdefault(LM_HEAD, current[EMBEDDING])  # PEFT trains a copy of the embedding, and the lm_head stays
+    elif tied and PAIR & by_name.keys() == {LM_HEAD} and not config.saves(_module(paths[LM_HEAD])):
+        by_name[EMBEDDING] = by_name.pop(LM_HEAD)  # PEFT loads it into the one matrix
+    current.update(by_name)
 
 
-def _check_complete(tensors: Mapping[str, Tensor], changed: set[str], config: Mapping[str, Any], folder: Path) -> None:
-    """Raises if a layer has no LoRA matrices though its name ends with a target: PEFT adapts every such layer."""
-    targets = config.get("target_modules")
-    if not isinstance(targets, list) or any(config.get(k) for k in ("exclude_modules", "layers_to_transform", "layers_pattern")):
+def _check_targets(tensors: Mapping[str, Tensor], adapter: AdapterFiles) -> None:
+    """Raises unless the layers with LoRA matrices are those that the config names; PEFT adapts these, and leaves others out."""
+    if adapter.config.target_modules is None:
         return
-    ends = tuple(f".{target}.weight" for target in targets)
-    missing = sorted(name for name in tensors.keys() - changed - {EMBEDDING, LM_HEAD} if f".{name}".endswith(ends))
-    if missing:
-        raise CheckpointError(
-            f"{folder / WEIGHTS}: {len(missing)} of the layers that target_modules names have no LoRA matrices: "
-            f"{listed(missing)}; give the complete adapter, and the checkpoint that it was trained on"
+    layers = {name for name, tensor in tensors.items() if name.endswith(".weight") and len(tensor.shape) > 1} | {LM_HEAD}
+    ties = bool(adapter.config.ensure_weight_tying)
+    adapted = {canonical(f"{module}.weight") for module in adapter.parts}
+    for module, parts in adapter.parts.items():
+        name = canonical(f"{module}.weight")
+        named = {module, *(_module(_spelled(name, era)) for era in ERAS)}
+        if name in layers and not (name == LM_HEAD and ties) and not any(_targets(adapter, m, name) for m in named):
+            key = next(iter(parts.values())).name
+            raise adapter.fault(f"{shown(key)} is of a layer that target_modules does not name, so that PEFT would not load it")
+    missing = [
+        sorted(n for n in layers - adapted if not (n == LM_HEAD and ties) and _targets(adapter, _module(_spelled(n, era)), n))
+        for era in adapter.eras()
+    ]
+    if all(missing):
+        raise adapter.fault(
+            f"{len(missing[0])} of the layers that target_modules names have no LoRA matrices: {listed(missing[0])}; {INCOMPLETE}"
         )
 
 
-def _check_config(config: Mapping[str, Any], file: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{file}: peft_type is {config.get('peft_type')!r}; pgx merges 'LORA' only. {MERGE_FIRST}")
-    if config.get("bias", "none") != "none":
-        raise CheckpointError(f"{file}: bias is {config['bias']!r}; pgx merges LoRA with bias 'none' only. {MERGE_FIRST}")
-    if config.get("init_lora_weights", True) not in PLAIN_STARTS:
-        raise CheckpointError(
-            f"{file}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base weights too; {MERGE_FIRST}"
-        )
-    # Any other field that is switched on may change the
-    # arithmetic: DoRA, QALoRA, lora_bias, layer_replication, …
-    if unknown := sorted(k for k, v in config.items() if v and k not in HONOURED and k not in IRRELEVANT):
-        raise CheckpointError(
-            f"{file}: {unknown[0]} is {shown(str(config[unknown[0]]))}, which pgx does not merge; {MERGE_FIRST}"
-        )
-    for key, kinds in {
-        "rank_pattern": (dict, type(None)),
-        "alpha_pattern": (dict, type(None)),
-        "target_modules": (list, str, type(None)),
-        "modules_to_save": (list, type(None)),
-        "use_rslora": (bool, type(None)),
-        "ensure_weight_tying": (bool, type(None)),
-    }.items():
-        value = config.get(key)
-        if not isinstance(value, kinds) or (isinstance(value, list) and not all(isinstance(item, str) for item in value)):
-            raise CheckpointError(f"{file}: {key} is {shown(str(value))}, and PEFT writes no such value")
-    for key in ("r", "lora_alpha"):
-        if key not in config:
-            raise CheckpointError(f"{file}: has no {key}, without which the adapter's scale is unknown")
+def _targets(adapter: AdapterFiles, module: str, name: str) -> bool:
+    return adapter.rules.targets(module, linear=name not in (*PAIR, POSITIONS) and "patch_embedding" not in name)
 
 
-def _by_module(pattern: Mapping[str, Any] | None, module: str, default: object, folder: Path) -> Any:
-    """Returns a module's entry: that of the first key that is its name, or the end of its name after a dot."""
-    for key, value in (pattern or {}).items():
-        name = key.removeprefix("^")
-        if REGEX & set(name):
-            raise CheckpointError(f"{folder / CONFIG}: {shown(key)} is a regular expression, and pgx reads names; {MERGE_FIRST}")
-        if module == name or (name == key and module.endswith(f".{name}")):
-            return value
-    return default
+def _adapt(current: dict[str, Tensor], name: str, module: str, adapter: AdapterFiles) -> None:
+    """Changes one layer by its LoRA matrices."""
+    parts, base, config = adapter.parts[module], current.get(name), adapter.config
+    some = next(iter(parts.values()))
+    if base is None:
+        raise adapter.fault(f"{shown(some.name)} adapts {shown(name)}, which the checkpoint does not have; {INCOMPLETE}")
+    embeds = name in (EMBEDDING, POSITIONS)
+    a, b = ("lora_embedding_A", "lora_embedding_B") if embeds else ("lora_A", "lora_B")
+    asked = {"peft_type ADALORA": config.peft_type == "ADALORA", "lora_bias": config.lora_bias, "use_dora": config.use_dora}
+    needed = {a: "a LoRA", b: "a LoRA"} | {part: key for part, key in OPTIONAL.items() if asked[key]}
+    if missing := [part for part in needed if part not in parts]:
+        raise adapter.fault(f"{shown(some.name)} stands without {missing[0]}, which {needed[missing[0]]} has; {INCOMPLETE}")
+    if extra := sorted(parts.keys() - needed.keys()):
+        why = f"{CONFIG} does not say {OPTIONAL[extra[0]]}" if extra[0] in OPTIONAL else f"it is no part of a LoRA of {name}"
+        raise adapter.fault(f"{shown(parts[extra[0]].name)} would not be used, for {why}; {INCOMPLETE}")
+    start = config.init_lora_weights if len(base.shape) == 2 and not embeds and config.peft_type == "LORA" else None
+    matrices = Matrices(
+        parts[a],
+        parts[b],
+        adapter.rules.scale(module),
+        e=parts.get("lora_E"),
+        magnitude=parts.get("lora_magnitude_vector"),
+        start=str(start) if start in DERIVED_STARTS else None,
+    )
+    _check_shapes(base, matrices, name, adapter, rank=adapter.rules.rank(module), embeds=embeds)
+    current[name] = (low_rank.embedding if embeds else low_rank.linear)(base, matrices)
+    if bias := parts.get("lora_B.bias"):
+        of = f"{name.removesuffix('weight')}bias"
+        if of not in current or current[of].shape != bias.shape:
+            raise adapter.fault(f"{shown(bias.name)} is added to a layer that has no bias of its shape, which cannot be merged")
+        current[of] = low_rank.shifted(current[of], bias, matrices.scale)
+
+
+def _check_shapes(base: Tensor, m: Matrices, name: str, adapter: AdapterFiles, *, rank: int, embeds: bool) -> None:
+    out, size = (base.shape[1], base.shape[0]) if embeds else (base.shape[0], prod(base.shape[1:]))
+    fit = m.a.shape[0] == rank and prod(m.a.shape[1:]) == size and m.b.shape[:2] == (out, rank) and prod(m.b.shape[2:]) == 1
+    if len(base.shape) < 2 or not fit:
+        raise adapter.fault(
+            f"{shown(m.a.name)} {list(m.a.shape)} and {shown(m.b.name)} {list(m.b.shape)} of rank {rank} do not fit {name} "
+            f"{list(base.shape)}; give the adapter with the checkpoint that it was trained on, not another model"
+        )
+    for stored, values in ((m.e, rank), (m.magnitude, out)):
+        if stored and prod(stored.shape) != values:
+            raise adapter.fault(f"{shown(stored.name)} {list(stored.shape)} has not the {values} values that fit {name}")
+
+
+def _set_tokens(current: dict[str, Tensor], adapter: AdapterFiles, *, tied: bool) -> None:
+    """Puts the rows of trained tokens into the embedding, and into the lm_head where PEFT ties it."""
+    indices = adapter.config.trainable_token_indices
+    wanted = {"embed_tokens": indices} if isinstance(indices, list) else indices or {}
+    rows: dict[str, tuple[list[int], Stored]] = {}
+    others = {canonical(path) for path in adapter.whole if adapter.config.saves(_module(path))}
+    others |= {canonical(f"{module}.weight") for module in adapter.parts}
+    for module, values in adapter.tokens.items():
+        name = canonical(f"{module}.weight")
+        listed_as = next((layer for layer in wanted if module.endswith(layer)), None)
+        if tied and wanted and name == LM_HEAD and listed_as is None:
+            adapter.skipped[values.name] = "PEFT ties the lm_head's tokens to the embedding's"
+            continue
+        if listed_as is None or name not in PAIR or EMBEDDING not in current:
+            raise adapter.fault(
+                f"{shown(values.name)} is not of the embedding or lm_head by trainable_token_indices; {MERGE_FIRST}"
+            )
+        if name in rows:
+            raise adapter.fault(f"{shown(rows[name][1].name)} and {shown(values.name)} are both for {name}")
+        if PAIR & others:
+            raise adapter.fault(f"{shown(values.name)}: the embedding is changed in another way too; {MERGE_FIRST}")
+        chosen, shape = wanted[listed_as], current[EMBEDDING].shape
+        if len(set(chosen)) != len(chosen) or max(chosen, default=0) >= shape[0] or values.shape != (len(chosen), shape[1]):
+            raise adapter.fault(
+                f"{shown(values.name)} {list(values.shape)} does not fit {len(chosen)} different tokens of {name} {list(shape)}"
+            )
+        rows[name] = (chosen, values)
+    for layer, chosen in wanted.items():
+        found = any(module.endswith(layer) for module in adapter.tokens)
+        if not found and not (tied and "lm_head".endswith(layer) and rows.get(EMBEDDING, (None,))[0] == chosen):
+            raise adapter.fault(f"has no rows of {shown(layer)}, which trainable_token_indices lists; {INCOMPLETE}")
+    if LM_HEAD in rows:
+        current.setdefault(LM_HEAD, current[EMBEDDING])
+    for name, (chosen, values) in rows.items():
+        current[name] = low_rank.with_rows(current[name], chosen, values)
+
+
+def _spelled(name: str, era: str) -> str:
+    """Returns what a transformers of an era calls the tensor of a published name; `canonical` is the way back."""
+    if era == "4":
+        return name
+    later = next((new + name.removeprefix(old) for new, old in RENAMED if name.startswith(old)), name)
+    return later.replace(".vision_model.", ".", 1) if era == "5" else later
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]

@@ -13,7 +13,7 @@ from pgxport.cluster.pool import Cluster
 from pgxport.data.loader import DataOptions, load
 from pgxport.errors import EngineError, NumericError, UsageError, choose
 from pgxport.exporter.calibration_file import Calibration, checkpoint_sha256
-from pgxport.exporter.prepare import ExportOptions, check_weights
+from pgxport.exporter.prepare import ExportOptions, check_weights, open_checkpoint
 from pgxport.exporter.recipe import RECIPE_NAMES, Recipe
 from pgxport.exporter.targets import TARGETS, Target
 from pgxport.files import check_output, disk_errors, write_whole
@@ -21,7 +21,6 @@ from pgxport.hub.locate import ModelChoice, locate
 from pgxport.machine.conditions import describe_machine, versions
 from pgxport.machine.driver import ask_driver
 from pgxport.metrics.sample import Sample
-from pgxport.models.checkpoint import Checkpoint
 from pgxport.reporting.measured import keys
 from pgxport.reporting.store import alone, digest
 from pgxport.runners.session import ENGINES
@@ -147,10 +146,10 @@ class RecipeMeter:
 
 def tuned_model(o: TuneOptions) -> TunedModel:
     """Open the checkpoint, the calibration and the samples that the options name."""
-    if (o.checkpoint is None) == (o.size is None):
-        raise UsageError("name one model: a checkpoint, or --size tiny --res 224")
+    if (o.checkpoint is None) == (o.size is None) and (o.size or not o.adapters):
+        raise UsageError("name one model: a checkpoint, --size tiny --res 224, or an --adapter that names its base")
     located = locate(o, precision="fp32")
-    checkpoint = Checkpoint.open(located.path, Path(o.adapter) if o.adapter else None)
+    checkpoint = open_checkpoint(located, o)
     spec = checkpoint.spec()
     check_weights(checkpoint, spec)
     sha256 = checkpoint_sha256(checkpoint.files())
@@ -263,11 +262,18 @@ def _facts(subject: TunedModel, bundles: Bundles, o: TuneOptions) -> dict[str, A
     for sample in subject.samples:
         tasks[sample.task] = tasks.get(sample.task, 0) + 1
     return {
-        "checkpoint": str(o.checkpoint or f"--size {o.size}" + (f" --res {o.res}" if o.res else "")), "calibration": str(o.calibration) if o.calibration else None,
+        "checkpoint": _model(o), "calibration": str(o.calibration) if o.calibration else None,
         "output": str(o.output), "samples": tasks, "remarks": subject.remarks, "answer_tokens": bundles.answer_tokens, "engine": o.target,
         "reference": {"recipe": "fp32", "bytes": bundles.reference_bytes, "ms": bundles.reference_ms},
         "key": subject.common, "machine": describe_machine(),
     }  # fmt: skip
+
+
+def _model(o: TuneOptions) -> str:
+    """The model that the options name, for people."""
+    named = str(o.checkpoint) if o.checkpoint else f"--size {o.size}" if o.size else ""
+    words = [named, *([f"--res {o.res}"] if o.res and o.size else []), *(f"--adapter {adapter}" for adapter in o.adapters)]
+    return " ".join(word for word in words if word)
 
 
 def _digest(samples: Sequence[Sample]) -> str:

@@ -5,6 +5,7 @@ import random
 import re
 import time
 import warnings
+from contextlib import suppress
 
 import pytest
 
@@ -63,13 +64,10 @@ def test_random_patterns_match_as_re_says_or_are_refused():
     ],
 )  # fmt: skip
 def test_no_pattern_takes_for_ever(pattern: str):
-    start = time.process_time()
-    try:
-        matches = matcher(pattern, "here")
+    start, matches = time.process_time(), matcher(pattern, "here")
+    with suppress(CheckpointError):
         for name in weight_shapes(published("paligemma", "3b", 224)):
             matches(name)
-    except CheckpointError as error:
-        assert "steps" in str(error)
     assert time.process_time() - start < 20
 
 
