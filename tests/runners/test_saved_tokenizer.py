@@ -120,7 +120,7 @@ def test_a_special_token_of_the_fine_tune_is_text_unless_it_is_asked_for(layout:
     words, hub = find_tokenizer(folder, {}).words(), transformers.AutoTokenizer.from_pretrained(folder)
     i = hub.convert_tokens_to_ids(SPECIAL[0])
     assert i in words.ids.special
-    with pytest.warns(PgxWarning, match="as 6 letters.* --special-tokens"):
+    with pytest.warns(PgxWarning, match="as 6 letters.*pgx run --special-tokens"):
         ids = words.prompt_ids(f"a {SPECIAL[0]} b", 1)
     assert i not in ids
     assert words.decode(ids[1:]) == f"a {SPECIAL[0]} b\n"
