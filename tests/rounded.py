@@ -27,8 +27,7 @@ from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.config import read_config
 from pgxport.models.eager import TokenizedSample
-from pgxport.models.gemma import TOKEN_TABLE
-from pgxport.models.weights import canonical
+from pgxport.models.weights import EMBEDDING, canonical
 from pgxport.runners.runner import Runner
 from pgxport.runners.tokenizer import read_token_ids
 
@@ -118,7 +117,7 @@ def stored_arrays(bundle: Path) -> dict[str, np.ndarray]:
 
 def stored_matrix(path: str, shape: tuple[int, ...], scheme: Scheme, parts: dict[str, np.ndarray]) -> np.ndarray:
     """A quantized matrix, in floats again."""
-    layout = "blocks" if scheme.activations == "float" else "rows" if path == TOKEN_TABLE else "columns"
+    layout = "blocks" if scheme.activations == "float" else "rows" if path == EMBEDDING else "columns"
     return dequantized(scheme, layout, shape, path, parts)
 
 
@@ -137,7 +136,7 @@ def rounded_as(
             p.copy_(torch.from_numpy(stored.astype(np.float32)))
     for name, module in model.named_modules():
         path = canonical(f"{name}.weight")
-        path = TOKEN_TABLE if path == "language_model.lm_head.weight" else path
+        path = EMBEDDING if path == "language_model.lm_head.weight" else path
         if inputs and isinstance(module, torch.nn.Linear) and recipe.scheme(path).bits:
             hooks.append(module.register_forward_pre_hook(_rounding(recipe.scheme(path), path, calibration)))
     yield

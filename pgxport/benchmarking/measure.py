@@ -30,7 +30,6 @@ from pgxport.runners.pipeline import Pipeline
 from pgxport.runners.session import Arrays, Session
 
 WARM_UP_STEPS = 2
-NEVER = -1  # an eos that no argmax can be
 POOL = 1 << 20
 
 
@@ -170,7 +169,7 @@ class Answering:
         ids, walls, engine = [], [], []
         start, self._session.seconds = time.perf_counter(), 0.0
         decoder = Decoder(self._session, pipeline.manifest, self._capacity)
-        for token in generate(decoder, embeds, lambda t: pipeline.embed([t]), eos=NEVER, limit=steps + 1):
+        for token in generate(decoder, embeds, lambda t: pipeline.embed([t]), stop=(), limit=steps + 1):
             now = time.perf_counter()
             ids.append(token)
             walls.append(now - start)

@@ -50,6 +50,12 @@ CacheKind = Literal["shared", "delta", "update"]
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}  # numpy alone does not know bfloat16
 
 
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]  # as Pillow calls them
+
+
+Level = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -150,6 +156,29 @@ class TokenIds(_Frozen):
     seg_count: int = Field(ge=0)
 
 
+class Pixels(_Frozen):
+    """How a picture becomes pixel values: resized, its levels × `rescale`, less `mean`, over `std`. The defaults are PaliGemma's."""
+
+    resample: Resample = "bicubic"
+    rescale: float = Field(default=1 / 255, gt=0, allow_inf_nan=False)
+    mean: tuple[Level, Level, Level] = (0.5, 0.5, 0.5)
+    std: tuple[Level, Level, Level] = (0.5, 0.5, 0.5)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if 0 in self.std:
+            raise ValueError(f"a standard deviation of {self.std}")
+        return self
+
+
+class Generation(_Frozen):
+    """What the checkpoint says of its answers, beside the token ids."""
+
+    stop: tuple[TokenId, ...] = Field(default=(), max_length=1024)  # an answer ends before any of these; none: before eos
+    max_new_tokens: int | None = Field(default=None, gt=0, le=1 << 20)  # None: pgx's own limit
+    kept: dict[str, Any] = {}  # settings of sampling and the like, which greedy answers do not heed
+
+
 class Ranges(_Frozen):
     """The largest |x| of each kind of number, and where it was, in float32 on calibration scenes."""
 
@@ -182,6 +211,7 @@ class Provenance(_Frozen):
     repository: str | None = None  # and its name there
     license: Literal["apache-2.0", "gemma"] | None = None  # of the checkpoint, as the hub calls it; None: not known to pgx
     skipped: dict[str, str] = {}  # tensors of the checkpoint that no answer depends on, and why
+    remarks: tuple[str, ...] = ()  # what someone should know about how the checkpoint was read
     checkpoint_sha256: str
     calibration_sha256: str | None = None
     versions: dict[str, str]
@@ -207,6 +237,8 @@ class Manifest(_Frozen):
     parameters: int
     stored: dict[str, dict[CountedDtype, PositiveInt]]  # how many weights of each dtype, by graph, and for the token table
     spec: dict[str, Any]  # the ModelSpec, for people and reports
+    pixels: Pixels = Pixels()
+    generation: Generation = Generation()
     token_ids: TokenIds
     token_table: TokenTable
     cache: Cache
@@ -220,6 +252,11 @@ class Manifest(_Frozen):
         if (self.target == "tensorrt") != (self.tensorrt is not None) or self.cache.kind != kind:
             raise ValueError(f"target {self.target} for TensorRT {self.tensorrt} with a cache of kind {self.cache.kind}")
         return self
+
+    @property
+    def stop(self) -> frozenset[int]:
+        """The ids before which an answer ends."""
+        return frozenset(self.generation.stop or (self.token_ids.eos,))
 
     def signatures(self) -> dict[str, tuple[set[str], set[str]]]:
         """Returns the inputs that runners feed to each graph, and the outputs they take, by graph."""

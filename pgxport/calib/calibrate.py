@@ -13,15 +13,17 @@ from pgxport.bundle.manifest import MANIFEST
 from pgxport.bundle.reader import Bundle
 from pgxport.calib.encoding import EncodedSample, digest, encode
 from pgxport.data.loader import first_samples
-from pgxport.errors import CheckpointError, EngineError, UsageError
+from pgxport.errors import CheckpointError, EngineError, InputError, UsageError
 from pgxport.exporter.calibration_file import About, Array, Calibration, checkpoint_sha256, write_calibration
 from pgxport.exporter.stream import Progress
 from pgxport.files import check_output, disk_errors, locked
 from pgxport.hub.locate import ModelChoice, locate
+from pgxport.metrics.sample import Sample
 from pgxport.models.safetensors import Tensor
 from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
 
 Say = Callable[[str], None]
+LONGEST = 8192  # tokens of a sample, Gemma's context; attention takes their square
 RUN = "run.json"  # in a folder of work: the calibration that it belongs to
 
 
@@ -118,9 +120,17 @@ def calibrate(options: CalibrateOptions, *, progress: Progress | None = None, sa
     return _checkpoint(options, progress, say)
 
 
-def _samples(options: CalibrateOptions, tokenizer: PromptTokenizer, say: Say | None) -> CalibrationData:
-    path = Path(options.data) if options.data else None
-    data = first_samples(path, options.samples, accept=lambda sample: encode(sample, tokenizer))
+def _samples(
+    options: CalibrateOptions, tokenizer: PromptTokenizer, image_tokens: int, most: int, say: Say | None
+) -> CalibrationData:
+    """The samples that the model takes, each of at most `most` tokens with its image and its answer."""
+
+    def accept(sample: Sample) -> None:
+        encoded = encode(sample, tokenizer)
+        if (length := image_tokens + len(encoded.prompt) + len(encoded.answer)) > most:
+            raise InputError(f"sample {sample.id}: image, prompt and answer have {length} tokens, more than {most}; shorten them")
+
+    data = first_samples(Path(options.data) if options.data else None, options.samples, accept)
     if say:
         for remark in data.remarks:
             say(remark)
@@ -133,7 +143,7 @@ def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None
 
     m = bundle.manifest
     tokenizer = PromptTokenizer(bundle.path / "tokenizer.json", m.token_ids)
-    samples, checkpoint = _samples(options, tokenizer, say), m.provenance.checkpoint_sha256
+    samples, checkpoint = _samples(options, tokenizer, m.image_tokens, m.context_length, say), m.provenance.checkpoint_sha256
     job = CalibrationJob(m.name, checkpoint, samples, m.image_tokens, m.cache.layers, options)
     statistics = observe_bundle(bundle, job.samples, moments=options.moments, progress=progress)
     # Scores and variances are inside of fused operators, so activation ranges cannot be measured.
@@ -147,12 +157,12 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None, say: Say |
     from pgxport.exporter.activation_ranges import ActivationRanges
     from pgxport.exporter.prepare import check_weights
     from pgxport.models.checkpoint import Checkpoint
-    from pgxport.models.config import read_config
+    from pgxport.models.processor_config import pixels_of
     from pgxport.models.safetensors import read_header
 
     model = locate(options, progress=progress)
     checkpoint = Checkpoint.open(model.path, Path(options.adapter) if options.adapter else None)
-    spec = read_config(checkpoint.config)
+    spec = checkpoint.spec()
     check_weights(checkpoint, spec)
     tokenizer_file = checkpoint.file("tokenizer.json")
     if tokenizer_file is None:
@@ -160,15 +170,16 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None, say: Say |
             f"{model.name}: tokenizer.json is missing; download it beside the weights, from the same repository"
         )
     tokenizer = PromptTokenizer(tokenizer_file, read_token_ids(tokenizer_file, checkpoint.config))
-    samples, sha256 = _samples(options, tokenizer, say), checkpoint_sha256(checkpoint.files())
+    samples, sha256 = _samples(options, tokenizer, spec.image_tokens, LONGEST, say), checkpoint_sha256(checkpoint.files())
     job = CalibrationJob(model.name, sha256, samples, spec.image_tokens, spec.text.depth, options)
     # The key names versions: another pgx or numpy would have computed finished steps differently.
-    key = job.about(engine="numpy", inputs={}, ranges=None).model_dump_json()
+    pixels = pixels_of(checkpoint, spec)
+    key = job.about(engine="numpy", inputs={}, ranges=None).model_dump_json() + pixels.model_dump_json()
     output, activation_ranges = Path(options.output), ActivationRanges(spec)
     inputs: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     with _workplace(output.with_name(output.name + ".work"), key) as work:
-        steps = observe_checkpoint(checkpoint, spec, job.samples, work, moments=options.moments, progress=progress)
+        steps = observe_checkpoint(checkpoint, spec, job.samples, work, pixels, moments=options.moments, progress=progress)
         for step in steps:
             inputs |= step_findings(step, activation_ranges)
             tensors |= read_header(step)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pgxport.bundle.manifest import Pixels
 from pgxport.calib.encoding import EncodedSample, token_weights
 from pgxport.calib.observe import InputObserver
 from pgxport.calib.steps import PIXELS, ModelSteps, Step
@@ -23,7 +24,7 @@ from pgxport.files import disk_errors
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.eager import Eager
 from pgxport.models.spec import ModelSpec
-from pgxport.runners.image import pixel_values
+from pgxport.runners.image import PALIGEMMA, pixel_values
 
 
 def observe_checkpoint(
@@ -31,6 +32,7 @@ def observe_checkpoint(
     spec: ModelSpec,
     samples: Sequence[EncodedSample],
     work: Path,
+    pixels: Pixels = PALIGEMMA,
     *,
     moments: bool,
     progress: Progress | None,
@@ -54,7 +56,7 @@ def observe_checkpoint(
         statistics, activation_ranges = InputObserver(moments=moments), ActivationRanges(spec)
         before, count = sum(sizes[:i]), 0
         with disk_errors(f"cannot write {leaving}"), open(leaving, "wb") as out:
-            for sample, x, w in zip(samples, _arrivals(arriving, steps[i], samples, spec), weights, strict=True):
+            for sample, x, w in zip(samples, _arrivals(arriving, steps[i], samples, spec, pixels), weights, strict=True):
                 prefix = spec.image_tokens + len(sample.prompt)
                 g = Eager(source, {}, prefix=prefix, observe=_Observer(statistics, activation_ranges, steps[i].layer, w))
                 y = steps[i].run(g, sample, x)
@@ -105,11 +107,11 @@ class _Observer:
             self._ranges(kind, where, values)
 
 
-def _arrivals(file: Path, step: Step, samples: Sequence[EncodedSample], spec: ModelSpec) -> Iterator[np.ndarray]:
+def _arrivals(file: Path, step: Step, samples: Sequence[EncodedSample], spec: ModelSpec, pixels: Pixels) -> Iterator[np.ndarray]:
     """The array that each sample brings into a step: pixels, later what the step before wrote."""
     if step.name == PIXELS:
         for sample in samples:
-            yield pixel_values(sample.sample.open(), spec.resolution)[None]
+            yield pixel_values(sample.sample.open(), spec.resolution, pixels)[None]
         return
     with disk_errors(f"cannot read {file}"), open(file, "rb") as stream:
         for sample in samples:

@@ -74,6 +74,8 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     with progress_bar() as progress:
         bundle = export(ExportOptions(**options), progress=progress)
     cost = Cost.since(start)
+    for sentence in bundle.notes:
+        note(sentence)
     if skipped := bundle.manifest.provenance.skipped:
         detail(f"skipped {len(skipped)} tensors of the checkpoint that no answer depends on:")
         for name, why in skipped.items():
@@ -97,7 +99,7 @@ def export_json(bundle: "ExportedBundle", cost: Cost) -> dict[str, Any]:
         "bundle": str(bundle.path), "bytes": bundle.nbytes, **cost.to_json(),
         "files": {name: info.size for name, info in manifest.files.items()},
         "parity": manifest.parity.model_dump() if manifest.parity else None,
-        "answered": bundle.not_answered is None, "not_answered": bundle.not_answered,
+        "answered": bundle.not_answered is None, "not_answered": bundle.not_answered, "notes": list(bundle.notes),
     }  # fmt: skip
 
 
@@ -105,6 +107,7 @@ def render_export(bundle: "ExportedBundle", output: str, cost: Cost) -> str:
     """An exported bundle for people: its size, its parity with the checkpoint, and the next command."""
     done = "opened, verified, and asked about a drawn scene" if bundle.not_answered is None else "opened and verified"
     lines = [f"wrote {bundle.path}: {size(bundle.nbytes)} in {cost}; {done}"]
+    lines += bundle.manifest.provenance.remarks
     if bundle.not_answered is not None:
         lines.append(f"not answered here: {bundle.not_answered}")
     if parity := bundle.manifest.parity:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pgxport.bundle.manifest import Ranges, TokenIds
+from pgxport.bundle.manifest import Pixels, Ranges, TokenIds
 from pgxport.errors import UsageError
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.eager import Eager, inputs_embeds
@@ -20,7 +20,7 @@ from pgxport.models.projector import projector
 from pgxport.models.siglip import vision_encoder
 from pgxport.models.spec import ModelSpec
 from pgxport.models.tiny.scenes import caption, draw
-from pgxport.runners.image import pixel_values
+from pgxport.runners.image import PALIGEMMA, pixel_values
 from pgxport.runners.tokenizer import PromptTokenizer
 
 FLOAT16_MAX = 65504.0
@@ -63,7 +63,15 @@ class ActivationRanges:
         return Ranges(largest={k: self.largest[k] for k in kinds}, where={k: self.where[k] for k in kinds}, scenes=scenes)
 
 
-def measure_ranges(source: TensorSource, spec: ModelSpec, tokenizer: Path, ids: TokenIds, *, scenes: int = SCENES) -> Ranges:
+def measure_ranges(
+    source: TensorSource,
+    spec: ModelSpec,
+    tokenizer: Path,
+    ids: TokenIds,
+    pixels: Pixels = PALIGEMMA,
+    *,
+    scenes: int = SCENES,
+) -> Ranges:
     """The largest |x| of each kind of number, over prefix and answer of calibration scenes, and where it was.
 
     Raises:
@@ -75,8 +83,8 @@ def measure_ranges(source: TensorSource, spec: ModelSpec, tokenizer: Path, ids: 
     for index in range(scenes):  # one at a time: the weights are read again, and activations take half the memory of two
         scene = draw("calibration", index)
         tokens = prompt + words.prompt_ids(caption(scene), 0)[1:-1]  # without bos and newline
-        pixels = pixel_values(scene.image, spec.resolution)[None]
-        hidden = _run(Eager(source, {"pixel_values": pixels}, observe=observe), vision_encoder, spec, "image_hidden")
+        picture = pixel_values(scene.image, spec.resolution, pixels)[None]
+        hidden = _run(Eager(source, {"pixel_values": picture}, observe=observe), vision_encoder, spec, "image_hidden")
         features = _run(Eager(source, {"image_hidden": hidden}, observe=observe), projector, spec, "image_features")
         embeds = inputs_embeds(source, spec, features, tokens)
         observe("residual", "inputs_embeds", embeds)

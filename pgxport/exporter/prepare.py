@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgxport.bundle.manifest import TokenIds
+from pgxport.bundle.manifest import Generation, Pixels, TokenIds
 from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.calibration_file import Calibration
@@ -15,8 +15,9 @@ from pgxport.exporter.stream import Progress
 from pgxport.exporter.targets import Target, find_target
 from pgxport.hub.locate import Located, ModelChoice, locate
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.config import read_config
+from pgxport.models.generation_config import read_generation
 from pgxport.models.mask_decoder import MaskWeights
+from pgxport.models.processor_config import pixels_of
 from pgxport.models.spec import ModelSpec, without_window
 from pgxport.models.weights import weight_shapes
 from pgxport.runners.tokenizer import read_token_ids
@@ -73,8 +74,15 @@ class PreparedExport:
     masks: MaskWeights | None
     tokenizer: Path
     token_ids: TokenIds
+    pixels: Pixels
+    generation: Generation
     output: Path
     calibration: Calibration | None
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest answer, unless the caller says otherwise."""
+        return self.generation.max_new_tokens or MAX_NEW_TOKENS
 
 
 def prepare(options: ExportOptions, *, progress: Progress | None = None) -> PreparedExport:
@@ -92,12 +100,15 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Prep
     output = Path(options.output) if options.output else Path(f"{found.name}-{recipe.name}-{target.name}")
     BundleWriter(output, overwrite=options.overwrite).check_output()
     checkpoint = open_checkpoint(found, options)
-    spec = read_config(checkpoint.config, local_window=options.local_window == "hf")
+    spec = checkpoint.spec(local_window=options.local_window == "hf")
     _check_spec(spec, found, options)
     check_weights(checkpoint, spec)
+    recipe = recipe.fitted(weight_shapes(spec))
     recipe.check(weight_shapes(spec))
     check_sites(spec, recipe.scheme)
-    context = context_length(spec, options.context)
+    pixels = pixels_of(checkpoint, spec)
+    generation = read_generation(checkpoint.config, checkpoint.json("generation_config.json"))
+    context = context_length(spec, options.context, generation)
     masks = options.masks or found.masks
     tokenizer = checkpoint.file("tokenizer.json")
     if tokenizer is None:
@@ -115,6 +126,8 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Prep
         MaskWeights(Path(masks)) if masks else None,
         tokenizer,
         read_token_ids(tokenizer, checkpoint.config),
+        pixels,
+        generation,
         output,
         calibration,
     )
@@ -138,13 +151,18 @@ def find_recipe(precision: str, file: str | Path | None, target: Target) -> Reci
     return recipe
 
 
-def context_length(spec: ModelSpec, asked: int | None) -> int:
-    """The longest prefix and answer together, in tokens; None gives room for a long prompt and a long answer.
+def context_length(spec: ModelSpec, asked: int | None, generation: Generation | None = None) -> int:
+    """The longest prefix and answer together, in tokens.
+
+    Args:
+        asked: The length that was asked for; None: room for a long prompt and a long answer.
+        generation: What the checkpoint says of the longest answer.
 
     Raises:
         UsageError: an image and a prompt do not fit.
     """
-    length = spec.image_tokens + 2 * MAX_NEW_TOKENS if asked is None else asked
+    answer = max(MAX_NEW_TOKENS, (generation and generation.max_new_tokens) or 0)
+    length = spec.image_tokens + MAX_NEW_TOKENS + answer if asked is None else asked
     if length <= spec.image_tokens:
         raise UsageError(f"--context {length} has no room for an image of {spec.image_tokens} tokens and a prompt")
     return length

@@ -144,7 +144,7 @@ def _put(by_name: dict[str, Stored], name: str, tensor: Stored, folder: Path) ->
 
 def _check_saved(tensors: Mapping[str, Tensor], saved: Mapping[str, Stored], config: Mapping[str, Any], folder: Path) -> None:
     for name, tensor in saved.items():
-        # A stored lm_head is compared with the embedding like any other (`checkpoint.Tied`).
+        # The lm_head may be stored nowhere, for it was the embedding until now.
         base = tensors.get(EMBEDDING if name == LM_HEAD else name)
         if base is None or base.shape != tensor.shape:
             fault = f"is {list(base.shape)} there" if base else "is not there"

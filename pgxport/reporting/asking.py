@@ -102,7 +102,7 @@ def compare_and_answer(
         ids: The reference's answer.
         reference: The reference's logits after the prefix and after each of its tokens, [len(ids) + 1, V].
     """
-    limit, eos = pipeline.answer_limit(prefix), pipeline.manifest.token_ids.eos
+    limit, stop = pipeline.answer_limit(prefix), pipeline.manifest.stop
     decoder = pipeline.decoder(prefix.shape[1] + max(limit, len(ids)))
     likeliest: list[int] = []
 
@@ -118,7 +118,7 @@ def compare_and_answer(
         return agreement, answer[:limit]
     decoder.length = prefix.shape[1] + same
     token = likeliest[same]
-    while token != eos:
+    while token not in stop:
         answer.append(token)
         if len(answer) == limit:
             break

@@ -17,6 +17,8 @@ from PIL import Image
 
 from pgxport.errors import CheckpointError, InputError, UsageError
 from pgxport.files import file_sha256
+from pgxport.models.generation_config import read_generation
+from pgxport.models.safetensors import read_json
 from pgxport.reporting.asking import answer_json, open_picture, write_logits
 from pgxport.runners.image import load_image
 from pgxport.runners.open_session import open_session
@@ -68,8 +70,14 @@ class CheckpointSubject:
         self._model = model.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, use_safetensors=True
         ).eval()
-        ends = self._model.generation_config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [ends])
+        generation = folder / "generation_config.json"
+        asked = read_generation(read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None)
+        self._ends = set(asked.stop or (self._processor.tokenizer.eos_token_id,))
+        self._limit = asked.max_new_tokens or LIMIT
+        # Greedy, as a bundle answers: penalties and the like of the file would stay with generate's own arguments.
+        self._model.generation_config = transformers.GenerationConfig(
+            eos_token_id=sorted(self._ends), pad_token_id=self._processor.tokenizer.pad_token_id
+        )
         masks = request["mask_decoder"]
         self._masks = open_session("cpu", Path(masks), threads=request["threads"]) if masks else None
         self.opening = {"load": time.perf_counter() - start}
@@ -87,7 +95,7 @@ class CheckpointSubject:
                 self._generate(load_image(picture), prompt, len(request["teacher_force"]) + 1, forcing)
                 write_logits(Path(request["write"]), forcing.logits, len(forcing.logits))
                 return {}
-            return self._answer(picture, prompt, request["max_new_tokens"] or LIMIT)
+            return self._answer(picture, prompt, request["max_new_tokens"] or self._limit)
         except InputError as error:  # a picture that cannot be read
             return {"refused": str(error)}
 

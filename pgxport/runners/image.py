@@ -2,6 +2,7 @@
 """Turn whatever a user calls an image into upright 8-bit RGB, then into the array the vision encoder reads."""
 
 import io
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import numpy as np
 # all of them: no EPS, no Ghostscript, no format we never test.
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 
+from pgxport.bundle.manifest import Pixels
 from pgxport.errors import DiskError, InputError
 
+PALIGEMMA = Pixels()
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 # Decoded, the limit is 192 MB of RGB. A 20 KB PNG can announce a gigapixel; the header alone decides.
@@ -30,10 +33,6 @@ ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-# Grey level -> what the encoder reads, in the reference's
-# order of rounding: × 1/255 in float64, the rest in float32.
-LEVELS = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
 
 
 def load_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
@@ -81,14 +80,25 @@ def load_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.I
         ) from error
 
 
-def pixel_values(image: Image.Image, resolution: int) -> np.ndarray:
-    """An RGB image as float32 [3, R, R] in [-1, 1], resized without keeping its aspect, as the model was trained.
+def pixel_values(image: Image.Image, resolution: int, pixels: Pixels = PALIGEMMA) -> np.ndarray:
+    """An RGB image as float32 [3, R, R], resized without keeping its aspect; by default in [-1, 1], as PaliGemma was trained.
 
     >>> pixel_values(Image.new("RGB", (60, 10), "white"), 14).shape
     (3, 14, 14)
     """
-    resized = np.asarray(image.resize((resolution, resolution), Image.Resampling.BICUBIC))  # [R, R, 3]
-    return np.ascontiguousarray(LEVELS[resized].transpose(2, 0, 1))
+    resized = np.asarray(image.resize((resolution, resolution), Image.Resampling[pixels.resample.upper()]))  # [R, R, 3]
+    return np.stack([levels[resized[..., channel]] for channel, levels in enumerate(_levels(pixels))])
+
+
+@cache
+def _levels(pixels: Pixels) -> np.ndarray:
+    """What the encoder reads for each level of each channel, float32 [3, 256].
+
+    In the reference's order of rounding: the rescaling in float64, the rest in float32.
+    """
+    rescaled = (np.arange(256) * pixels.rescale).astype(np.float32)
+    mean, std = (np.array(values, np.float32)[:, None] for values in (pixels.mean, pixels.std))
+    return (rescaled - mean) / std
 
 
 def read_picture(path: Path) -> bytes:

@@ -15,7 +15,7 @@ in local layers w hides what is `window` or more behind:
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 
@@ -147,8 +147,10 @@ def seen(tokens: int, total: int, window: int | None) -> np.ndarray:
     return visible(total if tokens == total else 0, total, window, first=total - tokens)
 
 
-def generate(decoder: Decoder, prefix: np.ndarray, embed: Callable[[int], np.ndarray], *, eos: int, limit: int) -> Iterator[int]:
-    """Yield token ids, the likeliest each time, until `eos` (not yielded) or `limit` tokens.
+def generate(
+    decoder: Decoder, prefix: np.ndarray, embed: Callable[[int], np.ndarray], *, stop: Collection[int], limit: int
+) -> Iterator[int]:
+    """Yield token ids, the likeliest each time, until one of `stop` (not yielded) or `limit` tokens.
 
     Args:
         prefix: [1, T, H], image features and scaled token embeddings.
@@ -156,7 +158,7 @@ def generate(decoder: Decoder, prefix: np.ndarray, embed: Callable[[int], np.nda
     """
     token = decoder.next_token(prefix)
     for count in range(1, limit + 1):
-        if token == eos:
+        if token in stop:
             return
         yield token
         if count < limit:

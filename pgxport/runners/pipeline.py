@@ -102,7 +102,7 @@ class Pipeline:
 
     def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Pictures as `load_image` gives them to pixel values [B, 3, R, R]."""
-        return np.stack([pixel_values(image, self.manifest.resolution) for image in images])
+        return np.stack([pixel_values(image, self.manifest.resolution, self.manifest.pixels) for image in images])
 
     def encode_pixels(self, pixels: np.ndarray, *, timings: dict[str, float] | None = None) -> np.ndarray:
         """Pixel values [B, 3, R, R] to image features [B, N, H].
@@ -153,13 +153,13 @@ class Pipeline:
         return max(1, min(self.manifest.max_new_tokens, room)) if asked is None else asked
 
     def generate(self, prefix: np.ndarray, limit: int) -> Iterator[int]:
-        """The likeliest token ids after a prefix [1, T, H], until the end of text or `limit` tokens.
+        """The likeliest token ids after a prefix [1, T, H], until one of the manifest's stop tokens or `limit` tokens.
 
         Each answer has a cache of its own: what an abandoned
         or failed one left behind is never seen by the next.
         """
         decoder = self.decoder(prefix.shape[1] + limit)
-        return generate(decoder, prefix, lambda token: self.embed([token]), eos=self.manifest.token_ids.eos, limit=limit)
+        return generate(decoder, prefix, lambda token: self.embed([token]), stop=self.manifest.stop, limit=limit)
 
     def teacher_forced(self, prefix: np.ndarray, ids: Sequence[int], decoder: Decoder | None = None) -> Iterator[np.ndarray]:
         """Logits [V] after a prefix [1, T, H] and after each token of a given answer; each array stands until the next one.

@@ -173,7 +173,10 @@ def _stated(config: Mapping[str, Any], *keys: str, token: int | None = None) -> 
     """Returns the id that config.json states, at its top or in its text_config; else `token`."""
     for section in (config, config.get("text_config") or {}):
         for key in keys:
-            if (value := section.get(key)) is None:
+            value = section.get(key)
+            if isinstance(value, list) and value:  # several stop tokens, of which the first is the end of a text
+                value = value[0]
+            if value is None:
                 continue
             if type(value) is not int or value < 0:
                 raise CheckpointError(f"config.json: {key} is {value!r}; pgx needs one token id, an integer")

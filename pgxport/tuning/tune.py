@@ -22,7 +22,6 @@ from pgxport.machine.conditions import describe_machine, versions
 from pgxport.machine.driver import ask_driver
 from pgxport.metrics.sample import Sample
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.config import read_config
 from pgxport.reporting.measured import keys
 from pgxport.reporting.store import alone, digest
 from pgxport.runners.session import ENGINES
@@ -152,7 +151,7 @@ def tuned_model(o: TuneOptions) -> TunedModel:
         raise UsageError("name one model: a checkpoint, or --size tiny --res 224")
     located = locate(o, precision="fp32")
     checkpoint = Checkpoint.open(located.path, Path(o.adapter) if o.adapter else None)
-    spec = read_config(checkpoint.config)
+    spec = checkpoint.spec()
     check_weights(checkpoint, spec)
     sha256 = checkpoint_sha256(checkpoint.files())
     calibration = Calibration.open(o.calibration) if o.calibration else None

@@ -93,8 +93,7 @@ def change(**changes):
     ("changes", "named"),
     [
         ({"model_type": "llava"}, "llava"),
-        ({"text_config": None}, "text_config"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"text_config": []}, "text_config"),
         ({"text__model_type": "gemma3_text"}, "gemma3_text"),
         ({"text__hidden_size": -1}, "hidden_size"),
         ({"text__hidden_size": "2048"}, "hidden_size"),
@@ -108,11 +107,81 @@ def change(**changes):
         ({"vision__hidden_act": "gelu"}, "hidden_act"),
         ({"vision__image_size": 225}, "225 px"),
         ({"vision__num_attention_heads": 7}, "7 heads"),
+        ({"vision__image_size": [224, 224]}, "image_size"),
+        ({"vision__patch_size": None}, "patch_size"),
+        ({"vision__image_size": 4096, "vision__patch_size": 1}, "4096 px"),
+        ({"text__num_hidden_layers": 10**12}, "num_hidden_layers is '1000000000000'"),
+        ({"text__num_attention_heads": 1 << 31}, "num_attention_heads"),
+        ({"text__rope_theta": [10000]}, "rope_theta"),
+        ({"text__rope_theta": -1.0}, "rope_theta"),
+        ({"text__rope_theta": float("inf")}, "rope_theta"),
+        ({"text__rope_parameters": [{}]}, "rope_parameters"),
+        ({"text__rope_parameters": {"rope_theta": "x"}}, "rope_theta"),
+        ({"text__rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"text__rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "a part of each head"),
+        ({"text__partial_rotary_factor": 0.5}, "a part of each head"),
+        ({"text__hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"text__final_logit_softcapping": 0}, "final_logit_softcapping"),
+        ({"text__sliding_window": 128}, "sliding_window"),
+        ({"text__use_bidirectional_attention": False}, "hides the prefix"),
+        ({"text__per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config"),
+        ({"text__eos_token_id": "1"}, "eos_token_id"),
+        ({"text__eos_token_id": [1, -1]}, "eos_token_id"),
+        ({"text__model_type": "gemma2", "text__layer_types": "full_attention"}, "layer_types"),
+        ({"text__model_type": "gemma2", "text__layer_types": ["full_attention"]}, "1 entries for 18 layers"),
+        ({"text__model_type": "gemma2", "text__layer_types": [["full_attention"]] * 18}, "layer_types"),
+        ({"text__model_type": "gemma2", "text__sliding_window": 0}, "sliding_window"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ({"is_encoder_decoder": True}, "another architecture"),
     ],
 )
 def test_a_config_that_pgx_does_not_compute_is_refused_by_name(changes, named):
     with pytest.raises(CheckpointError, match=named):
         read_config(change(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"text__hidden_act": "gelu"}, {}),  # Gemma's first configs; transformers takes it for the tanh approximation
+        ({"text__hidden_activation": None}, {}),
+        ({"text__eos_token_id": [1, 107]}, {}),
+        ({"text__rms_norm_eps": 1e-5}, {"eps": 1e-5}),
+        ({"text__final_logit_softcapping": 30}, {"logit_softcap": 30.0}),
+        ({"text__rope_theta": 5000}, {"rope_theta": 5000.0}),
+        (
+            {"text__rope_theta": 5000, "text__rope_parameters": {"rope_theta": 7000.0, "rope_type": "default"}},
+            {"rope_theta": 7000.0},
+        ),
+        ({"text__rope_theta": 5000, "text__rope_parameters": {"rope_type": "default"}}, {"rope_theta": 5000.0}),
+        ({"text__rope_scaling": {"type": "default"}, "text__rope_parameters": {"rope_theta": 7000.0}}, {}),
+        ({"a_key_of_nobody": {"x": 1}, "auto_map": {"AutoModel": "evil.py"}}, {}),
+    ],
+)
+def test_what_transformers_reads_is_read_alike(changes, text):
+    """Each config gives transformers the constants that it gives pgx."""
+    transformers = pytest.importorskip("transformers")
+    ours = read_config(change(**changes))
+    assert ours == replace(published("paligemma", "3b", 224), text=replace(TEXT["paligemma", "3b"], **text))
+    theirs = transformers.PaliGemmaConfig(**change(**changes)).text_config
+    assert theirs.rope_parameters["rope_theta"] == ours.text.rope_theta
+    assert getattr(theirs, "final_logit_softcapping", None) == ours.text.logit_softcap
+    assert (theirs.rms_norm_eps, theirs.hidden_act) == (ours.text.eps, "gelu_pytorch_tanh")
+
+
+def test_a_section_that_is_not_there_is_what_transformers_takes_for_it():
+    transformers = pytest.importorskip("transformers")
+    spec, theirs = read_config({"model_type": "paligemma"}), transformers.PaliGemmaConfig()
+    text, vision = theirs.text_config, theirs.vision_config
+    assert (spec.text.width, spec.text.depth, spec.text.mlp, spec.text.heads, spec.text.kv_heads, spec.text.head_dim, spec.text.vocab) == (
+        text.hidden_size, text.num_hidden_layers, text.intermediate_size, text.num_attention_heads, text.num_key_value_heads,
+        text.head_dim, text.vocab_size,
+    )  # fmt: skip
+    assert (spec.vision.width, spec.vision.depth, spec.vision.mlp, spec.vision.heads, spec.vision.patch, spec.resolution) == (
+        vision.hidden_size, vision.num_hidden_layers, vision.intermediate_size, vision.num_attention_heads, vision.patch_size,
+        vision.image_size,
+    )  # fmt: skip
 
 
 def test_a_size_nobody_published_names_those_that_were():

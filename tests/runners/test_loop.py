@@ -50,7 +50,7 @@ def embed(token: int) -> np.ndarray:
 
 def answer(script: Script, limit: int, *, prefix: int = 5, window: int | None = None) -> list[int]:
     decoder = Decoder(script, manifest(window=window), prefix + limit)
-    return list(generate(decoder, np.zeros((1, prefix, WIDTH), np.float32), embed, eos=EOS, limit=limit))
+    return list(generate(decoder, np.zeros((1, prefix, WIDTH), np.float32), embed, stop=(EOS,), limit=limit))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_answer_ends_with_eos_or_at_the_limit(steps: list[int], limit: int, 
 
 def test_nothing_is_run_until_a_token_is_asked_for():
     script = Script([7, 8])
-    tokens = generate(Decoder(script, manifest(), 10), np.zeros((1, 5, WIDTH), np.float32), embed, eos=EOS, limit=5)
+    tokens = generate(Decoder(script, manifest(), 10), np.zeros((1, 5, WIDTH), np.float32), embed, stop=(EOS,), limit=5)
     assert script.seen == []
     assert next(tokens) == 7
     assert len(script.seen) == 1
@@ -132,7 +132,7 @@ def test_logits_that_are_not_finite_are_an_error_naming_graph_and_step(at: int, 
     tokens = []
     with np.errstate(all="ignore"), pytest.raises(NumericError, match=f"decoder_step.*{where}"):  # noqa: PT012
         decoder = Decoder(Script(steps), manifest(), 15)
-        for token in generate(decoder, np.zeros((1, 5, WIDTH), np.float32), embed, eos=EOS, limit=10):
+        for token in generate(decoder, np.zeros((1, 5, WIDTH), np.float32), embed, stop=(EOS,), limit=10):
             tokens.append(token)
     assert tokens == [7, 8][:at]
 
@@ -165,7 +165,7 @@ class Greedy(Script):
 def fed(kind: str, steps: int, *, prefix: int = 5, window: int | None = None) -> list[dict[str, np.ndarray]]:
     script = Greedy([7] * (steps + 1))
     decoder = Decoder(script, manifest(1000, window, kind), prefix + steps + 1)
-    list(generate(decoder, np.zeros((1, prefix, WIDTH), np.float32), embed, eos=EOS, limit=steps + 1))
+    list(generate(decoder, np.zeros((1, prefix, WIDTH), np.float32), embed, stop=(EOS,), limit=steps + 1))
     return script.seen
 
 
@@ -212,7 +212,7 @@ def test_masks_show_every_filled_row_and_no_other(kind: str, prefix: int, window
 def test_a_token_that_the_device_found_is_taken_and_logits_are_not_asked_for():
     script = Greedy([7, 8, EOS])
     decoder = Decoder(script, manifest(1000, kind="delta"), 20)
-    assert list(generate(decoder, np.zeros((1, 5, WIDTH), np.float32), embed, eos=EOS, limit=9)) == [7, 8]
+    assert list(generate(decoder, np.zeros((1, 5, WIDTH), np.float32), embed, stop=(EOS,), limit=9)) == [7, 8]
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
