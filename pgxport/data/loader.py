@@ -6,7 +6,7 @@ Without a path: drawn scenes.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -74,18 +74,6 @@ class DataSet:
         """What to know before the figures: the first five records that cannot be used and why, then the notes."""
         left_out = f"{len(self.unusable)} of the records cannot be used and are left out: {named(self.unusable)}"
         return (left_out, *self.notes) if self.unusable else self.notes
-
-    def without(self, refused: Mapping[str, str]) -> "DataSet":
-        """Return the data without the samples of these ids, each a record that cannot be used, for this reason.
-
-        Raises:
-            InputError: with them, too many records cannot be used.
-        """
-        if not refused:
-            return self
-        left = tuple(sample for sample in self.samples if sample.id not in refused)
-        unusable = (*self.unusable, *(UnusableRecord(name, f"sample {name}: {why}") for name, why in refused.items()))
-        return replace(self, samples=left, skipped=self.skipped + len(refused), unusable=unusable).checked()
 
     def checked(self) -> "DataSet":
         """Return the same.

@@ -22,7 +22,7 @@ from pgxport.reporting.asking import bundle_facts
 from pgxport.reporting.cluster_pass import NodeResults, cluster_pass
 from pgxport.reporting.environment import board, environment
 from pgxport.reporting.measured import Conditions, answer_of, keys, measured_folder
-from pgxport.reporting.shared_pass import ReportSubject, ReportWork, SubjectRun, shared_pass
+from pgxport.reporting.shared_pass import ReportSubject, ReportWork, shared_pass
 from pgxport.reporting.transformers_subject import checkpoint_facts, require_reference
 
 GATE = 0.99
@@ -84,8 +84,7 @@ def report(options: ReportOptions, *, progress: Progress | None = None) -> schem
         nodes = _measure(options, subjects, work, folder, here, progress)
     if progress:
         progress("working out intervals")
-    data = data.without(_refused(data, sample_keys, nodes[0].runs))
-    devices, album = _devices(options, data, keys(data.samples), nodes, reference)
+    devices, album = _devices(options, data, sample_keys, nodes, reference)
     if options.batch:
         devices = (_batched(devices[0], options, progress), *devices[1:])
     made = schema.Report(pgxport=__version__, created=_now(), devices=devices)
@@ -176,15 +175,6 @@ def _measure(
         )
     runs = shared_pass(subjects, work, folder, engine=options.engine, progress=progress)
     return [NodeResults(board() or here["processor"], environment(options.engine, options.threads, here), runs)]
-
-
-def _refused(data: DataSet, sample_keys: Sequence[str], runs: Sequence[SubjectRun]) -> dict[str, str]:
-    """Return the samples that every subject refused, and why: a prompt that is too long for each of them."""
-    whole = [run for run in runs if run.reason is None]
-    reasons = {
-        s.id: [run.asked[k].refused for run in whole if k in run.asked] for s, k in zip(data.samples, sample_keys, strict=True)
-    }
-    return {name: why[0] for name, why in reasons.items() if why and why[0] and all(why)}
 
 
 def _devices(

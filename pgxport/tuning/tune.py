@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pgxport.cluster.pool import Cluster
-from pgxport.data.loader import DataOptions, load
+from pgxport.data.loader import Accept, DataOptions, load
 from pgxport.errors import EngineError, NumericError, UsageError, choose
 from pgxport.exporter.calibration_file import Calibration, checkpoint_sha256
-from pgxport.exporter.prepare import ExportOptions, check_weights
+from pgxport.exporter.prepare import ExportOptions, check_weights, context_length
 from pgxport.exporter.recipe import RECIPE_NAMES, Recipe
 from pgxport.exporter.targets import TARGETS, Target
 from pgxport.files import check_output, disk_errors, write_whole
@@ -22,9 +22,12 @@ from pgxport.machine.conditions import describe_machine, versions
 from pgxport.machine.driver import ask_driver
 from pgxport.metrics.sample import Sample
 from pgxport.models.checkpoint import Checkpoint
+from pgxport.models.generation_config import read_generation
+from pgxport.models.spec import ModelSpec
 from pgxport.reporting.measured import keys
 from pgxport.reporting.store import alone, digest
 from pgxport.runners.session import ENGINES
+from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
 from pgxport.text import duration
 from pgxport.tuning.bundles import Bundles, MeasuredRecipe, Say, TunedModel
 from pgxport.tuning.candidates import FLOAT, Group, chosen, groups, options, recipe
@@ -157,7 +160,7 @@ def tuned_model(o: TuneOptions) -> TunedModel:
     calibration = Calibration.open(o.calibration) if o.calibration else None
     if calibration:
         calibration.check(sha256, located.name)
-    data = load(DataOptions(data=Path(o.data) if o.data else None, format=o.format, limit=o.samples))
+    data = load(DataOptions(data=Path(o.data) if o.data else None, format=o.format, limit=o.samples), _accept(checkpoint, spec))
     common = {
         "checkpoint": sha256, "calibration": calibration.digest if calibration else None, "samples": _digest(data.samples),
         "masks": bool(o.masks or located.masks), "target": o.target, "threads": o.threads, "versions": versions(VERSIONS),
@@ -172,6 +175,17 @@ def tuned_model(o: TuneOptions) -> TunedModel:
         answer=False,
     )
     return TunedModel(export, spec, data.samples, common, o.threads, data.remarks)
+
+
+def _accept(checkpoint: Checkpoint, spec: ModelSpec) -> Accept | None:
+    """Return what refuses a sample whose prompt the exported bundles would refuse; None without a tokenizer, which export names."""
+    file = checkpoint.file("tokenizer.json")
+    if file is None:
+        return None
+    tokenizer = PromptTokenizer(file, read_token_ids(file, checkpoint.config))
+    generation = read_generation(checkpoint.config, checkpoint.json("generation_config.json"))
+    limit = context_length(spec, None, generation)
+    return lambda sample: tokenizer.prompt_ids(sample.prompt, spec.image_tokens, limit=limit)
 
 
 def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tuple[MeasuredRecipe, ...], list[str]]:
