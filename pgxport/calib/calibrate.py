@@ -13,14 +13,15 @@ from pgxport.bundle.manifest import MANIFEST
 from pgxport.bundle.reader import Bundle
 from pgxport.calib.encoding import EncodedSample, digest, encode
 from pgxport.data.loader import first_samples
-from pgxport.errors import CheckpointError, EngineError, InputError, UsageError
+from pgxport.errors import EngineError, InputError, UsageError
 from pgxport.exporter.calibration_file import About, Array, Calibration, checkpoint_sha256, write_calibration
 from pgxport.exporter.stream import Progress
 from pgxport.files import check_output, disk_errors, locked
 from pgxport.hub.locate import ModelChoice, locate
 from pgxport.metrics.sample import Sample
 from pgxport.models.safetensors import Tensor
-from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
+from pgxport.runners.saved_tokenizer import find_tokenizer
+from pgxport.runners.tokenizer import PromptTokenizer
 
 Say = Callable[[str], None]
 LONGEST = 8192  # tokens of a sample, Gemma's context; attention takes their square
@@ -164,12 +165,8 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None, say: Say |
     checkpoint = Checkpoint.open(model.path, Path(options.adapter) if options.adapter else None)
     spec = checkpoint.spec()
     check_weights(checkpoint, spec)
-    tokenizer_file = checkpoint.file("tokenizer.json")
-    if tokenizer_file is None:
-        raise CheckpointError(
-            f"{model.name}: tokenizer.json is missing; download it beside the weights, from the same repository"
-        )
-    tokenizer = PromptTokenizer(tokenizer_file, read_token_ids(tokenizer_file, checkpoint.config))
+    adapters = [Path(options.adapter)] if options.adapter else []
+    tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, adapters).words()
     samples, sha256 = _samples(options, tokenizer, spec.image_tokens, LONGEST, say), checkpoint_sha256(checkpoint.files())
     job = CalibrationJob(model.name, sha256, samples, spec.image_tokens, spec.text.depth, options)
     # The key names versions: another pgx or numpy would have computed finished steps differently.

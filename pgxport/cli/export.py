@@ -107,7 +107,6 @@ def render_export(bundle: "ExportedBundle", output: str, cost: Cost) -> str:
     """An exported bundle for people: its size, its parity with the checkpoint, and the next command."""
     done = "opened, verified, and asked about a drawn scene" if bundle.not_answered is None else "opened and verified"
     lines = [f"wrote {bundle.path}: {size(bundle.nbytes)} in {cost}; {done}"]
-    lines += bundle.manifest.provenance.remarks
     if bundle.not_answered is not None:
         lines.append(f"not answered here: {bundle.not_answered}")
     if parity := bundle.manifest.parity:

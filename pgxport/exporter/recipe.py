@@ -107,7 +107,7 @@ class Recipe:
             return replace(self, rules=tuple(rule for rule in self.rules if rule not in only))
         if table is self.rules[-1] or self._rule(LM_HEAD) is not self.rules[-1]:
             return self
-        method: Method = "clip" if table.scheme.method == "gptq" else table.scheme.method
+        method: Method = "nearest" if table.scheme.method == "gptq" else table.scheme.method
         looked_up = replace(table.scheme, shortlist=False, compensate=False, method=method)
         i = self.rules.index(table)
         pair = Rule(table.pattern, looked_up), Rule(OUTPUT, table.scheme)

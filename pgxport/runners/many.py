@@ -21,6 +21,7 @@ class PictureQuestion:
     engine: str = "cpu"
     threads: int | None = None
     low_memory: bool = False
+    special_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ def answer(runner: Runner, name: str, content: bytes | PictureAnswer, question: 
     """Return the row of one picture; `content` is what `read` gave."""
     if isinstance(content, PictureAnswer):
         return content
+    q = question
     try:
-        return PictureAnswer(name, runner.answer(content, question.prompt, max_new_tokens=question.max_new_tokens))
+        answered = runner.answer(content, q.prompt, max_new_tokens=q.max_new_tokens, special_tokens=q.special_tokens)
+        return PictureAnswer(name, answered)
     except (InputError, NumericError) as error:  # the next picture may do better
         return PictureAnswer(name, None, str(error), error.exit_code)

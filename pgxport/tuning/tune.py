@@ -26,8 +26,8 @@ from pgxport.models.generation_config import read_generation
 from pgxport.models.spec import ModelSpec
 from pgxport.reporting.measured import keys
 from pgxport.reporting.store import alone, digest
+from pgxport.runners.saved_tokenizer import find_tokenizer
 from pgxport.runners.session import ENGINES
-from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
 from pgxport.text import duration
 from pgxport.tuning.bundles import Bundles, MeasuredRecipe, Say, TunedModel
 from pgxport.tuning.candidates import FLOAT, Group, chosen, groups, options, recipe
@@ -160,7 +160,8 @@ def tuned_model(o: TuneOptions) -> TunedModel:
     calibration = Calibration.open(o.calibration) if o.calibration else None
     if calibration:
         calibration.check(sha256, located.name)
-    data = load(DataOptions(data=Path(o.data) if o.data else None, format=o.format, limit=o.samples), _accept(checkpoint, spec))
+    asked = DataOptions(data=Path(o.data) if o.data else None, format=o.format, limit=o.samples)
+    data = load(asked, _accept(o, checkpoint, spec))
     common = {
         "checkpoint": sha256, "calibration": calibration.digest if calibration else None, "samples": _digest(data.samples),
         "masks": bool(o.masks or located.masks), "target": o.target, "threads": o.threads, "versions": versions(VERSIONS),
@@ -177,12 +178,9 @@ def tuned_model(o: TuneOptions) -> TunedModel:
     return TunedModel(export, spec, data.samples, common, o.threads, data.remarks)
 
 
-def _accept(checkpoint: Checkpoint, spec: ModelSpec) -> Accept | None:
-    """Return what refuses a sample whose prompt the exported bundles would refuse; None without a tokenizer, which export names."""
-    file = checkpoint.file("tokenizer.json")
-    if file is None:
-        return None
-    tokenizer = PromptTokenizer(file, read_token_ids(file, checkpoint.config))
+def _accept(o: TuneOptions, checkpoint: Checkpoint, spec: ModelSpec) -> Accept:
+    """Return what refuses a sample whose prompt the exported bundles would refuse."""
+    tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, [Path(o.adapter)] if o.adapter else []).words()
     generation = read_generation(checkpoint.config, checkpoint.json("generation_config.json"))
     limit = context_length(spec, None, generation)
     return lambda sample: tokenizer.prompt_ids(sample.prompt, spec.image_tokens, limit=limit)
