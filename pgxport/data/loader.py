@@ -207,7 +207,8 @@ class Taking:
                 if self.accept:
                     self.accept(sample)
         except InputError as error:
-            self.unusable.append(UnusableRecord(record.where, str(error)))
+            why = str(error)
+            self.unusable.append(UnusableRecord(record.where, why if record.where in why else f"{record.where}: {why}"))
             return []
         return samples
 
