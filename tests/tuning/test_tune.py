@@ -491,7 +491,7 @@ def test_a_record_that_no_bundle_would_be_asked_is_left_out(tmp_path):
     subject = tune.tuned_model(TuneOptions(size="tiny", res=112, data=tmp_path / "rows.jsonl"))
     assert len(subject.samples) == 9
     (remark,) = subject.remarks
-    assert f"{tmp_path}/rows.jsonl:10: the prompt of 4500 characters makes a prefix of " in remark
+    assert f"{tmp_path}/rows.jsonl:10: the prompt of 4499 characters makes a prefix of " in remark
 
 
 def test_a_bundle_is_over_a_limit_by_its_part(tuned):
