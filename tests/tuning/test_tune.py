@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
@@ -479,6 +480,18 @@ def test_mistakes_are_refused_before_any_work(tmp_path, monkeypatch):
         with pytest.raises(error, match=match):
             tune.tune(TuneOptions(output=tmp_path / "recipe.toml", **(ASKED | changes)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_that_no_bundle_would_be_asked_is_left_out(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "prompt": "ocr", "answer": str(n)} for n in range(9)] + [
+        {"image": "a.png", "prompt": "word " * 900, "answer": "x"}
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    subject = tune.tuned_model(TuneOptions(size="tiny", res=112, data=tmp_path / "rows.jsonl"))
+    assert len(subject.samples) == 9
+    (remark,) = subject.remarks
+    assert f"{tmp_path}/rows.jsonl:10: the prompt of 4499 characters makes a prefix of " in remark
 
 
 def test_a_bundle_is_over_a_limit_by_its_part(tuned):
