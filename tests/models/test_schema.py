@@ -215,6 +215,8 @@ def test_pixels_are_those_of_transformers_processor(case: str, file: str):
         ({"do_resize": False}, "as large as they are"),
         ({"do_center_crop": True}, "cuts pictures"),
         ({"do_pad": True}, "adds borders"),
+        ({"image_processor_type": "CLIPImageProcessor"}, "CLIPImageProcessor"),
+        ({"feature_extractor_type": "ViTFeatureExtractor"}, "ViTFeatureExtractor"),
         ({"size": {"shortest_edge": 224}}, "keeps the aspect"),
         ({"size": 224}, "size"),
         ({"size": {"height": 224, "width": 448}}, "224 × 448"),
@@ -228,6 +230,25 @@ def test_a_processor_that_pgx_does_not_compute_is_refused_by_name(values: dict[s
         read_pixels(values, None, SPEC)
     with pytest.raises(CheckpointError, match=named):
         read_pixels(None, {"image_processor": values}, SPEC)
+
+
+@pytest.mark.parametrize("key", ["image_processor_type", "feature_extractor_type"])
+@pytest.mark.parametrize(
+    "name", ["SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil", "ViTImageProcessor", None]
+)
+def test_a_class_is_read_where_transformers_takes_it_for_siglips(key: str, name: str | None, tmp_path: Path):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    values = {"size": {"height": 224, "width": 224}, key: name}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "paligemma"}))
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    if not type(theirs).__name__.startswith("SiglipImageProcessor"):
+        with pytest.raises(CheckpointError, match=str(name)):
+            read_pixels(values, None, SPEC)
+        return
+    pixels = np.asarray(theirs(images=PICTURE, return_tensors="np")["pixel_values"][0])
+    assert np.abs(pixel_values(PICTURE, 224, read_pixels(values, None, SPEC)) - pixels).max() <= 1e-6
 
 
 def test_without_either_file_pixels_are_paligemmas():
