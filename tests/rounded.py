@@ -29,7 +29,7 @@ from pgxport.models.config import read_config
 from pgxport.models.eager import TokenizedSample
 from pgxport.models.weights import EMBEDDING, LM_HEAD, canonical
 from pgxport.runners.runner import Runner
-from pgxport.runners.tokenizer import read_token_ids
+from pgxport.runners.saved_tokenizer import find_tokenizer
 
 FAMILIES = ("paligemma", "paligemma2")
 NORMS, TABLE, DECODER, REST = "*norm*", "*.embed_tokens.weight", "language_model.*_proj.weight", "*"
@@ -79,8 +79,7 @@ def make_calibration(folder: Path, *, samples: int = 3, moments: bool = True) ->
 
 def sample(folder: Path, index: int = 0) -> TokenizedSample:
     checkpoint = Checkpoint.open(folder)
-    tokenizer = folder / "tokenizer.json"
-    return scene(index, read_config(checkpoint.config), tokenizer, read_token_ids(tokenizer, checkpoint.config))
+    return scene(index, read_config(checkpoint.config), find_tokenizer(checkpoint.path, checkpoint.config).words())
 
 
 def engine_logits(bundle: Path, given: TokenizedSample) -> np.ndarray:

@@ -19,7 +19,7 @@ from pgxport.cli.options import (
 )
 from pgxport.errors import needs
 from pgxport.terminal import Cost, detail, note, progress_bar, volume_options
-from pgxport.text import size
+from pgxport.text import size, terminal_safe
 
 if TYPE_CHECKING:
     from pgxport.compile.options import Compiled
@@ -107,7 +107,6 @@ def render_export(bundle: "ExportedBundle", output: str, cost: Cost) -> str:
     """An exported bundle for people: its size, its parity with the checkpoint, and the next command."""
     done = "opened, verified, and asked about a drawn scene" if bundle.not_answered is None else "opened and verified"
     lines = [f"wrote {bundle.path}: {size(bundle.nbytes)} in {cost}; {done}"]
-    lines += bundle.manifest.provenance.remarks
     if bundle.not_answered is not None:
         lines.append(f"not answered here: {bundle.not_answered}")
     if parity := bundle.manifest.parity:
@@ -179,7 +178,7 @@ def calibrate(as_json: bool, **options: Any) -> None:
 
         start = time.perf_counter()
         with progress_bar() as progress:
-            calibration = calibrate(CalibrateOptions(**options), progress=progress)
+            calibration = calibrate(CalibrateOptions(**options), progress=progress, say=lambda text: note(terminal_safe(text)))
     cost = Cost.since(start)
     if as_json:
         click.echo(json.dumps(calibration_json(calibration, cost), indent=1))
@@ -199,10 +198,11 @@ def render_calibration(calibration: "Calibration", options: dict[str, Any], cost
     # A bundle, which onnxruntime runs, does not say where its checkpoint is.
     checkpoint = "CHECKPOINT" if about.engine == "onnxruntime" else options["checkpoint"]
     named = {"checkpoint": checkpoint, "size": options["size"], "res": options["res"]}
+    skipped = f" ({about.skipped} records left out)" if about.skipped else ""
     model = " ".join(f"--{option} {value}" for option, value in named.items() if value)
     return (
         f"wrote {path}: {size(path.stat().st_size)} in {cost}\n"
-        f"{about.samples} samples: {about.prefix_tokens} tokens of prefix, {about.suffix_tokens} of suffix\n"
+        f"{about.samples} samples{skipped}: {about.prefix_tokens} tokens of prefix, {about.suffix_tokens} of suffix\n"
         f"try: pgx export {model} --precision int4 --calibration {path}"
     )
 

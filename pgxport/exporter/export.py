@@ -69,7 +69,7 @@ class ExportedBundle(Bundle):
 
     Attributes:
         not_answered: Why no scene was answered with it here; None: one was.
-        notes: What the checkpoint asks for and the bundle does otherwise.
+        notes: What someone should know about how the checkpoint was read, and what it asks for and the bundle does otherwise.
     """
 
     not_answered: str | None = None
@@ -110,7 +110,7 @@ def dry_run(options: ExportOptions, *, progress: Progress | None = None) -> dict
     """
     job = prepare(options, progress=progress)
     built = build(job, FittedModel(job.spec, job.checkpoint, job.calibration, None))
-    return {**file_sizes(built.graphs, built.shared), "tokenizer.json": job.tokenizer.stat().st_size}
+    return {**file_sizes(built.graphs, built.shared), "tokenizer.json": len(job.tokenizer.content)}
 
 
 def fit(job: PreparedExport) -> FittedModel:
@@ -125,7 +125,7 @@ def fit(job: PreparedExport) -> FittedModel:
     if job.target.compute(job.recipe.rules[-1].scheme.dtype) == "float16":
         # A checkpoint of its own: rows that the measurement reads do not count as exported.
         ranges = (calibration and calibration.ranges) or measure_ranges(
-            open_checkpoint(job.found, job.options), spec, job.tokenizer, job.token_ids, job.pixels
+            open_checkpoint(job.found, job.options), spec, job.tokenizer.words(), job.pixels
         )
         spec = shrunk(spec, residual_divisor(ranges))
     if calibration is None:
@@ -159,7 +159,7 @@ def _write(job: PreparedExport, built: BuiltGraphs, writer: BundleWriter, progre
             writer.write(f"{name}.data", count(f"{name}.data", ahead(built.layouts[name].bytes())))
         writer.write(f"{name}.onnx", [serialized(g, built.layouts[name], built.shared)])
     writer.write("recipe.toml", [to_toml(job.recipe).encode()])
-    writer.write("tokenizer.json", [job.tokenizer.read_bytes()])
+    writer.write("tokenizer.json", [job.tokenizer.content])
     if unread := job.checkpoint.unread():
         raise CheckpointError(f"Bug: {listed(unread)} of {job.found.name} reached no graph")
 
@@ -177,7 +177,8 @@ def _compare(
     files = built.shared | {f"{name}.data": layout for name, layout in built.layouts.items()}
     weights = StoredWeights(model.source, built.graphs, {folder / name: layout for name, layout in files.items()})
     rounded = EagerModel(weights, model.spec, job.recipe, model.statistics, job.target)
-    samples = [scene(FIRST_SCENE + i, job.spec, job.tokenizer, job.token_ids, job.pixels) for i in range(job.options.parity)]
+    words = job.tokenizer.words()
+    samples = [scene(FIRST_SCENE + i, job.spec, words, job.pixels) for i in range(job.options.parity)]
     measured = parity(EagerModel(job.checkpoint, job.spec), rounded, samples, progress=progress)
     least = job.options.gate
     if least is not None and measured.agreement < least:
@@ -198,15 +199,16 @@ def _answer(job: PreparedExport, model: FittedModel, built: BuiltGraphs, staged:
     if progress:
         progress("answering a scene", 0, 1)
     sketch = Sketch(model.spec, model.spec, job.context, built.graphs, built.shared)
-    return answer_scene(staged, sketch.memory(job.target, job.tokenizer.stat().st_size).peak)
+    return answer_scene(staged, sketch.memory(job.target, len(job.tokenizer.content)).peak)
 
 
 def _notes(job: PreparedExport) -> tuple[str, ...]:
-    """What the checkpoint asks for and the bundle does otherwise, as sentences."""
+    """What someone should know about how the checkpoint was read, and what it asks for and the bundle does otherwise."""
+    notes = [*job.checkpoint.remarks, *([f"the tokenizer is that {job.tokenizer.note}"] if job.tokenizer.note else [])]
     if keys := unheeded(job.generation):
         asked = ", ".join(f"{key} {job.generation.kept[key]!r:.60}" for key in keys)
-        return (f"the checkpoint asks for {asked}: the bundle answers greedily without, and keeps it in its manifest",)
-    return ()
+        notes.append(f"the checkpoint asks for {asked}: the bundle answers greedily without, and keeps it in its manifest")
+    return tuple(notes)
 
 
 def _manifest(
@@ -234,7 +236,7 @@ def _manifest(
         spec=spec.described(),
         pixels=job.pixels,
         generation=job.generation,
-        token_ids=job.token_ids,
+        token_ids=job.tokenizer.ids,
         token_table=token_table(built.graphs, built.shared, spec),
         cache=Cache(
             kind=job.target.cache_kind,
@@ -260,6 +262,7 @@ def _provenance(job: PreparedExport, checkpoint_digest: str) -> Provenance:
         license=found.license,
         skipped=job.checkpoint.skipped,
         remarks=job.checkpoint.remarks,
+        tokenizer=job.tokenizer.note,
         checkpoint_sha256=checkpoint_digest,
         calibration_sha256=calibration.digest if calibration else None,
         versions=versions,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pgxport.bundle.manifest import Parity, Pixels, TokenIds
+from pgxport.bundle.manifest import Parity, Pixels
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.lower_onnxruntime import CANDIDATES, SHORTLIST_TABLE, prefix_copy, uint8_grid
 from pgxport.exporter.lower_standard import activation_scale
@@ -199,9 +199,9 @@ def _symmetric(x: np.ndarray, largest: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(x / scale), -128, 127) * scale
 
 
-def scene(index: int, spec: ModelSpec, tokenizer: Path, ids: TokenIds, pixels: Pixels = PALIGEMMA) -> TokenizedSample:
+def scene(index: int, spec: ModelSpec, words: PromptTokenizer, pixels: Pixels = PALIGEMMA) -> TokenizedSample:
     """Returns a scene of the calibration split with one of its questions: a caption or boxes, in turn."""
-    drawn, words = draw("calibration", index), PromptTokenizer(tokenizer, ids)
+    drawn = draw("calibration", index)
     kinds = {q.task: q for q in ask(drawn, index)}
     question = kinds["detect"] if index % 2 and "detect" in kinds else kinds["caption"]
     prompt = words.prompt_ids(question.prompt, 0)

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgxport.bundle.manifest import Generation, Pixels, TokenIds
+from pgxport.bundle.manifest import Generation, Pixels
 from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.calibration_file import Calibration
@@ -20,7 +20,7 @@ from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.processor_config import pixels_of
 from pgxport.models.spec import ModelSpec, without_window
 from pgxport.models.weights import weight_shapes
-from pgxport.runners.tokenizer import read_token_ids
+from pgxport.runners.saved_tokenizer import SavedTokenizer, check_token_rows, find_tokenizer
 from pgxport.text import listed
 
 MAX_NEW_TOKENS = 256
@@ -72,8 +72,7 @@ class PreparedExport:
     target: Target
     context: int
     masks: MaskWeights | None
-    tokenizer: Path
-    token_ids: TokenIds
+    tokenizer: SavedTokenizer
     pixels: Pixels
     generation: Generation
     output: Path
@@ -110,11 +109,8 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Prep
     generation = read_generation(checkpoint.config, checkpoint.json("generation_config.json"))
     context = context_length(spec, options.context, generation)
     masks = options.masks or found.masks
-    tokenizer = checkpoint.file("tokenizer.json")
-    if tokenizer is None:
-        raise CheckpointError(
-            f"{found.name}: tokenizer.json is missing; download it beside the weights, from the same repository"
-        )
+    tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, _adapters(options))
+    check_token_rows(tokenizer, spec.text.vocab)
     return PreparedExport(
         options,
         found,
@@ -125,7 +121,6 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Prep
         context,
         MaskWeights(Path(masks)) if masks else None,
         tokenizer,
-        read_token_ids(tokenizer, checkpoint.config),
         pixels,
         generation,
         output,
@@ -227,6 +222,10 @@ def _check_spec(spec: ModelSpec, found: Located, options: ExportOptions) -> None
         raise UsageError(
             f"--res {options.res} was asked for, and {found.name} is a checkpoint for {spec.resolution} px; leave --res away"
         )
+
+
+def _adapters(options: ModelChoice) -> list[Path]:
+    return [Path(options.adapter)] if options.adapter else []
 
 
 def open_checkpoint(found: Located, options: ExportOptions) -> Checkpoint:

@@ -171,7 +171,7 @@ def tuned_model(o: TuneOptions) -> TunedModel:
         parity=0,
         answer=False,
     )
-    return TunedModel(export, spec, data.samples, common, o.threads)
+    return TunedModel(export, spec, data.samples, common, o.threads, data.remarks)
 
 
 def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tuple[MeasuredRecipe, ...], list[str]]:
@@ -264,7 +264,7 @@ def _facts(subject: TunedModel, bundles: Bundles, o: TuneOptions) -> dict[str, A
         tasks[sample.task] = tasks.get(sample.task, 0) + 1
     return {
         "checkpoint": str(o.checkpoint or f"--size {o.size}" + (f" --res {o.res}" if o.res else "")), "calibration": str(o.calibration) if o.calibration else None,
-        "output": str(o.output), "samples": tasks, "answer_tokens": bundles.answer_tokens, "engine": o.target,
+        "output": str(o.output), "samples": tasks, "remarks": subject.remarks, "answer_tokens": bundles.answer_tokens, "engine": o.target,
         "reference": {"recipe": "fp32", "bytes": bundles.reference_bytes, "ms": bundles.reference_ms},
         "key": subject.common, "machine": describe_machine(),
     }  # fmt: skip

@@ -28,7 +28,7 @@ from pgxport.models.config import read_config
 from pgxport.models.tiny.scenes import caption, draw
 from pgxport.models.weights import canonical
 from pgxport.runners.image import pixel_values
-from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
+from pgxport.runners.saved_tokenizer import find_tokenizer
 
 # Both compute in float32 with other orders of addition; the worst seen is 2e-6 of a statistic's largest number.
 TOLERANCE = 3e-5
@@ -82,7 +82,7 @@ def hooked(
 
     config = Checkpoint.open(folder).config
     spec = read_config(config)
-    words = PromptTokenizer(folder / "tokenizer.json", read_token_ids(folder / "tokenizer.json", config))
+    words = find_tokenizer(folder, config).words()
     seen: dict[str, list[np.ndarray]] = {}
     first = [0]  # of the positions whose logits are asked for
 
@@ -166,10 +166,8 @@ def test_the_ranges_are_those_of_an_export_on_the_same_scenes(random, tmp_path):
     scenes = [("caption en", caption(draw("calibration", i))) for i in range(2)]
     made = calibrate(CalibrateOptions(tmp_path / "c", checkpoint=folder, data=data(tmp_path / "data", *scenes)))
     checkpoint = Checkpoint.open(folder)
-    words = folder / "tokenizer.json"
-    expected = measure_ranges(
-        checkpoint, read_config(checkpoint.config), words, read_token_ids(words, checkpoint.config), scenes=2
-    )
+    words = find_tokenizer(folder, checkpoint.config).words()
+    expected = measure_ranges(checkpoint, read_config(checkpoint.config), words, scenes=2)
     assert made.ranges is not None
     assert made.ranges.largest.keys() == expected.largest.keys()
     for kind, top in expected.largest.items():
