@@ -124,14 +124,14 @@ def write(folder: Path, spec: ModelSpec, precision: str, trt: str) -> tuple[dict
     """Write the graphs and their weights; the bytes of weights that each reads, and the rows of the cache."""
     source, target, context = Random(spec), TENSORRT[trt], spec.image_tokens + 512
     masks = MaskWeights(TINY / "vae-oid.npz")
-    graphs, table = write_graphs(source, spec, masks, target.recipe(precision), target, context, source)
+    graphs, shared = write_graphs(source, spec, masks, target.recipe(precision), target, context, source)
     sizes = {}
-    for file, layout in [(TABLE_FILE, table), *((f"{n}.data", DataLayout(g.lazy_tensors.values())) for n, g in graphs.items())]:
+    for file, layout in [*shared.items(), *((f"{n}.data", DataLayout(g.lazy_tensors.values())) for n, g in graphs.items())]:
         with open(folder / file, "wb") as out:
             out.writelines(layout.bytes())
         sizes[file.removesuffix(".data")] = layout.nbytes
     for name, g in graphs.items():
-        (folder / f"{name}.onnx").write_bytes(serialized(g, DataLayout(g.lazy_tensors.values()), table))
+        (folder / f"{name}.onnx").write_bytes(serialized(g, DataLayout(g.lazy_tensors.values()), shared))
     sizes["decoder_step"] += sizes.pop(TABLE_FILE)
     return sizes, context
 

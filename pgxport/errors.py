@@ -15,6 +15,10 @@ class PgxError(Exception):
     exit_code = 1
 
 
+class PgxWarning(UserWarning):
+    """Something that is no failure, and that changes what comes out; commands show it on stderr."""
+
+
 class UsageError(PgxError):
     """The command or the configuration asks for something that does not exist."""
 

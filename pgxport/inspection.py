@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Describe a bundle or a checkpoint from its manifest or its headers; no weight is read."""
+"""Describe a bundle or a checkpoint from its manifest or its headers; no weight is read but an lm_head (`Checkpoint.tied`)."""
 
 from collections import Counter
 from math import prod
@@ -13,7 +13,6 @@ from pgxport.errors import InputError
 FACTS = {
     "name", "family", "resolution", "image_tokens", "context_length", "local_window", "recipe", "target", "parameters",
 }  # fmt: skip
-PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector"}
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -85,16 +84,15 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     from pgxport.models.checkpoint import Checkpoint
-    from pgxport.models.config import read_config
+    from pgxport.models.weights import part_of
 
     checkpoint = Checkpoint.open(path)
-    spec = read_config(checkpoint.config)
+    spec = checkpoint.spec()
     parameters: Counter[str] = Counter()
     size: Counter[str] = Counter()
     dtypes: dict[str, set[str]] = {}
     for name in checkpoint.names():
-        part = PARTS.get(name.partition(".")[0], "token table" if "embed_tokens" in name else "decoder")
-        count = prod(checkpoint.shape(name))
+        part, count = part_of(name), prod(checkpoint.shape(name))
         parameters[part] += count
         size[part] += count * checkpoint.dtype(name).itemsize
         dtypes.setdefault(part, set()).add(checkpoint.dtype(name).name)

@@ -3,6 +3,7 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
+from pgxport.errors import PgxWarning
 from pgxport.text import size, terminal_safe
 
 VOLUME = "pgxport.volume"  # in a command's context: "quiet" or "verbose", or absent
@@ -105,6 +107,22 @@ def detail(text: str) -> None:
     """Write on stderr what only --verbose shows."""
     if volume() == "verbose":
         click.echo(terminal_safe(text), err=True)
+
+
+@contextmanager
+def warnings_shown() -> Iterator[None]:
+    """Show a PgxWarning as a note, once, and every other warning as Python does."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def shown(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, PgxWarning):
+                note(" ".join(terminal_safe(str(message)).split()))
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = shown
+        yield
 
 
 def fail(code: int, message: str) -> NoReturn:

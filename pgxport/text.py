@@ -22,14 +22,14 @@ def terminal_safe(text: str) -> str:
     return re.sub(CONTROL, "", text)
 
 
-def listed(names: Iterable[str], most: int = 5) -> str:
+def listed(names: Iterable[str], most: int = 5, *, between: str = ", ") -> str:
     """The first names, then a count of the others.
 
     >>> listed("abc"), listed("abcdefg")
     ('a, b, c', 'a, b, c, d, e and 2 more')
     """
     every = list(names)
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+    return between.join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
 
 
 def size(count: float) -> str:

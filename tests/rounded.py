@@ -27,10 +27,9 @@ from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.config import read_config
 from pgxport.models.eager import TokenizedSample
-from pgxport.models.gemma import TOKEN_TABLE
-from pgxport.models.weights import canonical
+from pgxport.models.weights import EMBEDDING, LM_HEAD, canonical
 from pgxport.runners.runner import Runner
-from pgxport.runners.tokenizer import read_token_ids
+from pgxport.runners.saved_tokenizer import find_tokenizer
 
 FAMILIES = ("paligemma", "paligemma2")
 NORMS, TABLE, DECODER, REST = "*norm*", "*.embed_tokens.weight", "language_model.*_proj.weight", "*"
@@ -60,13 +59,14 @@ MIXED = {
 }  # fmt: skip
 
 
-def make_checkpoint(folder: Path, family: str, *, seed: int = 7) -> Any:
+def make_checkpoint(folder: Path, family: str, *, seed: int = 7, **config: Any) -> Any:
     """A random checkpoint of odd shapes; the same model, in transformers."""
     build_tokenizer(folder)
     words = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model = random_paligemma(
         folder, family=family, seed=seed, text={"vocab_size": words.get_vocab_size() + 3},
         image_token_index=words.token_to_id("<image>"), **{f"{n}_token_id": words.token_to_id(f"<{n}>") for n in ("bos", "eos", "pad")},
+        **config,
     )  # fmt: skip
     model.set_attn_implementation("eager")
     return model
@@ -79,8 +79,7 @@ def make_calibration(folder: Path, *, samples: int = 3, moments: bool = True) ->
 
 def sample(folder: Path, index: int = 0) -> TokenizedSample:
     checkpoint = Checkpoint.open(folder)
-    tokenizer = folder / "tokenizer.json"
-    return scene(index, read_config(checkpoint.config), tokenizer, read_token_ids(tokenizer, checkpoint.config))
+    return scene(index, read_config(checkpoint.config), find_tokenizer(checkpoint.path, checkpoint.config).words())
 
 
 def engine_logits(bundle: Path, given: TokenizedSample) -> np.ndarray:
@@ -118,7 +117,7 @@ def stored_arrays(bundle: Path) -> dict[str, np.ndarray]:
 
 def stored_matrix(path: str, shape: tuple[int, ...], scheme: Scheme, parts: dict[str, np.ndarray]) -> np.ndarray:
     """A quantized matrix, in floats again."""
-    layout = "blocks" if scheme.activations == "float" else "rows" if path == TOKEN_TABLE else "columns"
+    layout = "blocks" if scheme.activations == "float" else "rows" if path in (EMBEDDING, LM_HEAD) else "columns"
     return dequantized(scheme, layout, shape, path, parts)
 
 
@@ -128,16 +127,22 @@ def rounded_as(
 ) -> Iterator[None]:
     """transformers with the weights that a bundle stores; and, where that is asked for, with inputs rounded as its kernels do."""
     before, parts, hooks = {name: p.detach().clone() for name, p in model.named_parameters()}, stored_arrays(bundle), []
+    untied = any(name.startswith(LM_HEAD) for name in parts)
     with torch.no_grad():
         for name, p in model.named_parameters():
             path = canonical(name)
-            stored = stored_matrix(path, tuple(p.shape), recipe.scheme(path), parts) if recipe.scheme(path).bits else parts[path]
+            if path == EMBEDDING and untied:  # of no graph
+                stored = Bundle.open(bundle).token_table().rows(range(len(p)))
+            elif recipe.scheme(path).bits:
+                stored = stored_matrix(path, tuple(p.shape), recipe.scheme(path), parts)
+            else:
+                stored = parts[path]
             # Gemma's norms are stored plus one.
             stored = stored - 1 if path.startswith("language_model") and "norm" in path else stored
             p.copy_(torch.from_numpy(stored.astype(np.float32)))
     for name, module in model.named_modules():
         path = canonical(f"{name}.weight")
-        path = TOKEN_TABLE if path == "language_model.lm_head.weight" else path
+        path = EMBEDDING if path == LM_HEAD and not untied else path
         if inputs and isinstance(module, torch.nn.Linear) and recipe.scheme(path).bits:
             hooks.append(module.register_forward_pre_hook(_rounding(recipe.scheme(path), path, calibration)))
     yield

@@ -33,6 +33,7 @@ from pgxport.runners.runner import Runner
 from pgxport.runners.session import ENGINES
 from pgxport.runners.tensorrt_library import load_cuda
 from pgxport.runners.tensorrt_profile import RECORDING_VARIABLE
+from pgxport.runners.tokenizer import PromptTokenizer
 
 pytestmark = pytest.mark.gpu
 # Of the largest logit, from float32: twice what other engines have on random models (tests/exporter/test_tensorrt.py).
@@ -84,7 +85,7 @@ def bundle_for(folder: Path, engine: str, precision: str) -> Path:
 @pytest.fixture(scope="module")
 def given(tiny_112: Path) -> TokenizedSample:
     spec = read_config(Checkpoint.open(TINY / "tiny-112").config)
-    return scene(2, spec, tiny_112 / "tokenizer.json", Bundle.open(tiny_112).manifest.token_ids)
+    return scene(2, spec, PromptTokenizer(tiny_112 / "tokenizer.json", Bundle.open(tiny_112).manifest.token_ids))
 
 
 def logits(runner: Runner, given: TokenizedSample) -> np.ndarray:

@@ -17,7 +17,7 @@ from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.config import read_config
 from pgxport.models.spec import RESOLUTIONS, TEXT, ModelSpec, published
 from pgxport.models.weights import weight_shapes
-from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
+from pgxport.runners.saved_tokenizer import find_tokenizer
 from tools import make_checkpoint as made
 
 TOOL = Path(made.__file__)
@@ -104,12 +104,10 @@ def test_values_are_those_that_keep_activations_near_one(tmp_path: Path):
 def test_the_tokenizer_has_the_published_ids(tmp_path: Path):
     made.write_checkpoint(tmp_path / "ck", published("paligemma2", "3b", 448), sparse=True)
     checkpoint = Checkpoint.open(tmp_path / "ck")
-    file = checkpoint.file("tokenizer.json")
-    assert file is not None
-    ids = read_token_ids(file, checkpoint.config)
+    tokenizer = find_tokenizer(checkpoint.path, checkpoint.config).words()
+    ids = tokenizer.ids
     assert (ids.bos, ids.eos, ids.pad, ids.newline, ids.image) == (2, 1, 0, 108, 257_152)
     assert (ids.loc_first, ids.loc_count, ids.seg_first, ids.seg_count) == (256_000, 1024, 257_024, 128)
-    tokenizer = PromptTokenizer(file, ids)
     for text in ("detect cat ; dog", "<loc0001><seg127> é 猫\n\nx"):
         prefix = tokenizer.prompt_ids(text, 3)
         assert prefix[:4] == [257_152] * 3 + [2]

@@ -31,7 +31,7 @@ from pgxport.models.projector import projector  # noqa: E402
 from pgxport.models.siglip import vision_encoder  # noqa: E402
 from pgxport.models.spec import shrunk  # noqa: E402
 from pgxport.runners.runner import Runner  # noqa: E402
-from pgxport.runners.tokenizer import read_token_ids  # noqa: E402
+from pgxport.runners.saved_tokenizer import find_tokenizer  # noqa: E402
 
 LOUD = 3e5  # about what a residual stream reaches; float16 ends at 65,504
 FAMILIES = ("paligemma", "paligemma2")
@@ -138,8 +138,7 @@ def test_the_measured_range_gives_a_divisor_that_makes_float16_match_float32(lou
     folder, model = loud
     checkpoint = Checkpoint.open(folder)
     spec = read_config(checkpoint.config)
-    ids = read_token_ids(folder / "tokenizer.json", checkpoint.config)
-    ranges = measure_ranges(checkpoint, spec, folder / "tokenizer.json", ids)
+    ranges = measure_ranges(checkpoint, spec, find_tokenizer(folder, checkpoint.config).words())
     assert ranges.largest["residual"] > FLOAT16_MAX
     assert {"residual", "norm square", "variance", "attention score", "MLP product", "linear output"} <= set(ranges.largest)
     divisor = residual_divisor(ranges)

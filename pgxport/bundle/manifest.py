@@ -154,6 +154,7 @@ class TokenIds(_Frozen):
     loc_count: int = Field(ge=0)
     seg_first: TokenId
     seg_count: int = Field(ge=0)
+    special: tuple[TokenId, ...] = ()  # the fine-tune's own special tokens, which a prompt may use if its author asks for it
 
 
 class Pixels(_Frozen):
@@ -212,6 +213,8 @@ class Provenance(_Frozen):
     license: Literal["apache-2.0", "gemma"] | None = None  # of the checkpoint, as the hub calls it; None: not known to pgx
     adapters: tuple[str, ...] = ()  # names for people of those that were merged, in their order
     skipped: dict[str, str] = {}  # tensors of the checkpoint that no answer depends on, and why
+    remarks: tuple[str, ...] = ()  # what someone should know about how the checkpoint was read
+    tokenizer: str | None = None  # how it differs from the checkpoint's, where it is an adapter's own
     checkpoint_sha256: str
     calibration_sha256: str | None = None
     versions: dict[str, str]

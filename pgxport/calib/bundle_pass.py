@@ -18,7 +18,7 @@ from pgxport.errors import NumericError, UsageError
 from pgxport.exporter.stream import Progress
 from pgxport.machine.memory import available_memory
 from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
-from pgxport.models.weights import weight_shapes
+from pgxport.models.weights import EMBEDDING, output_matrix, weight_shapes
 from pgxport.runners.image import pixel_values
 from pgxport.runners.loop import Decoder
 from pgxport.runners.ort import OrtCache, refusals
@@ -150,7 +150,10 @@ def _linears(bundle: Bundle) -> dict[str, tuple[int, ...]]:
         raise UsageError(
             f"{bundle.path}: its manifest describes no model that this pgx knows ({error}); export it again"
         ) from error
-    return {n: s for n, s in weight_shapes(model).items() if len(s) == 2 and "position_embedding" not in n}
+    looked_up = {name for name in weight_shapes(model) if "position_embedding" in name} | (
+        {EMBEDDING} - {output_matrix(model.text)}
+    )
+    return {n: s for n, s in weight_shapes(model).items() if len(s) == 2 and n not in looked_up}
 
 
 def _check_memory(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]]) -> None:

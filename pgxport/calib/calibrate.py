@@ -3,7 +3,7 @@
 
 import importlib.metadata
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,16 @@ from pgxport.bundle.manifest import MANIFEST
 from pgxport.bundle.reader import Bundle
 from pgxport.calib.encoding import EncodedSample, digest, encode
 from pgxport.data.loader import first_samples
-from pgxport.errors import CheckpointError, EngineError, UsageError
+from pgxport.errors import EngineError, UsageError
 from pgxport.exporter.calibration_file import About, Array, Calibration, checkpoint_sha256, write_calibration
 from pgxport.exporter.stream import Progress
 from pgxport.files import check_output, disk_errors, locked
 from pgxport.hub.locate import ModelChoice, locate
 from pgxport.models.safetensors import Tensor
-from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
+from pgxport.runners.saved_tokenizer import find_tokenizer
+from pgxport.runners.tokenizer import PromptTokenizer
 
+Say = Callable[[str], None]
 RUN = "run.json"  # in a folder of work: the calibration that it belongs to
 
 
@@ -43,16 +45,28 @@ class CalibrateOptions(ModelChoice):
 
 
 @dataclass(frozen=True)
+class CalibrationData:
+    """The samples, the sha256 of what they ask, and how many records before the last cannot be used."""
+
+    encoded: list[EncodedSample]
+    sha256: str
+    skipped: int
+
+
+@dataclass(frozen=True)
 class CalibrationJob:
     """A calibration that has passed every check that needs no activation."""
 
     name: str
     model_sha256: str
-    samples: list[EncodedSample]
-    samples_sha256: str
+    data: CalibrationData
     image_tokens: int
     layers: int
     options: CalibrateOptions
+
+    @property
+    def samples(self) -> list[EncodedSample]:
+        return self.data.encoded
 
     def about(self, **findings: object) -> About:
         o = self.options
@@ -67,7 +81,8 @@ class CalibrationJob:
                 "model": self.name,
                 "model_sha256": self.model_sha256,
                 "samples": len(self.samples),
-                "samples_sha256": self.samples_sha256,
+                "skipped": self.data.skipped,
+                "samples_sha256": self.data.sha256,
                 "prefix_tokens": sum(self.image_tokens + len(s.prompt) for s in self.samples),
                 "suffix_tokens": sum(len(s.answer) for s in self.samples),
                 "moments": o.moments,
@@ -79,14 +94,17 @@ class CalibrationJob:
         )
 
 
-def calibrate(options: CalibrateOptions, *, progress: Progress | None = None) -> Calibration:
+def calibrate(options: CalibrateOptions, *, progress: Progress | None = None, say: Say | None = None) -> Calibration:
     """Run samples through a model and write statistics of the inputs of its linears.
 
     A checkpoint is run layer by layer, and a stopped run goes on with its layer; a bundle is run whole.
 
+    Args:
+        say: Is told which records cannot be used, and why; the file has their number.
+
     Raises:
         UsageError: an option names what does not exist, or the output is there already.
-        InputError: the checkpoint or a sample cannot be used.
+        InputError: the checkpoint cannot be used, or too many records.
         NumericError: memory does not suffice, or activations are not finite.
         DiskError: the file cannot be written; nothing is left at its name.
     """
@@ -98,18 +116,27 @@ def calibrate(options: CalibrateOptions, *, progress: Progress | None = None) ->
     if (options.checkpoint is None) == (options.size is None) and (options.size or not options.adapters):
         raise UsageError("name one model: a bundle, a checkpoint, --size tiny --res 224, or an --adapter that names its base")
     if options.checkpoint is not None and (Path(options.checkpoint) / MANIFEST).is_file():
-        return _bundle(Bundle.open(options.checkpoint), options, progress)
-    return _checkpoint(options, progress)
+        return _bundle(Bundle.open(options.checkpoint), options, progress, say)
+    return _checkpoint(options, progress, say)
 
 
-def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None) -> Calibration:
+def _samples(options: CalibrateOptions, tokenizer: PromptTokenizer, say: Say | None) -> CalibrationData:
+    path = Path(options.data) if options.data else None
+    data = first_samples(path, options.samples, accept=lambda sample: encode(sample, tokenizer))
+    if say:
+        for remark in data.remarks:
+            say(remark)
+    encoded = [encode(sample, tokenizer) for sample in data.samples]
+    return CalibrationData(encoded, digest(data.samples), len(data.unusable))
+
+
+def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None, say: Say | None) -> Calibration:
     from pgxport.calib.bundle_pass import observe_bundle
 
     m = bundle.manifest
     tokenizer = PromptTokenizer(bundle.path / "tokenizer.json", m.token_ids)
-    samples = first_samples(Path(options.data) if options.data else None, options.samples)
-    encoded, checkpoint = [encode(s, tokenizer) for s in samples], m.provenance.checkpoint_sha256
-    job = CalibrationJob(m.name, checkpoint, encoded, digest(samples), m.image_tokens, m.cache.layers, options)
+    samples, checkpoint = _samples(options, tokenizer, say), m.provenance.checkpoint_sha256
+    job = CalibrationJob(m.name, checkpoint, samples, m.image_tokens, m.cache.layers, options)
     statistics = observe_bundle(bundle, job.samples, moments=options.moments, progress=progress)
     # Scores and variances are inside of fused operators, so activation ranges cannot be measured.
     about = job.about(engine="onnxruntime", inputs=statistics.inputs, ranges=None)
@@ -117,27 +144,23 @@ def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None
     return write_calibration(Path(options.output), about, tensors, overwrite=options.overwrite)
 
 
-def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibration:
+def _checkpoint(options: CalibrateOptions, progress: Progress | None, say: Say | None) -> Calibration:
     from pgxport.calib.checkpoint_pass import observe_checkpoint, step_findings
     from pgxport.exporter.activation_ranges import ActivationRanges
     from pgxport.exporter.prepare import check_weights, open_checkpoint
-    from pgxport.models.config import read_config
     from pgxport.models.processor_config import pixels_of
     from pgxport.models.safetensors import read_header
 
     model = locate(options, progress=progress)
+    if say:
+        for sentence in model.notes:
+            say(sentence)
     checkpoint = open_checkpoint(model, options)
-    spec = read_config(checkpoint.config)
+    spec = checkpoint.spec()
     check_weights(checkpoint, spec)
-    tokenizer_file = checkpoint.file("tokenizer.json")
-    if tokenizer_file is None:
-        raise CheckpointError(
-            f"{model.name}: tokenizer.json is missing; download it beside the weights, from the same repository"
-        )
-    tokenizer = PromptTokenizer(tokenizer_file, read_token_ids(tokenizer_file, checkpoint.config))
-    samples = first_samples(Path(options.data) if options.data else None, options.samples)
-    encoded, sha256 = [encode(s, tokenizer) for s in samples], checkpoint_sha256(checkpoint.files())
-    job = CalibrationJob(model.name, sha256, encoded, digest(samples), spec.image_tokens, spec.text.depth, options)
+    tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, options.adapters).words()
+    samples, sha256 = _samples(options, tokenizer, say), checkpoint_sha256(checkpoint.files())
+    job = CalibrationJob(model.name, sha256, samples, spec.image_tokens, spec.text.depth, options)
     # The key names versions: another pgx or numpy would have computed finished steps differently.
     pixels = pixels_of(checkpoint, spec)
     key = job.about(engine="numpy", inputs={}, ranges=None).model_dump_json() + pixels.model_dump_json()
@@ -149,7 +172,7 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None) -> Calibra
         for step in steps:
             inputs |= step_findings(step, activation_ranges)
             tensors |= read_header(step)
-        about = job.about(engine="numpy", inputs=inputs, ranges=activation_ranges.ranges(len(samples)))
+        about = job.about(engine="numpy", inputs=inputs, ranges=activation_ranges.ranges(len(job.samples)))
         made = write_calibration(output, about, tensors, overwrite=options.overwrite)
     shutil.rmtree(work)
     return made

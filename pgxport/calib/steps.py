@@ -14,6 +14,7 @@ from pgxport.models.eager import Eager, inputs_embeds
 from pgxport.models.layers import layer_norm
 from pgxport.models.projector import projector
 from pgxport.models.spec import ModelSpec
+from pgxport.models.weights import output_matrix
 
 VISION, TEXT = "vision_tower.vision_model", "language_model.model"
 PIXELS = "image patches"  # the first step
@@ -96,4 +97,4 @@ class ModelSteps:
         """Observe the positions that an answer is read from. Logits would cost more than a layer."""
         with g.scope(TEXT):
             h = gemma.stream_norm(g, x[:, g.prefix - 1 :], "norm", self.spec.text)
-        g.observe("linear input", gemma.TOKEN_TABLE, h)
+        g.observe("linear input", output_matrix(self.spec.text), h)

@@ -10,7 +10,7 @@ from pgxport import __version__
 from pgxport.cli import about, export, measure, run, share, tune
 from pgxport.errors import PgxError
 from pgxport.interrupts import signals_recorded
-from pgxport.terminal import fail
+from pgxport.terminal import fail, warnings_shown
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -37,7 +37,8 @@ for command in (
 def main() -> None:
     """Run a command; each of our errors ends with its own exit code (docs/reference/exit-codes.md)."""
     try:
-        with signals_recorded(signal.SIGINT, signal.SIGTERM):  # as exceptions, so that what is half done is cleaned up
+        # Signals come as exceptions, so that what is half done is cleaned up.
+        with warnings_shown(), signals_recorded(signal.SIGINT, signal.SIGTERM):
             cli(prog_name="pgx", standalone_mode=False)
     except click.ClickException as error:
         error.show()

@@ -19,7 +19,7 @@ from pgxport.cli.options import (
 )
 from pgxport.errors import needs
 from pgxport.terminal import Cost, detail, note, progress_bar, volume_options
-from pgxport.text import size
+from pgxport.text import size, terminal_safe
 
 if TYPE_CHECKING:
     from pgxport.compile.options import Compiled
@@ -178,7 +178,7 @@ def calibrate(as_json: bool, **options: Any) -> None:
 
         start = time.perf_counter()
         with progress_bar() as progress:
-            calibration = calibrate(CalibrateOptions(**options), progress=progress)
+            calibration = calibrate(CalibrateOptions(**options), progress=progress, say=lambda text: note(terminal_safe(text)))
     cost = Cost.since(start)
     if as_json:
         click.echo(json.dumps(calibration_json(calibration, cost), indent=1))
@@ -200,9 +200,10 @@ def render_calibration(calibration: "Calibration", options: dict[str, Any], cost
     named = [("checkpoint", checkpoint), ("size", options["size"]), ("res", options["res"])]
     named += [("adapter", adapter) for adapter in options["adapter"]]
     model = " ".join(f"--{option} {value}" for option, value in named if value)
+    skipped = f" ({about.skipped} records left out)" if about.skipped else ""
     return (
         f"wrote {path}: {size(path.stat().st_size)} in {cost}\n"
-        f"{about.samples} samples: {about.prefix_tokens} tokens of prefix, {about.suffix_tokens} of suffix\n"
+        f"{about.samples} samples{skipped}: {about.prefix_tokens} tokens of prefix, {about.suffix_tokens} of suffix\n"
         f"try: pgx export {model} --precision int4 --calibration {path}"
     )
 

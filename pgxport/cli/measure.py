@@ -138,7 +138,11 @@ def render_report(report: "Report", output: Path) -> str:
     """The advice of a report, device by device, and what was written."""
     lines = []
     for device in report.devices:
-        lines += [f"{device.name}:", *(f"  {finding.text}" for finding in device.verdict)]
+        lines += [
+            f"{device.name}:",
+            *(f"  {remark}" for remark in device.data.remarks),
+            *(f"  {finding.text}" for finding in device.verdict),
+        ]
     lines += [
         f"wrote {output}/report.html, report.md, report.json, results.csv, chart.svg and chart.png",
         f"try: open {output}/report.html    pgx report --merge {output}/report.json OTHER/report.json -o both",

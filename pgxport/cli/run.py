@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 )
 @click.option("--prompt", required=True, help='"caption en", "ocr", "answer en …", "detect a ; b", "segment a".')
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Stop after so many tokens  [default: the bundle's]")
+@click.option("--special-tokens", is_flag=True, help="Special tokens of the fine-tune's own are tokens in the prompt, not text.")
 @click.option("--low-memory", is_flag=True, help="Hold the vision encoder or the decoder, never both; slower to the first token.")
 @click.option("--save", type=click.Path(dir_okay=False), help="Draw boxes and masks on the image and save it here.")
 @engine_option
@@ -68,10 +69,10 @@ def _answer_one(bundle: str, images: tuple[str, ...], question: dict[str, Any], 
 
     if save:
         picture_format(save)  # refused before the work rather than after
-    prompt, max_new_tokens = question.pop("prompt"), question.pop("max_new_tokens")
+    asked = {name: question.pop(name) for name in ("prompt", "max_new_tokens", "special_tokens")}
     with Runner.from_pretrained(bundle, **question) as runner:
         picture = load_image(images[0])
-        answer = runner.answer([picture, *images[1:]], prompt, max_new_tokens=max_new_tokens)
+        answer = runner.answer([picture, *images[1:]], **asked)
     if save:
         save_image(answer.draw(picture), save)
     if as_json:

@@ -4,13 +4,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from pgxport.cluster.open_bundle import OpenBundle
 from pgxport.cluster.pool import Cluster
 from pgxport.cluster.tasks import Workers
 from pgxport.errors import EngineError
-from pgxport.runners.many import EmbeddedPicture, PictureAnswer, PictureQuestion, answer, read
+from pgxport.runners.many import AskedPicture, PictureAnswer, PictureQuestion, answer, read
 from pgxport.runners.runner import Runner
 
 
@@ -23,9 +22,7 @@ class PictureTask:
     content: bytes | PictureAnswer
 
 
-def ask_each(
-    bundle: str, pictures: Sequence[Path | EmbeddedPicture], question: PictureQuestion, address: str
-) -> Iterator[PictureAnswer]:
+def ask_each(bundle: str, pictures: Sequence[AskedPicture], question: PictureQuestion, address: str) -> Iterator[PictureAnswer]:
     """Answer as `many.ask_each` does, spread over a cluster.
 
     A picture that three processes or nodes lost is a failed row.

@@ -4,16 +4,30 @@
 Knows how data sets are laid out in files, not what their records mean.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pgxport.data.records import IMAGES, MAX_JSON, ArrowRows, ListRows, Record, Rows, files_below, is_arrow, read_json
+from pgxport.data.records import (
+    IMAGE_KEYS,
+    IMAGES,
+    MAX_JSON,
+    PROMPT_KEYS,
+    ArrowRows,
+    ListRows,
+    Record,
+    Rows,
+    files_below,
+    is_arrow,
+    read_json,
+)
 from pgxport.errors import InputError, UsageError
 from pgxport.files import read_text
 
 LIST = "samples.jsonl"  # the file that is meant where a folder holds more than it
+LABELS = 8  # the most frequent of COCO's, by which a picture without objects is asked for what it lacks
 
 
 def tables(data: Path, split: str | None) -> list[Rows]:
@@ -88,23 +102,27 @@ def _sidecars(folder: Path, texts: Mapping[Path, Sequence[Path]]) -> Rows:
     rest is the answer."""
     records = []
     for image, beside in texts.items():
-        if len(beside) != 1:
-            names = " and ".join(image.with_suffix(suffix).name for suffix in (".json", ".txt"))
-            count = "both" if beside else "neither of"
-            raise InputError(f"{image}: has {count} {names} beside it; one of them says what its prompt and answer are")
-        _check_inside(beside[0], folder)
-        records.append(Record(str(beside[0]), {**_fields_beside(beside[0]), "image": image.name}))
+        records.append(Record.read(str(beside[0] if len(beside) == 1 else image), partial(_fields_beside, folder, image, beside)))
     return ListRows(str(folder), records)
 
 
-def _fields_beside(file: Path) -> dict[str, Any]:
+def _fields_beside(folder: Path, image: Path, beside: Sequence[Path]) -> dict[str, Any]:
+    if len(beside) != 1:
+        names = " and ".join(image.with_suffix(suffix).name for suffix in (".json", ".txt"))
+        count = "both" if beside else "neither of"
+        raise InputError(f"{image}: has {count} {names} beside it; one of them says what its prompt and answer are")
+    _check_inside(beside[0], folder)
+    return {**_fields_of(beside[0]), "image": image.name}
+
+
+def _fields_of(file: Path) -> dict[str, Any]:
     if file.suffix == ".txt":
         prompt, _, answer = read_text(file, MAX_JSON).partition("\n")
         return {"prompt": prompt} | ({"answer": answer.strip()} if answer.strip() else {})
     value = read_json(file)
     if not isinstance(value, dict):
         raise InputError(f'{file}: a JSON {type(value).__name__}; it has to be {{"prompt": …, "answer": …}}')
-    if image := {"image", "file_name"} & value.keys():
+    if image := set(IMAGE_KEYS) & value.keys():
         raise InputError(f"{file}: names an image, and the one beside it is meant; take {min(image)!r} out")
     return value
 
@@ -118,7 +136,7 @@ def _split(every: list[Rows], split: str | None) -> list[Rows]:
         if split is not None and names:
             if split not in names:
                 raise UsageError(f"{rows.where}: has no split {split!r}; it has {', '.join(sorted(names))}")
-            rows = ListRows(rows.where, [record for record in records if record.fields.get("split") == split])
+            rows = ListRows(rows.where, [record for record in records if record.fault or record.fields.get("split") == split])
         elif split is not None:
             raise UsageError(f"{rows.where}: its records name no split; leave --split {split} out, and give the split's own file")
         elif len(names) > 1:
@@ -130,7 +148,10 @@ def _split(every: list[Rows], split: str | None) -> list[Rows]:
 
 
 def _joined(files: list[Path], partners: list[Path]) -> list[Rows]:
-    """The tables of `files`; a table that needs another document takes it from them or from `partners`."""
+    """The tables of `files`; a table that needs another document takes it from them or from `partners`.
+
+    Where no document is of a known kind, each is a table, so that an error can name the keys that it has.
+    """
     documents = _read(files)
     needed = {NEEDS[kind] for kind in map(_kind, documents.values()) if kind in NEEDS} - set(map(_kind, documents.values()))
     if needed:
@@ -146,7 +167,7 @@ def _joined(files: list[Path], partners: list[Path]) -> list[Rows]:
             joined.append(_join(file, kind, documents[file], beside))
         elif kind in WHOLE and kind not in used:
             joined.append(ListRows(str(file), list(WHOLE[kind](str(file), documents[file]))))
-    return joined
+    return joined or [ListRows(str(file), list(_listed(str(file), documents[file]))) for file in files]
 
 
 def _read(files: list[Path]) -> dict[Path, Any]:
@@ -162,12 +183,9 @@ def _read(files: list[Path]) -> dict[Path, Any]:
 def _kind(value: Any) -> str | None:
     """What a JSON document is, by its content."""
     if isinstance(value, list):
-        first = value[0] if value else None
-        if isinstance(first, Record):
-            return "list"
-        if isinstance(first, dict):
-            return "refs" if {"ref_id", "ann_id", "sentences"} <= set(first) else "list"
-        return None
+        first = next((entry for entry in value if isinstance(entry, dict | Record)), None)
+        refs = isinstance(first, dict) and {"ref_id", "ann_id", "sentences"} <= set(first)
+        return "refs" if refs else None if first is None else "list"
     if not isinstance(value, dict):
         return None
     questions, annotations, images = (_peek(value, key) for key in ("questions", "annotations", "images"))
@@ -179,7 +197,7 @@ def _kind(value: Any) -> str | None:
         return "mdetr"
     if images and "caption" in annotations:
         return "captions"
-    if images and "bbox" in annotations:
+    if images and ("bbox" in annotations or ("categories" in value and value.get("annotations") == [])):
         return "instances"
     if _peek(value, "data"):
         return "data"
@@ -187,80 +205,118 @@ def _kind(value: Any) -> str | None:
     if isinstance(first, dict) and {"question", "choices", "answer"} <= set(first):
         return "problems"
     # JSON lines of one line.
-    return "record" if {"prompt", "prefix", "image", "file_name"} & set(value) else None
+    return "list" if {*PROMPT_KEYS, *IMAGE_KEYS} & set(value) else None
 
 
 def _peek(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     entries = document.get(key)
-    return entries[0] if isinstance(entries, list) and entries and isinstance(entries[0], dict) else {}
+    return next((entry for entry in entries if isinstance(entry, dict)), {}) if isinstance(entries, list) else {}
 
 
 def _join(file: Path, kind: str, value: Any, others: Mapping[Path, Any]) -> Rows:
     """Questions with their annotations, or referring expressions with their instances."""
     mine, theirs = {"vqa questions": ("question_id", "question_id"), "refs": ("ann_id", "id")}[kind]
-    known: dict[int | str, dict[str, Any]] = {}
-    for path, other in others.items():
-        pictures = {_key(p, "id", str(path)): p for p in _objects(other.get("images", []), f"{path}: image")}
-        for entry in _objects(other["annotations"], f"{path}: annotation"):
-            picture = pictures.get(_key(entry, "image_id", str(path)), {})
+    known: dict[Any, dict[str, Any]] = {}
+    for other in others.values():
+        pictures = _by_key(other.get("images"), "id")
+        for number, entry in _by_key(other["annotations"], theirs).items():
+            picture = pictures.get(_number(entry, "image_id"), {})
             sizes: dict[str, Any] = {name: picture[name] for name in ("file_name", "height", "width") if name in picture}
-            known[_key(entry, theirs, str(path))] = {**sizes, **entry}
-    records = []
-    for n, entry in enumerate(_objects(value["questions"] if kind == "vqa questions" else value, f"{file}: record")):
-        where = f"{file}: record {n}"
-        number = _key(entry, mine, where)
+            known[number] = {**sizes, **entry}
+
+    def fields(entry: Any, where: str) -> dict[str, Any]:
+        number = _key(_object(entry, where), mine, where)
         if number not in known:
             beside = ", ".join(map(str, others)) or f"any JSON file below {file.parent}"
             raise InputError(
                 f"{where}: {mine} {number!r} has no annotation in {beside}; put the matching {NEEDS[kind]} beside it"
             )
-        records.append(Record(where, {**entry, **known[number]}))
-    return ListRows(str(file), records)
+        return {**entry, **known[number]}
+
+    entries = value["questions"] if kind == "vqa questions" else value
+    return ListRows(str(file), list(_records(entries, f"{file}: record", fields)))
 
 
 def _coco(key: str) -> Callable[[str, Any], Iterator[Record]]:
-    """A record for each picture, with its annotations under `key`."""
+    """A record for each picture, with its annotations under `key`, and for each annotation that names no picture."""
 
     def records(where: str, value: Mapping[str, Any]) -> Iterator[Record]:
-        names = {_key(c, "id", where): c.get("name") for c in _objects(value.get("categories", []), f"{where}: category")}
+        names = {number: entry.get("name") for number, entry in _by_key(value.get("categories"), "id").items()}
         annotations: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-        for entry in _objects(value["annotations"], f"{where}: annotation"):
-            category = names.get(_key(entry, "category_id", where)) if names else None
-            annotations[_key(entry, "image_id", where)].append({**entry, "name": category})
-        for picture in _objects(value["images"], f"{where}: image"):
-            number = _key(picture, "id", where)
-            yield Record(f"{where}: image {number!r}", {**picture, key: annotations[number]})
+        for record in _records(value["annotations"], f"{where}: annotation", _with_key("image_id")):
+            if record.fault:
+                yield record
+                continue
+            category = {"name": names.get(_number(record.fields, "category_id"))} if names else {}
+            annotations[record.fields["image_id"]].append({**record.fields, **category})
+        counts = Counter(entry.get("name") for entries in annotations.values() for entry in entries if names)
+        frequent = sorted((name for name in names.values() if isinstance(name, str)), key=lambda name: -counts[name])[:LABELS]
+        for record in _records(value["images"], f"{where}: image", _with_key("id")):
+            place = record.where if record.fault else f"{where}: image {record.fields['id']!r}"
+            own = {} if record.fault else {key: annotations[record.fields["id"]], "coco labels": frequent}
+            yield Record(place, {**record.fields, **own}, record.fault)
 
     return records
 
 
-def _listed(where: str, value: list[Any]) -> Iterator[Record]:
-    if value and isinstance(value[0], Record):
+def _listed(where: str, value: Any) -> Iterator[Record]:
+    if isinstance(value, list) and value and isinstance(value[0], Record):
         yield from value
+    elif isinstance(value, dict):  # JSON lines of one line
+        yield Record(f"{where}:1", value)
     else:
-        yield from (Record(f"{where}: record {n}", entry) for n, entry in enumerate(_objects(value, f"{where}: record")))
+        yield from _records(value, f"{where}: record", _object)
 
 
 def _problems(where: str, value: Mapping[str, Any]) -> Iterator[Record]:
-    for number, entry in zip(value, _objects(list(value.values()), f"{where}: problem"), strict=True):
+    def fields(number: str, where: str) -> dict[str, Any]:
+        entry = _object(value[number], where)
         image = entry.get("image")
         # ScienceQA keeps them as SPLIT/NUMBER/image.png.
         place = f"{entry.get('split')}/{number}/{image}" if isinstance(image, str) else None
-        yield Record(f"{where}: problem {number!r}", {**entry, "id": number, "image": place})
+        return {**entry, "id": number, "image": place}
+
+    for number in value:
+        place = f"{where}: problem {number!r}"
+        yield Record.read(place, partial(fields, number, place))
 
 
-def _objects(entries: Any, where: str) -> Iterator[dict[str, Any]]:
+def _records(entries: Any, where: str, fields: Callable[[Any, str], dict[str, Any]]) -> Iterator[Record]:
+    """A record for each entry; one of which `fields` cannot be read has a fault."""
     for n, entry in enumerate(entries if isinstance(entries, list) else [entries]):
-        if not isinstance(entry, dict):
-            raise InputError(f"{where} {n} is {entry!r:.100}, and has to be an object")
-        yield entry
+        yield Record.read(f"{where} {n}", partial(fields, entry, f"{where} {n}"))
+
+
+def _with_key(name: str) -> Callable[[Any, str], dict[str, Any]]:
+    def fields(entry: Any, where: str) -> dict[str, Any]:
+        _key(_object(entry, where), name, where)
+        return dict(entry)
+
+    return fields
+
+
+def _by_key(entries: Any, name: str) -> dict[Any, dict[str, Any]]:
+    """The objects of a list by a number or text of theirs; those without one belong to nothing."""
+    objects = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return {number: entry for entry in objects if (number := _number(entry, name)) is not None}
+
+
+def _object(entry: Any, where: str) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise InputError(f"{where} is {entry!r:.100}, and has to be an object")
+    return entry
 
 
 def _key(entry: Mapping[str, Any], name: str, where: str) -> int | str:
+    number = _number(entry, name)
+    if number is None:
+        raise InputError(f"{where}: {name!r} is {entry.get(name)!r:.100} in {dict(entry)!r:.100}, and has to be a number or text")
+    return number
+
+
+def _number(entry: Mapping[str, Any], name: str) -> int | str | None:
     value = entry.get(name)
-    if isinstance(value, int | str):
-        return value
-    raise InputError(f"{where}: {name!r} is {value!r:.100} in {dict(entry)!r:.100}, and has to be a number or text")
+    return value if isinstance(value, int | str) else None
 
 
 # A document of the kind on the left is joined with one of the kind on the right.
@@ -268,7 +324,6 @@ NEEDS = {"vqa questions": "vqa annotations", "refs": "instances"}
 # A document of this kind is a table by itself.
 WHOLE: dict[str | None, Callable[[str, Any], Iterable[Record]]] = {
     "list": _listed,
-    "record": lambda where, value: [Record(f"{where}:1", value)],
     "data": lambda where, value: _listed(where, value["data"]),
     "captions": _coco("coco captions"),
     "instances": _coco("coco objects"),

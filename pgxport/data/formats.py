@@ -2,17 +2,18 @@
 """FORMATS, a row for each data set: how its records are recognised, and how they become samples."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pgxport.data.records import Pictures, Record
+from pgxport.data.records import ANSWER_KEYS, IMAGE_KEYS, PROMPT_KEYS, Pictures, Record
 from pgxport.errors import InputError
 from pgxport.metrics.metrics import METRICS, TASKS
-from pgxport.metrics.sample import BoxEdges, Region, Sample, Segmentation
-from pgxport.runners.outputs import parse
+from pgxport.metrics.sample import LOCATING, BoxEdges, Drawn, Region, Sample, Segmentation
+from pgxport.runners.outputs import BINS, OBJECT, Fault, Malformed, parse
 
 MAX_SIDE = 1 << 16  # pixels of a true mask
 
@@ -69,12 +70,18 @@ def _captions(record: Record, context: Context) -> Iterator[Sample]:
 
 
 def _instances(record: Record, context: Context) -> Iterator[Sample]:
-    """The prompt names the labels in the picture: it finds what it is asked for; mAP is on known labels."""
+    """The prompt names the labels in the picture: it finds what it is asked for; mAP is on known labels.
+
+    A picture without annotations is asked for the data's most frequent labels, none of which it has. One of
+    crowds alone is not asked: nothing about it would be right or wrong.
+    """
     parts = record.parts("coco objects")
     regions = [Region(part.text("name"), _box(part), crowd=bool(part.get("iscrowd"))) for part in parts]
     labels = dict.fromkeys(region.label for region in regions if not region.crowd)
-    if labels:
-        yield _sample(record, context, context.prompt.replace("{question}", " ; ".join(labels)), regions=tuple(regions))
+    asked = labels if regions else record.texts("coco labels")
+    if asked:
+        sample = _sample(record, context, context.prompt.replace("{question}", " ; ".join(asked)), regions=tuple(regions))
+        yield replace(sample, background=not regions)
 
 
 def _expressions(record: Record, context: Context) -> Iterator[Sample]:
@@ -113,43 +120,58 @@ def _object(record: Record, name: str) -> dict[str, Any]:
 def _own(record: Record, context: Context) -> Iterator[Sample]:
     """A user's own record: image, prompt and answer, or PaliGemma's prefix and suffix."""
     for key in set(record.fields) - set(OWN_KEYS):
-        if close := get_close_matches(key, OWN_KEYS, 1, 0.8):
+        if (close := get_close_matches(key, OWN_KEYS, 1, 0.8)) and close[0] not in record.fields:
             raise InputError(f"{record.where}: {key!r} is no key of a record; did you mean {close[0]!r}?")
-    prompt = record.text("prompt", "prefix")
+    prompt = context.prompt.replace("{question}", record.text(*PROMPT_KEYS))
     unanswered = not context.judged and record.get(*ANSWER_KEYS) is None
     answers = () if unanswered else record.texts(*ANSWER_KEYS)
     first = prompt.split()[0]
     task = record.one_of("task", TASKS, first if first in ("caption", "ocr", "detect", "segment") else "answer")
     sample = replace(_sample(record, context, prompt, answers=answers), task=task, metric=TASKS[task][0])
     if context.judged:
-        sample = _with_true_regions(record, sample)
+        sample = _with_true_regions(record, sample, context)
     metric = record.one_of("metric", METRICS, sample.metric)
     needs = METRICS[metric].needs
-    if context.judged and (needs == "masks" or (needs == "regions" and not sample.regions)):
+    if context.judged and (needs == "masks" or (needs == "regions" and not (sample.regions or sample.background))):
         raise InputError(
             f"{record.where}: {metric} needs true {needs}, which the answer {answers[0][:80]!r} does not give; name another 'metric'"
         )
     yield replace(sample, metric=metric)
 
 
-def _with_true_regions(record: Record, sample: Sample) -> Sample:
-    """The sample with the boxes that its answer writes in `<loc…>` tokens, if any."""
-    if "<loc" not in sample.answers[0]:
+def _with_true_regions(record: Record, sample: Sample, context: Context) -> Sample:
+    """The sample with the boxes that its answer writes in `<loc…>` tokens, if any.
+
+    The empty answer of a locating task says that nothing is there.
+    """
+    background = sample.task in LOCATING and not any(answer.strip() for answer in sample.answers)
+    if not background and "<loc" not in sample.answers[0]:
         return sample
-    width, height = sample.open().size
+    assert not isinstance(sample.image, Drawn), "Bug: a record's picture is drawn"
+    width, height = context.pictures.size(sample.image, record.where)
     boxes, _, warnings = parse(sample.answers[0], width, height)
-    if warnings or not boxes:
+    empty = [_empty_region(warning, width, height) for warning in warnings]
+    if None in empty or not (boxes or empty or background):
         raise InputError(f"{record.where}: the answer locates nothing, or is malformed: {'; '.join(map(str, warnings[:3]))}")
-    regions = tuple(Region(box.label, (box.y1, box.x1, box.y2, box.x2)) for box in boxes)
+    regions = (*(Region(box.label, (box.y1, box.x1, box.y2, box.x2)) for box in boxes), *(region for region in empty if region))
     # Codes of a true mask cannot be judged without a decoder: its box is.
     metric = TASKS["detect"][0] if sample.task == "segment" else sample.metric
-    return replace(sample, regions=regions, metric=metric)
+    return replace(sample, regions=regions, metric=metric, background=background)
+
+
+def _empty_region(warning: Malformed, width: int, height: int) -> Region | None:
+    """A true box without area, which the answer of a model may not have; None if its edges are in disorder."""
+    found = OBJECT.match(warning.text)
+    if warning.fault is not Fault.EMPTY_BOX or found is None:
+        return None
+    y1, x1, y2, x2 = (int(number) / BINS for number in re.findall(r"[0-9]+", found["loc"]))
+    return None if y2 < y1 or x2 < x1 else Region(found["label"].strip(), (y1 * height, x1 * width, y2 * height, x2 * width))
 
 
 def _sample(
     record: Record, context: Context, prompt: str, *, answers: tuple[str, ...] = (), regions: tuple[Region, ...] = ()
 ) -> Sample:
-    name = record.get("question_id", "questionId", "id", "image_id")
+    name = record.get(*NAME_KEYS)
     task = context.format.task
     # A record without a name of its own goes by its place, without the folder, which may be anyone's.
     place = record.where.rsplit("/", 1)[-1]
@@ -164,7 +186,7 @@ def _image(record: Record, context: Context) -> Path | bytes:
         image = image.get("path")
     if isinstance(image, bytes):
         return image
-    name = image or record.get("file_name", "imgname", "image_path")
+    name = image or record.get(*IMAGE_KEYS, "imgname")
     if isinstance(name, str):
         return context.pictures.find(name, record.where)
     number = record.get("image_id")
@@ -172,7 +194,7 @@ def _image(record: Record, context: Context) -> Path | bytes:
         return context.pictures.numbered(number, record.where)
     if isinstance(number, str):
         return context.pictures.find(f"{number}.jpg", record.where)
-    raise record.wrong(["image", "file_name", "image_id"], "the name, the number or the bytes of an image")
+    raise record.wrong([*IMAGE_KEYS, "image_id"], "the name, the number or the bytes of an image")
 
 
 def _box(record: Record) -> BoxEdges:
@@ -231,14 +253,16 @@ def _has(*names: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda fields: set(names) <= set(fields)
 
 
-ANSWER_KEYS = ("answers", "answer", "suffix")
-OWN_KEYS = ("image", "file_name", "prompt", "prefix", *ANSWER_KEYS, "task", "metric", "id")
+NAME_KEYS = ("question_id", "questionId", "id", "image_id")
+OWN_KEYS = (*IMAGE_KEYS, *PROMPT_KEYS, *ANSWER_KEYS, "task", "metric", *NAME_KEYS)
 
 
 def _fits_own(fields: Mapping[str, Any]) -> bool:
     """Whether there is an image with a prompt, or with a key so close to it that the error should name the slip."""
     prompt = any(get_close_matches(key, ("prompt", "prefix"), 1, 0.8) for key in fields)
-    return prompt and bool({"image", "file_name"} & set(fields))
+    # Most data sets have questions, each with more that tells it from the others.
+    alone = "question" in fields and not any(known.fits(fields) for name, known in FORMATS.items() if name != "jsonl")
+    return (prompt or alone) and bool(set(IMAGE_KEYS) & set(fields))
 
 
 def _fits_vqa(fields: Mapping[str, Any], *, raw: bool) -> bool:
@@ -274,7 +298,7 @@ def _fits_refcoco(fields: Mapping[str, Any]) -> bool:
 # The prompts are those of PaliGemma's fine-tuning (big_vision, configs/proj/paligemma/transfers) or of its
 # mix checkpoints.
 FORMATS = {
-    "jsonl": Format("lines or sidecars of image, prompt, answer", "answer", "", _fits_own, _own),
+    "jsonl": Format("lines or sidecars of image, prompt, answer", "answer", "{question}", _fits_own, _own),
     "vqav2": Format("VQA v2", "vqa", "answer en {question}", lambda f: _fits_vqa(f, raw=False), _question),
     "okvqa": Format("OK-VQA", "vqa", "answer en {question}", lambda f: _fits_vqa(f, raw=True), _question),
     "textvqa": Format("TextVQA", "textvqa", "answer en {question}", _has("question", "answers", "image_classes"), _question),

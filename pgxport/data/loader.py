@@ -6,22 +6,26 @@ Without a path: drawn scenes.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from pgxport.data.documents import LIST, tables
 from pgxport.data.formats import FORMATS, Context
-from pgxport.data.records import Pictures, Rows
+from pgxport.data.records import ANSWER_KEYS, IMAGE_KEYS, PROMPT_KEYS, Pictures, Record, Rows
 from pgxport.data.scenes import calibration_scene, scene_samples
 from pgxport.errors import InputError, UsageError, choose
+from pgxport.metrics.metrics import with_caption_metric
 from pgxport.metrics.sample import Sample
 from pgxport.text import listed, size
 
 MAX_EMBEDDED = 4 << 30  # bytes of pictures that stand in the records themselves
 SCENES = 100  # of each task, where nothing else is asked for
+MOST_UNUSABLE = 0.1  # of the records taken; with more of them the rest is not what the data was meant to be
+FIRST = 20  # records of a table, among which the first of a known format decides
+
+Accept = Callable[[Sample], object]  # raises InputError for a sample that the caller cannot use
 
 
 @dataclass(frozen=True)
@@ -37,22 +41,46 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class UnusableRecord:
+    """A record that gives no sample, and why; the text begins with its place."""
+
+    where: str
+    why: str
+
+
+@dataclass(frozen=True)
 class DataSet:
-    """Samples, and what they were taken from."""
+    """Samples, and what they were taken from.
+
+    Attributes:
+        records: In the data, before the limit.
+        skipped: Records among those taken that give no sample: the unusable ones, and those that the format
+            does not ask (ScienceQA's without a picture).
+        notes: What was decided for the data as a whole.
+    """
 
     format: str
     source: str
     samples: tuple[Sample, ...]
-    records: int  # in the data, before the limit
-    skipped: int  # records among those taken that cannot be asked: no picture, nothing to find
+    records: int
+    skipped: int
+    unusable: tuple[UnusableRecord, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What to know before the figures: the first five records that cannot be used and why, then the notes."""
+        left_out = f"{len(self.unusable)} of the records cannot be used and are left out: {named(self.unusable)}"
+        return (left_out, *self.notes) if self.unusable else self.notes
 
 
 def load(options: DataOptions) -> DataSet:
-    """Read evenly spaced samples, each with its true answer, to be judged.
+    """Read evenly spaced samples, each with its true answer, to be judged; every picture is decoded once.
 
     Raises:
         UsageError: there is no such data, its format or split is not certain, or a library is missing.
-        InputError: a record is not what its format promises; the message names file, record, value and fix.
+        InputError: more than MOST_UNUSABLE of the records cannot be used, or none can; the message names file,
+            record, value and fix of the first.
     """
     if options.format is not None:
         choose("format", options.format, FORMATS)
@@ -62,41 +90,43 @@ def load(options: DataOptions) -> DataSet:
         scenes = scene_samples(options.limit or SCENES)
         return DataSet("scenes", "embedded scenes, test split", scenes, len(scenes), 0)
     name, rows, context = _open(options, options.data, judged=True)
-    indices = _evenly(len(rows), options.limit)
-    by_record = list(_read(rows, indices, context))
-    samples = _unique(chain.from_iterable(by_record))
-    skipped = sum(not samples for samples in by_record)
-    return DataSet(name, rows.where, _some(samples, rows, name, len(indices)), len(rows), skipped)
+    taken = Taking(rows, context, decode=True)
+    samples, notes = with_caption_metric(taken.all(_evenly(len(rows), options.limit)))
+    return taken.data_set(name, samples, notes)
 
 
-def first_samples(data: Path | None, count: int) -> tuple[Sample, ...]:
-    """Read the first `count` samples in order, with or without answers; without data, calibration scenes.
+def first_samples(data: Path | None, count: int, accept: Accept | None = None) -> DataSet:
+    """Read the first `count` usable samples in order, with or without answers; without data, calibration scenes.
 
     Raises:
         UsageError: there is no such data, or its format is not certain.
-        InputError: a record is not what its format promises; the message names file, record, value and fix.
+        InputError: more than MOST_UNUSABLE of the records up to there cannot be used, or none can.
     """
     if data is None:
-        return tuple(calibration_scene(index) for index in range(count))
+        scenes = tuple(calibration_scene(index) for index in range(count))
+        return DataSet("scenes", "embedded scenes, calibration split", scenes, count, 0)
     name, rows, context = _open(DataOptions(data), data, judged=False)
-    samples = _unique(chain.from_iterable(_read(rows, range(len(rows)), context)))
-    return _some(islice(samples, count), rows, name, len(rows))
+    taken = Taking(rows, context, decode=True, accept=accept)
+    return taken.data_set(name, taken.all(range(len(rows)), count))
 
 
-def all_pictures(data: Path) -> dict[Path | bytes, str]:
+def all_pictures(data: Path) -> tuple[dict[Path | bytes, str], tuple[UnusableRecord, ...]]:
     """Find the distinct pictures of all records, in the data's order, each with the id of its first sample.
+
+    Returns also the records that cannot be used. No picture is decoded.
 
     Raises:
         UsageError: there is no such data, or its format is not certain.
-        InputError: a record is not what its format promises; the message names file, record, value and fix.
+        InputError: more than MOST_UNUSABLE of the records cannot be used, or none can.
     """
     name, rows, context = _open(DataOptions(data), data, judged=False)
+    taken = Taking(rows, context, decode=False)
+    found = taken.data_set(name, taken.all(range(len(rows))))
     ids: dict[Path | bytes, str] = {}
-    samples = _unique(chain.from_iterable(_read(rows, range(len(rows)), context)))
-    for sample in _some(samples, rows, name, len(rows)):
+    for sample in found.samples:
         assert isinstance(sample.image, Path | bytes), "Bug: a record's picture is drawn"
         ids.setdefault(sample.image, sample.id)
-    return ids
+    return ids, found.unusable
 
 
 def _open(options: DataOptions, data: Path, *, judged: bool) -> tuple[str, Rows, Context]:
@@ -109,28 +139,80 @@ def _open(options: DataOptions, data: Path, *, judged: bool) -> tuple[str, Rows,
     return name, rows, Context(known, Pictures(root), _template(options.prompt or known.prompt), judged)
 
 
-def _read(rows: Rows, indices: Iterable[int], context: Context) -> Iterator[list[Sample]]:
-    """The samples of each record; none where it cannot be asked."""
-    count = embedded = 0
-    for record in rows.at(indices):
-        samples = list(context.format.samples(record, context))
-        count += len(samples)
-        embedded += sum(len(sample.image) for sample in samples if isinstance(sample.image, bytes))
-        if embedded > MAX_EMBEDDED:
-            raise UsageError(
-                f"{rows.where}: its first {count} pictures have {size(embedded)}; take fewer with "
-                f"--limit or --samples, or give a part of the data"
+@dataclass
+class Taking:
+    """Takes records one after the other, and remembers which give no sample, and why.
+
+    Args:
+        decode: Whether a picture has to decode; it takes some milliseconds, and an answer about it a hundred.
+        accept: What else a sample has to pass.
+    """
+
+    rows: Rows
+    context: Context
+    decode: bool
+    accept: Accept | None = None
+    records: int = 0
+    skipped: int = 0
+    unusable: list[UnusableRecord] = field(default_factory=list)
+
+    def all(self, indices: Iterable[int], count: int | None = None) -> tuple[Sample, ...]:
+        """Return the samples of these records, or the first `count` of them."""
+        return tuple(islice(_unique(chain.from_iterable(self._samples(indices))), count))
+
+    def _samples(self, indices: Iterable[int]) -> Iterator[list[Sample]]:
+        count = embedded = 0
+        for record in self.rows.at(indices):
+            samples = self._usable(record)
+            self.records += 1
+            self.skipped += not samples
+            count += len(samples)
+            embedded += sum(len(sample.image) for sample in samples if isinstance(sample.image, bytes))
+            if embedded > MAX_EMBEDDED:
+                raise UsageError(
+                    f"{self.rows.where}: its first {count} pictures have {size(embedded)}; take fewer with "
+                    f"--limit or --samples, or give a part of the data"
+                )
+            yield samples
+
+    def _usable(self, record: Record) -> list[Sample]:
+        """The samples of a record; none where it is not asked, or cannot be used."""
+        try:
+            if record.fault:
+                raise InputError(record.fault)
+            samples = list(self.context.format.samples(record, self.context))
+            for sample in samples:
+                if self.decode and isinstance(sample.image, Path | bytes):
+                    self.context.pictures.size(sample.image, record.where)
+                if self.accept:
+                    self.accept(sample)
+        except InputError as error:
+            self.unusable.append(UnusableRecord(record.where, str(error)))
+            return []
+        return samples
+
+    def data_set(self, name: str, samples: tuple[Sample, ...], notes: Sequence[str] = ()) -> DataSet:
+        """Return what was taken.
+
+        Raises:
+            InputError: too many records cannot be used, or none can be asked.
+        """
+        if self.unusable and (len(self.unusable) > MOST_UNUSABLE * self.records or not samples):
+            raise InputError(
+                f"{self.rows.where}: {len(self.unusable)} of {self.records} records of format {name} cannot be used, and at most "
+                f"{MOST_UNUSABLE:.0%} may be so: {named(self.unusable)}"
             )
-        yield samples
+        if not samples:
+            raise InputError(
+                f"{self.rows.where}: none of {self.records} records of format {name} can be asked: no picture, or nothing to "
+                f"find; give other data"
+            )
+        return DataSet(name, self.rows.where, samples, len(self.rows), self.skipped, tuple(self.unusable), tuple(notes))
 
 
-def _some(samples: Iterable[Sample], rows: Rows, name: str, records: int) -> tuple[Sample, ...]:
-    taken = tuple(samples)
-    if not taken:
-        raise InputError(
-            f"{rows.where}: none of {records} records of format {name} can be asked: no picture, or nothing to find; give other data"
-        )
-    return taken
+def named(unusable: Sequence[UnusableRecord]) -> str:
+    """Name the first five records that cannot be used, and why, then count the others."""
+    return listed((record.why for record in unusable), between="; ")
 
 
 def _chosen(options: DataOptions, data: Path) -> tuple[str, Rows]:
@@ -148,20 +230,34 @@ def _chosen(options: DataOptions, data: Path) -> tuple[str, Rows]:
         )
     if options.format is not None and len(every) == 1:
         return options.format, every[0]  # its records will say what they lack
-    columns = "; ".join(f"{rows.where} has {', '.join(map(repr, list(_first(rows))[:8]))}" for rows in every[:3])
-    raise UsageError(
-        f"{data}: {columns or 'no JSON, parquet or Arrow file with records'}: no known data set; "
-        f"say which it is with --format {'|'.join(FORMATS)} (report, tune, diff), or give records of 'image', 'prompt' and 'answer'"
-    )
+    for rows in every:
+        first = list(rows.at(range(min(FIRST, len(rows)))))
+        if first and all(record.fault for record in first):
+            why = listed((record.fault for record in first if record.fault), between="; ")
+            raise InputError(f"{rows.where}: none of the first {len(first)} records can be read: {why}")
+    raise UsageError(_seen(every) if every else f"{data}: holds no JSON, parquet or Arrow file")
 
 
 def _formats(rows: Rows) -> list[str]:
-    first = _first(rows)
-    return [name for name, known in FORMATS.items() if first and known.fits(first)]
+    """The formats that fit the first record of which any does."""
+    records = rows.at(range(min(FIRST, len(rows))))
+    fitting = ([name for name, known in FORMATS.items() if known.fits(record.fields)] for record in records if record.fields)
+    return next(filter(None, fitting), [])
 
 
-def _first(rows: Rows) -> Mapping[str, Any]:
-    return next((record.fields for record in rows.at([0])), {}) if len(rows) else {}
+def _seen(every: Sequence[Rows]) -> str:
+    """What data of no known format has, and what it could have."""
+    tables = "; ".join(f"{rows.where} has {_keys(rows)}" for rows in every[:3])
+    own = ", ".join(f"{keys[0]!r} (or {' or '.join(map(repr, keys[1:]))})" for keys in (IMAGE_KEYS, PROMPT_KEYS, ANSWER_KEYS))
+    return (
+        f"{tables}: no known data set; say which it is with --format {'|'.join(FORMATS)} (report, tune, diff), or give records with the "
+        f"keys {own}, or COCO's JSON: 'images' (of 'id', 'file_name') and 'annotations' (of 'image_id', and 'bbox' or 'caption')"
+    )
+
+
+def _keys(rows: Rows) -> str:
+    first = next((record for record in rows.at(range(min(FIRST, len(rows)))) if not record.fault), None)
+    return "no record" if first is None else first.keys or "no key"
 
 
 def _template(prompt: str) -> str:

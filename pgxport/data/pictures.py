@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pgxport.data.records import IMAGES, holds_records
-from pgxport.errors import UsageError
-from pgxport.runners.many import EmbeddedPicture
+from pgxport.errors import InputError, UsageError
+from pgxport.runners.many import AskedPicture, EmbeddedPicture, PictureAnswer
 
 
-def find_pictures(patterns: Sequence[str]) -> list[Path | EmbeddedPicture]:
+def find_pictures(patterns: Sequence[str]) -> list[AskedPicture]:
     """Find each picture once, in the order of the patterns: a folder's by name, a data set's in its order.
+
+    A record that cannot be used is the row that says why, after the data set's pictures.
 
     Args:
         patterns: Files; folders of pictures, known by their suffix; what * ? [ match; files of records, or
@@ -19,12 +21,12 @@ def find_pictures(patterns: Sequence[str]) -> list[Path | EmbeddedPicture]:
 
     Raises:
         UsageError: one of them finds nothing, or it is not certain which data set is meant.
-        InputError: a record is not what its format promises.
+        InputError: too many records cannot be used.
     """
-    pictures: dict[Path | EmbeddedPicture, None] = {}
+    pictures: dict[AskedPicture, None] = {}
     for pattern in patterns:
         path = Path(pattern)
-        matched: Sequence[Path | EmbeddedPicture]
+        matched: Sequence[AskedPicture]
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
             matched = files or _of_records(path)
@@ -42,7 +44,7 @@ def find_pictures(patterns: Sequence[str]) -> list[Path | EmbeddedPicture]:
     return list(pictures)
 
 
-def _of_records(data: Path) -> list[Path | EmbeddedPicture]:
+def _of_records(data: Path) -> list[AskedPicture]:
     """The pictures of a data set; none where the path holds no records at all."""
     # Imported here: a folder of pictures needs no data set.
     from pgxport.data.documents import tables
@@ -50,5 +52,6 @@ def _of_records(data: Path) -> list[Path | EmbeddedPicture]:
 
     if not tables(data, None):
         return []
-    pictures = all_pictures(data)
-    return [picture if isinstance(picture, Path) else EmbeddedPicture(name, picture) for picture, name in pictures.items()]
+    pictures, unusable = all_pictures(data)
+    found = [picture if isinstance(picture, Path) else EmbeddedPicture(name, picture) for picture, name in pictures.items()]
+    return [*found, *(PictureAnswer(record.where, None, record.why, InputError.exit_code) for record in unusable)]

@@ -4,33 +4,60 @@
 Knows no data set: a record is a dictionary and the place where it stands.
 """
 
+import hashlib
 import json
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from functools import partial
+from pathlib import Path, PureWindowsPath
+from typing import Any, Protocol, TypeGuard
 
 from pgxport.errors import DiskError, InputError, UsageError, require
 from pgxport.files import read_object, read_text
+from pgxport.runners.image import load_image
+from pgxport.text import LONE, listed
 
 MAX_JSON = 1 << 30  # bytes of one file; instances_train2014.json has 450 MB
 LINE = "every line is one object"
+LINES = 20  # the first of a file, by which JSON lines are told from a damaged JSON document
 MAX_FILES = 2_000_000  # below a data folder
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 ARROW_HEADS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # of a parquet file, an Arrow file, an Arrow stream
+# The keys of a user's own record, each under the names that other tools write.
+IMAGE_KEYS = ("image", "file_name", "image_path")
+PROMPT_KEYS = ("prompt", "prefix", "question")
+ANSWER_KEYS = ("answers", "answer", "suffix")
 # COCO's name of a picture in its editions of 2014 and 2017.
 NUMBERED = re.compile(r"(?:COCO_[a-z]+[0-9]{4}_)?([0-9]{12})\.jpg")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One entry of a file, and the place to name when it is wrong."""
+    """One entry of a file, and the place to name when it is wrong.
+
+    Attributes:
+        fault: Why the entry has no fields, where it could not be read; the message begins with the place.
+    """
 
     where: str
     fields: Mapping[str, Any]
+    fault: str | None = None
+
+    @classmethod
+    def read(cls, where: str, fields: Callable[[], Mapping[str, Any]]) -> "Record":
+        """Return the record of these fields, or one that says why they cannot be read."""
+        try:
+            return cls(where, fields())
+        except InputError as error:
+            return cls(where, {}, str(error))
+
+    @property
+    def keys(self) -> str:
+        """The first keys, for messages, each list of objects with its own: 'images' (of 'id', 'file_name')."""
+        return listed((f"{key!r}{_inner_keys(value)}" for key, value in self.fields.items()), 8)
 
     def get(self, *names: str) -> Any:
         """Return the first of these fields that exists and is not null, or None."""
@@ -43,9 +70,9 @@ class Record:
             InputError: there is none, or it is not text, or empty.
         """
         value = self.get(*names)
-        if not isinstance(value, str) or not value.strip():
+        if not _is_text(value) or not value.strip():
             raise self.wrong(names, "text")
-        return value.strip()
+        return str(value.strip())
 
     def texts(self, *names: str) -> tuple[str, ...]:
         """Return the first of these fields, a text or a list of texts or of objects with an `answer` each.
@@ -55,7 +82,7 @@ class Record:
         """
         value = self.get(*names)
         entries = [v.get("answer") if isinstance(v, Mapping) else v for v in (value if isinstance(value, list) else [value])]
-        texts = tuple(entry for entry in entries if isinstance(entry, str))
+        texts = tuple(entry for entry in entries if _is_text(entry))
         if not texts or len(texts) < len(entries):
             raise self.wrong(names, "text or a list of texts")
         return texts
@@ -86,9 +113,8 @@ class Record:
         """Return the error for the first of these fields, which is absent or not what it has to be."""
         name = next((name for name in names if name in self.fields), None)
         if name is None:
-            present = ", ".join(repr(key) for key in list(self.fields)[:8])
             return InputError(
-                f"{self.where}: has no {' or '.join(map(repr, names))}, which has to be {expected}; it has {present}"
+                f"{self.where}: has no {' or '.join(map(repr, names))}, which has to be {expected}; it has {self.keys or 'no key'}"
             )
         return InputError(f"{self.where}: {name!r} is {self.fields[name]!r:.200}, and has to be {expected}")
 
@@ -169,24 +195,39 @@ class Pictures:
     def __init__(self, root: Path):
         self.root = root
         self._names: dict[str, list[Path]] | None = None
+        self._sizes: dict[Path | bytes, tuple[int, int] | str] = {}  # or why the picture cannot be decoded
+
+    def size(self, picture: Path | bytes, where: str) -> tuple[int, int]:
+        """Return width and height of a picture in pixels; each picture is decoded once, whoever asks.
+
+        Raises:
+            InputError: it cannot be decoded or read.
+        """
+        key = picture if isinstance(picture, Path) else hashlib.sha256(picture).digest()
+        if key not in self._sizes:
+            try:
+                self._sizes[key] = load_image(picture).size
+            except (InputError, DiskError) as error:
+                self._sizes[key] = str(error)
+        found = self._sizes[key]
+        if isinstance(found, str):
+            raise InputError(f"{where}: {found}")
+        return found
 
     def find(self, name: str, where: str) -> Path:
         """Return the file that `name` means: a path below the folder, or the end of exactly one.
 
+        A backslash separates folders, as on Windows, where no file has it in its name.
+
         Raises:
             InputError: it leads out of the folder, there is none, or there are several.
         """
-        parts = Path(name).parts
-        if Path(name).is_absolute() or ".." in parts or "\0" in name or not parts:
-            raise InputError(f"{where}: the image {name[:200]!r} leads out of {self.root}; use paths below that folder")
-        try:
-            exists = (self.root / name).is_file()
-        except OSError as error:  # too long for a path
-            raise InputError(
-                f"{where}: the image {name[:200]!r} is no path ({error.strerror}); use paths below {self.root}"
-            ) from error
-        if exists:
+        if self._exists(name, where):
             return self._inside(self.root / name, where)
+        if "\\" in name:
+            windows = PureWindowsPath(name)
+            return self.find(("/" if windows.drive else "") + windows.as_posix(), where)
+        parts = Path(name).parts
         return self._one([path for path in self._index().get(parts[-1], []) if path.parts[-len(parts) :] == parts], name, where)
 
     def numbered(self, number: int, where: str) -> Path:
@@ -197,6 +238,16 @@ class Pictures:
         """
         name = f"{number:012}.jpg"
         return self._one(self._index().get(name, []), f"COCO_…_{name}", where)
+
+    def _exists(self, name: str, where: str) -> bool:
+        parts = Path(name).parts
+        if Path(name).is_absolute() or ".." in parts or "\0" in name or not parts:
+            raise InputError(f"{where}: the image {name[:200]!r} leads out of {self.root}; use paths below that folder")
+        try:
+            return (self.root / name).is_file()
+        except (OSError, ValueError) as error:  # too long for a path, or no text that a path can be
+            why = getattr(error, "strerror", None) or error
+            raise InputError(f"{where}: the image {name[:200]!r} is no path ({why}); use paths below {self.root}") from error
 
     def _one(self, paths: list[Path], name: str, where: str) -> Path:
         if not paths:
@@ -217,8 +268,12 @@ class Pictures:
 
     def _index(self) -> dict[str, list[Path]]:
         if self._names is None:
+            try:
+                files = files_below(self.root, IMAGES)
+            except InputError as error:  # of the folder, whatever the record
+                raise UsageError(str(error)) from error
             self._names = {}
-            for path in files_below(self.root, IMAGES):
+            for path in files:
                 self._names.setdefault(path.name, []).append(path)
                 if (numbered := NUMBERED.fullmatch(path.name)) and path.name != f"{numbered[1]}.jpg":
                     self._names.setdefault(f"{numbered[1]}.jpg", []).append(path)
@@ -258,7 +313,10 @@ def holds_records(file: Path) -> bool:
 
 
 def read_json(file: Path) -> Any:
-    """Read a JSON file, or JSON lines, whose objects are returned as a list of `Record`s with line numbers.
+    """Read a JSON file, or JSON lines, which are returned as a list of `Record`s with line numbers.
+
+    A line ends at a line feed and nowhere else: U+2028, U+0085 or a vertical tab may stand inside a string. A
+    line that is no JSON object is a record with a fault.
 
     Raises:
         InputError: it is neither, too large, or a pickle, which would run its author's code.
@@ -273,20 +331,31 @@ def read_json(file: Path) -> Any:
     if not text.strip():
         return []
     try:
-        value = json.loads(text)
+        value = json.loads(text, strict=False)
     except RecursionError as error:
         raise InputError(f"{file}: is nested too deeply to be a data set") from error
-    except json.JSONDecodeError as error:
-        lines = text.split("\n")
-        if not _is_object(next((line for line in lines if line.strip()), "")):
-            raise InputError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
-        return [Record(f"{file}:{n}", read_object(line, f"{file}:{n}", LINE)) for n, line in enumerate(lines, 1) if line.strip()]
+    except ValueError as error:  # JSONDecodeError, or a number of more digits than Python converts
+        lines = [(f"{file}:{n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        if 2 * sum(_is_object(line) for _, line in lines[:LINES]) < len(lines[:LINES]):
+            place = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise InputError(f"{file}{place}: not JSON: {getattr(error, 'msg', error)}") from error
+        return [Record.read(where, partial(read_object, line, where, LINE)) for where, line in lines]
     return value
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Whether a value is text that UTF-8 can encode: JSON can spell half of a character."""
+    return isinstance(value, str) and not re.search(LONE, value)
+
+
+def _inner_keys(value: Any) -> str:
+    first = next((entry for entry in value if isinstance(entry, Mapping)), None) if isinstance(value, list) else None
+    return f" (of {listed(map(repr, first), 8)})" if first else ""
 
 
 def _is_object(line: str) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(json.loads(line, strict=False), dict)
     except (ValueError, RecursionError):
         return False
 

@@ -7,11 +7,10 @@ row blocks of weights in memory, whatever the model's size.
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from pgxport.bundle.manifest import Pixels, Ranges, TokenIds
+from pgxport.bundle.manifest import Pixels, Ranges
 from pgxport.errors import UsageError
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.eager import Eager, inputs_embeds
@@ -64,13 +63,7 @@ class ActivationRanges:
 
 
 def measure_ranges(
-    source: TensorSource,
-    spec: ModelSpec,
-    tokenizer: Path,
-    ids: TokenIds,
-    pixels: Pixels = PALIGEMMA,
-    *,
-    scenes: int = SCENES,
+    source: TensorSource, spec: ModelSpec, words: PromptTokenizer, pixels: Pixels = PALIGEMMA, *, scenes: int = SCENES
 ) -> Ranges:
     """The largest |x| of each kind of number, over prefix and answer of calibration scenes, and where it was.
 
@@ -78,7 +71,6 @@ def measure_ranges(
         UsageError: numbers that no divisor reaches exceed float16, so that it cannot be used.
     """
     observe = ActivationRanges(spec)
-    words = PromptTokenizer(tokenizer, ids)
     prompt = words.prompt_ids("caption en", 0)
     for index in range(scenes):  # one at a time: the weights are read again, and activations take half the memory of two
         scene = draw("calibration", index)

@@ -39,6 +39,7 @@ class About(BaseModel):
     model_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     engine: Literal["numpy", "onnxruntime"]  # what ran the model: a checkpoint is run in numpy, a bundle by ONNX Runtime
     samples: PositiveInt
+    skipped: int = Field(0, ge=0)  # records before the last sample that cannot be used
     samples_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     prefix_tokens: PositiveInt  # of all samples together, image tokens included
     suffix_tokens: int = Field(ge=0)

@@ -3,7 +3,7 @@
 
 import importlib.metadata
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -18,7 +18,7 @@ from pgxport.exporter.acceptance import answer_scene
 from pgxport.exporter.activation_ranges import measure_ranges, residual_divisor
 from pgxport.exporter.calibration_file import checkpoint_sha256
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.graphs import TABLE_FILE, file_sizes, serialized, stored, token_table, write_graphs
+from pgxport.exporter.graphs import Files, file_sizes, serialized, stored, token_table, write_graphs
 from pgxport.exporter.parity import FIRST_SCENE, EagerModel, StoredWeights, parity, scene
 from pgxport.exporter.prepare import ExportOptions, PreparedExport, open_checkpoint, prepare
 from pgxport.exporter.recipe_toml import to_toml
@@ -51,10 +51,15 @@ class FittedModel:
 
 @dataclass(frozen=True)
 class BuiltGraphs:
-    """The graphs of a bundle by name, its token table, and where each weight lies in the data file of its graph."""
+    """The graphs of a bundle by name, and where each weight lies, in the data file of its graph or in one that is shared.
+
+    Attributes:
+        shared: By file name.
+        layouts: By graph.
+    """
 
     graphs: dict[str, GraphBuilder]
-    table: DataLayout
+    shared: Files
     layouts: dict[str, DataLayout]
 
 
@@ -64,7 +69,7 @@ class ExportedBundle(Bundle):
 
     Attributes:
         not_answered: Why no scene was answered with it here; None: one was.
-        notes: What the checkpoint asks for and the bundle does otherwise.
+        notes: What someone should know about how the checkpoint was read, and what it asks for and the bundle does otherwise.
     """
 
     not_answered: str | None = None
@@ -105,7 +110,7 @@ def dry_run(options: ExportOptions, *, progress: Progress | None = None) -> dict
     """
     job = prepare(options, progress=progress)
     built = build(job, FittedModel(job.spec, job.checkpoint, job.calibration, None))
-    return {**file_sizes(built.graphs, built.table), "tokenizer.json": job.tokenizer.stat().st_size}
+    return {**file_sizes(built.graphs, built.shared), "tokenizer.json": len(job.tokenizer.content)}
 
 
 def fit(job: PreparedExport) -> FittedModel:
@@ -120,7 +125,7 @@ def fit(job: PreparedExport) -> FittedModel:
     if job.target.compute(job.recipe.rules[-1].scheme.dtype) == "float16":
         # A checkpoint of its own: rows that the measurement reads do not count as exported.
         ranges = (calibration and calibration.ranges) or measure_ranges(
-            open_checkpoint(job.found, job.options), spec, job.tokenizer, job.token_ids, job.pixels
+            open_checkpoint(job.found, job.options), spec, job.tokenizer.words(), job.pixels
         )
         spec = shrunk(spec, residual_divisor(ranges))
     if calibration is None:
@@ -136,24 +141,25 @@ def build(job: PreparedExport, model: FittedModel) -> BuiltGraphs:
     Raises:
         UsageError: that TensorRT or that GPU would refuse a graph.
     """
-    graphs, table = write_graphs(model.source, model.spec, job.masks, job.recipe, job.target, job.context, model.statistics)
+    graphs, shared = write_graphs(model.source, model.spec, job.masks, job.recipe, job.target, job.context, model.statistics)
     layouts = {name: DataLayout(g.lazy_tensors.values()) for name, g in graphs.items()}
     if job.target.tensorrt is not None:
         for name, g in graphs.items():
-            check(f"{name}.onnx", serialized(g, layouts[name], table), job.target.tensorrt, job.options.sm)
-    return BuiltGraphs(graphs, table, layouts)
+            check(f"{name}.onnx", serialized(g, layouts[name], shared), job.target.tensorrt, job.options.sm)
+    return BuiltGraphs(graphs, shared, layouts)
 
 
 def _write(job: PreparedExport, built: BuiltGraphs, writer: BundleWriter, progress: Progress | None) -> None:
     """Stream the weights, and write the graphs, the recipe and the tokenizer; every weight of the checkpoint was read then."""
-    count = Counter(progress, built.table.nbytes + sum(layout.nbytes for layout in built.layouts.values()))
-    writer.write(TABLE_FILE, count(TABLE_FILE, ahead(built.table.bytes())))
+    count = Counter(progress, sum(layout.nbytes for layout in (*built.shared.values(), *built.layouts.values())))
+    for file, layout in built.shared.items():
+        writer.write(file, count(file, ahead(layout.bytes())))
     for name, g in built.graphs.items():
         if g.lazy_tensors:
             writer.write(f"{name}.data", count(f"{name}.data", ahead(built.layouts[name].bytes())))
-        writer.write(f"{name}.onnx", [serialized(g, built.layouts[name], built.table)])
+        writer.write(f"{name}.onnx", [serialized(g, built.layouts[name], built.shared)])
     writer.write("recipe.toml", [to_toml(job.recipe).encode()])
-    writer.write("tokenizer.json", [job.tokenizer.read_bytes()])
+    writer.write("tokenizer.json", [job.tokenizer.content])
     if unread := job.checkpoint.unread():
         raise CheckpointError(f"Bug: {listed(unread)} of {job.found.name} reached no graph")
 
@@ -168,11 +174,11 @@ def _compare(
     """
     if not job.options.parity or not (job.recipe.lossy or job.options.gate is not None):
         return None
-    files = {name: (folder / f"{name}.data", layout) for name, layout in built.layouts.items()}
-    files["token_table"] = (folder / TABLE_FILE, built.table)
-    weights = StoredWeights(model.source, built.graphs, files)
+    files = built.shared | {f"{name}.data": layout for name, layout in built.layouts.items()}
+    weights = StoredWeights(model.source, built.graphs, {folder / name: layout for name, layout in files.items()})
     rounded = EagerModel(weights, model.spec, job.recipe, model.statistics, job.target)
-    samples = [scene(FIRST_SCENE + i, job.spec, job.tokenizer, job.token_ids, job.pixels) for i in range(job.options.parity)]
+    words = job.tokenizer.words()
+    samples = [scene(FIRST_SCENE + i, job.spec, words, job.pixels) for i in range(job.options.parity)]
     measured = parity(EagerModel(job.checkpoint, job.spec), rounded, samples, progress=progress)
     least = job.options.gate
     if least is not None and measured.agreement < least:
@@ -192,17 +198,21 @@ def _answer(job: PreparedExport, model: FittedModel, built: BuiltGraphs, staged:
         return "it was not to be asked"
     if progress:
         progress("answering a scene", 0, 1)
-    sketch = Sketch(model.spec, model.spec, job.context, built.graphs, built.table)
-    return answer_scene(staged, sketch.memory(job.target, job.tokenizer.stat().st_size).peak)
+    sketch = Sketch(model.spec, model.spec, job.context, built.graphs, built.shared)
+    return answer_scene(staged, sketch.memory(job.target, len(job.tokenizer.content)).peak)
 
 
 def _notes(job: PreparedExport) -> tuple[str, ...]:
-    """What the checkpoint asks for and the bundle does otherwise, as sentences."""
-    notes = job.found.notes
+    """What someone should know about how the checkpoint was read, and what it asks for and the bundle does otherwise."""
+    notes = [
+        *job.found.notes,
+        *job.checkpoint.remarks,
+        *([f"the tokenizer is that {job.tokenizer.note}"] if job.tokenizer.note else []),
+    ]
     if keys := unheeded(job.generation):
         asked = ", ".join(f"{key} {job.generation.kept[key]!r:.60}" for key in keys)
-        notes += (f"the checkpoint asks for {asked}: the bundle answers greedily without, and keeps it in its manifest",)
-    return notes
+        notes.append(f"the checkpoint asks for {asked}: the bundle answers greedily without, and keeps it in its manifest")
+    return tuple(notes)
 
 
 def _manifest(
@@ -226,12 +236,12 @@ def _manifest(
         target=job.target.name,
         tensorrt=job.target.tensorrt,
         parameters=parameters(spec),
-        stored=stored(built.graphs, built.table),
-        spec=asdict(spec),
+        stored=stored(built.graphs, built.shared),
+        spec=spec.described(),
         pixels=job.pixels,
         generation=job.generation,
-        token_ids=job.token_ids,
-        token_table=token_table(built.graphs, built.table, spec),
+        token_ids=job.tokenizer.ids,
+        token_table=token_table(built.graphs, built.shared, spec),
         cache=Cache(
             kind=job.target.cache_kind,
             layers=spec.text.depth,
@@ -256,6 +266,8 @@ def _provenance(job: PreparedExport, checkpoint_digest: str) -> Provenance:
         license=found.license,
         adapters=tuple(adapter.resolve().name for adapter in job.options.adapters),
         skipped=job.checkpoint.skipped,
+        remarks=job.checkpoint.remarks,
+        tokenizer=job.tokenizer.note,
         checkpoint_sha256=checkpoint_digest,
         calibration_sha256=calibration.digest if calibration else None,
         versions=versions,

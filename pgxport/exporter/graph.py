@@ -173,13 +173,15 @@ class GraphBuilder:
                     f"recipe {self.recipe.name!r} rounds {path} to {scheme.bits} bits, and only matrices of linear layers can be "
                     f"rounded; put a rule with a dtype for it before the others"
                 )
-            stored = np.dtype(scheme.dtype)
             top = self.inside(self.graph)  # where both branches of an `If` see the weight
-            value = top.initializer(
-                LazyTensor(path, stored, self.source.shape(path), lambda: self._blocks(path, stored, transform))
-            )
-            self._weights[path] = top.cast(value, stored, np.dtype(dtype or self.dtype))
+            value = top.initializer(floats := self.floats(path, transform))
+            self._weights[path] = top.cast(value, floats.dtype, np.dtype(dtype or self.dtype))
         return self._weights[path]
+
+    def floats(self, path: str, transform: Transform | None = None) -> LazyTensor:
+        """Returns a tensor of the checkpoint in the dtype that the recipe says; `initializer` adds it."""
+        dtype = np.dtype(self.recipe.scheme(path).dtype)
+        return LazyTensor(path, dtype, self.source.shape(path), lambda: self._blocks(path, dtype, transform))
 
     def inside(self, body: ir.Graph, phase: Phase | None = None) -> GraphBuilder:
         """Returns a view of this builder that writes nodes into another body; with a phase, its outputs are a layer's results."""

@@ -13,20 +13,23 @@ import numpy as np
 from pgxport.bundle.manifest import CountedDtype, TokenTable
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.recipe import Recipe
-from pgxport.exporter.stream import DataLayout
+from pgxport.exporter.stream import DataLayout, LazyTensor
 from pgxport.exporter.targets import Target
 from pgxport.models.checkpoint import TensorSource
-from pgxport.models.gemma import TOKEN_TABLE, decoder_step
+from pgxport.models.gemma import decoder_step
 from pgxport.models.mask_decoder import MaskWeights, mask_decoder
 from pgxport.models.projector import projector
 from pgxport.models.siglip import vision_encoder
 from pgxport.models.spec import ModelSpec
-from pgxport.models.weights import weight_shapes
+from pgxport.models.weights import EMBEDDING, LM_HEAD, weight_shapes
 
 if TYPE_CHECKING:
     from pgxport.exporter.scaling import InputStatistics
 
-TABLE_FILE = "token_table.bin"
+# Files of weights beside those of the graphs: the token table, which runners read too, and an output matrix that is not it.
+TABLE_FILE, HEAD_FILE = "token_table.bin", "lm_head.data"
+PARTS = {EMBEDDING: "token_table", LM_HEAD: "lm_head"}  # as `stored` calls them
+Files = dict[str, DataLayout]  # by name
 
 
 def write_graphs(
@@ -37,8 +40,8 @@ def write_graphs(
     target: Target,
     context_length: int,
     statistics: InputStatistics | None = None,
-) -> tuple[dict[str, GraphBuilder], DataLayout]:
-    """The graphs by name, and the token table, which is a file of its own."""
+) -> tuple[dict[str, GraphBuilder], Files]:
+    """The graphs by name, and the files of weights that are not a graph's own: the token table, and an untied output matrix."""
     graphs = {}
     for write in (vision_encoder, projector, decoder_step):
         g = GraphBuilder(write.__name__, source, recipe, target, context_length=context_length, statistics=statistics)
@@ -49,8 +52,24 @@ def write_graphs(
         mask_decoder(graphs["mask_decoder"])
     decoder = graphs["decoder_step"]
     decoder.add_greedy_outputs()
-    parts = [p for p in decoder.lazy_tensors if p == TOKEN_TABLE or p.startswith(f"{TOKEN_TABLE}.")]
-    return graphs, DataLayout([decoder.lazy_tensors.pop(p) for p in parts])
+    if spec.text.tied:
+        return graphs, {TABLE_FILE: _own_file(decoder, EMBEDDING)}
+    return graphs, {TABLE_FILE: DataLayout(_looked_up(decoder, EMBEDDING)), HEAD_FILE: _own_file(decoder, LM_HEAD)}
+
+
+def _own_file(g: GraphBuilder, path: str) -> DataLayout:
+    """Takes the parts of a matrix out of what goes into the graph's data file."""
+    return DataLayout([g.lazy_tensors.pop(p) for p in [*g.lazy_tensors] if p == path or p.startswith(f"{path}.")])
+
+
+def _looked_up(g: GraphBuilder, path: str) -> list[LazyTensor]:
+    """Returns the parts of a matrix whose rows a runner looks up, and that the graph does not read."""
+    scheme = g.recipe.scheme(path)
+    if scheme.bits is None:
+        return [g.floats(path)]
+    view = g.inside(g.graph)
+    view.statistics = None  # nothing is multiplied by it, so that no input was measured
+    return view.quantized_matrix(path, "rows" if scheme.group_size is None else "blocks").lazy_tensors
 
 
 def _floats(recipe: Recipe) -> Recipe:
@@ -64,23 +83,22 @@ def _floats(recipe: Recipe) -> Recipe:
     return Recipe(recipe.name, (replace(last, scheme=replace(last.scheme, dtype=dtype)),))
 
 
-def stored(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, dict[CountedDtype, int]]:
-    """Counts the weights of each dtype, by graph, and those of the token table."""
+def stored(graphs: dict[str, GraphBuilder], shared: Files) -> dict[str, dict[CountedDtype, int]]:
+    """Counts the weights of each dtype, by graph, and those of the token table and of an untied output matrix."""
     counts: dict[str, dict[CountedDtype, int]] = {"token_table": {}}
     for g in graphs.values():
         for path, matrix in g.matrices.items():
             if path in g.copies:
                 continue
             kind = "float8" if matrix.scheme.format == "e4m3" else f"int{matrix.scheme.bits}"
-            _count(counts, "token_table" if path == TOKEN_TABLE else g.name, kind, matrix.shape)
+            _count(counts, PARTS.get(path, g.name), kind, matrix.shape)
         parts = {p.name for matrix in g.matrices.values() for p in matrix.lazy_tensors}
         for tensor in g.lazy_tensors.values():
             # Tables that are worked out are no weights, nor are the scales of quantized matrices.
             if tensor.name not in parts and not tensor.name.startswith(("rotary.", "cache.", "lm_head.")):
                 _count(counts, g.name, tensor.dtype.name, tensor.shape)
-    for tensor in table.lazy_tensors:
-        if tensor.name == TOKEN_TABLE:
-            _count(counts, "token_table", tensor.dtype.name, tensor.shape)
+    for tensor in (t for layout in shared.values() for t in layout.lazy_tensors if t.name in PARTS):
+        _count(counts, PARTS[tensor.name], tensor.dtype.name, tensor.shape)
     return counts
 
 
@@ -89,9 +107,9 @@ def _count(counts: dict[str, dict[CountedDtype, int]], part: str, kind: str, sha
     of_part[cast(CountedDtype, kind)] = of_part.get(cast(CountedDtype, kind), 0) + prod(shape)
 
 
-def token_table(graphs: dict[str, GraphBuilder], table: DataLayout, spec: ModelSpec) -> TokenTable:
+def token_table(graphs: dict[str, GraphBuilder], shared: Files, spec: ModelSpec) -> TokenTable:
     """Returns the manifest's entry of the token table."""
-    matrix = graphs["decoder_step"].matrices.get(TOKEN_TABLE)
+    matrix, table = graphs["decoder_step"].matrices.get(EMBEDDING), shared[TABLE_FILE]
     described: dict[str, Any] = {"dtype": table.lazy_tensors[0].dtype.name}
     if matrix is not None:
         assert matrix.zero_points is None, "Bug: a token table was lowered with zero points"
@@ -100,20 +118,20 @@ def token_table(graphs: dict[str, GraphBuilder], table: DataLayout, spec: ModelS
     return TokenTable(file=TABLE_FILE, shape=(spec.text.vocab, spec.text.width), scale=spec.text.embed_scale, **described)
 
 
-def serialized(g: GraphBuilder, layout: DataLayout, table: DataLayout) -> bytes:
-    """The graph's .onnx file, its weights in the data file of its name and in the token table's."""
-    places = {name: (f"{g.name}.data", *place) for name, place in layout.places.items()}
-    return g.serialize({**places, **{name: (TABLE_FILE, *place) for name, place in table.places.items()}})
+def serialized(g: GraphBuilder, layout: DataLayout, shared: Files) -> bytes:
+    """The graph's .onnx file, its weights in the data file of its name and in those that are shared."""
+    files = {f"{g.name}.data": layout, **shared}
+    return g.serialize({name: (file, *place) for file, layout in files.items() for name, place in layout.places.items()})
 
 
-def file_sizes(graphs: dict[str, GraphBuilder], table: DataLayout) -> dict[str, int]:
+def file_sizes(graphs: dict[str, GraphBuilder], shared: Files) -> dict[str, int]:
     """Bytes of every file of weights, and of every graph."""
-    sizes = {TABLE_FILE: table.nbytes}
+    sizes = {file: layout.nbytes for file, layout in shared.items()}
     for name, g in graphs.items():
         layout = DataLayout(g.lazy_tensors.values())
         if g.lazy_tensors:
             sizes[f"{name}.data"] = layout.nbytes
-        sizes[f"{name}.onnx"] = len(serialized(g, layout, table))
+        sizes[f"{name}.onnx"] = len(serialized(g, layout, shared))
     return sizes
 
 

@@ -19,12 +19,13 @@ from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.recipe import PREFILL, SHORTLIST
 from pgxport.models.layers import Transform, rotary_tables, times
 from pgxport.models.spec import TextSpec
+from pgxport.models.weights import EMBEDDING
 
 if TYPE_CHECKING:
     from pgxport.exporter.graph import GraphBuilder
     from pgxport.exporter.quantized_matrix import QuantizedMatrix
 
-SHORTLIST_TABLE = "lm_head.screen"  # the copy of the token table that finds the candidates
+SHORTLIST_TABLE = "lm_head.screen"  # the copy of the output matrix that finds the candidates
 CANDIDATES = 64  # tokens
 
 
@@ -49,9 +50,12 @@ def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Val
 
 
 def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
-    """x [B, 1, H] times the token table [V, H], whose rows are looked up too, so that they stay rows -> [B, 1, V]"""
+    """x [B, 1, H] times the output matrix [V, H], whose rows are looked up too, so that they stay rows -> [B, 1, V]
+
+    They are by the runner, if it is the token table, and else by the graph, if there is a shortlist.
+    """
     scheme = g.recipe.scheme(path)
-    if scheme.bits is not None and not scheme.symmetric:
+    if scheme.bits is not None and not scheme.symmetric and (path == EMBEDDING or scheme.shortlist):
         raise UsageError(
             f"{path} is looked up by rows too, for which its grid has to be symmetric; say symmetric = true in its rule"
         )

@@ -18,6 +18,7 @@ from pgxport.exporter.recipe import Scheme
 from pgxport.exporter.stream import FLOAT8
 from pgxport.models.layers import Transform, rotary_tables, times
 from pgxport.models.spec import TextSpec
+from pgxport.models.weights import EMBEDDING
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -46,9 +47,9 @@ def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Val
 
 
 def lm_head(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
-    """x [B, 1, H] times the token table [V, H], whose rows are looked up too, so that they stay rows -> [B, 1, V]"""
+    """x [B, 1, H] times the output matrix [V, H]; if it is the token table, its rows are looked up too, and stay rows -> [B, 1, V]"""
     scheme = g.recipe.scheme(path)
-    if scheme.bits is not None and (scheme.bits, scheme.group_size, scheme.format) != (8, None, "int"):
+    if path == EMBEDDING and scheme.bits is not None and (scheme.bits, scheme.group_size, scheme.format) != (8, None, "int"):
         raise UsageError(
             f"{path} is looked up by rows too, which for target {g.target.name!r} are int8 with one scale each or floats; "
             f"write bits = 8 without a group in its rule"

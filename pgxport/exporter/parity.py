@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pgxport.bundle.manifest import Parity, Pixels, TokenIds
+from pgxport.bundle.manifest import Parity, Pixels
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.lower_onnxruntime import CANDIDATES, SHORTLIST_TABLE, prefix_copy, uint8_grid
 from pgxport.exporter.lower_standard import activation_scale
@@ -38,19 +38,19 @@ class StoredWeights:
     """The weights in a bundle's files, under the checkpoint's names, read back and dequantized to float32.
 
     Args:
-        layouts: By the name of the data file, without its ending.
+        layouts: By data file.
     """
 
-    def __init__(self, source: TensorSource, graphs: Mapping[str, GraphBuilder], layouts: Mapping[str, tuple[Path, DataLayout]]):
+    def __init__(self, source: TensorSource, graphs: Mapping[str, GraphBuilder], layouts: Mapping[Path, DataLayout]):
         self._source = source
         self.matrices = {path: matrix for g in graphs.values() for path, matrix in g.matrices.items()}
         self.copies = {name for g in graphs.values() for name in g.copies}
-        self._dtypes = {p.name: p.dtype for _, layout in layouts.values() for p in layout.lazy_tensors}
+        self._dtypes = {p.name: p.dtype for layout in layouts.values() for p in layout.lazy_tensors}
         # What rounding took from the mean output is in a bias's bytes alone.
         self._biases = {f"{path.removesuffix('weight')}bias": m for path, m in self.matrices.items() if m.scheme.compensate}
         wanted = {p.name for matrix in self.matrices.values() for p in matrix.lazy_tensors} | self._biases.keys()
         self._parts: dict[str, np.ndarray] = {}
-        for file, layout in layouts.values():
+        for file, layout in layouts.items():
             for p in layout.lazy_tensors:
                 if p.name in wanted:
                     dtype, shape = p.stored
@@ -199,9 +199,9 @@ def _symmetric(x: np.ndarray, largest: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(x / scale), -128, 127) * scale
 
 
-def scene(index: int, spec: ModelSpec, tokenizer: Path, ids: TokenIds, pixels: Pixels = PALIGEMMA) -> TokenizedSample:
+def scene(index: int, spec: ModelSpec, words: PromptTokenizer, pixels: Pixels = PALIGEMMA) -> TokenizedSample:
     """Returns a scene of the calibration split with one of its questions: a caption or boxes, in turn."""
-    drawn, words = draw("calibration", index), PromptTokenizer(tokenizer, ids)
+    drawn = draw("calibration", index)
     kinds = {q.task: q for q in ask(drawn, index)}
     question = kinds["detect"] if index % 2 and "detect" in kinds else kinds["caption"]
     prompt = words.prompt_ids(question.prompt, 0)

@@ -16,7 +16,7 @@ from typing import Any
 from pgxport.bundle.manifest import Generation
 from pgxport.compile.memory import COPIES, WORKSPACE_BYTES, build_memory
 from pgxport.errors import UsageError, choose
-from pgxport.exporter.graphs import TABLE_FILE, SpecSource
+from pgxport.exporter.graphs import HEAD_FILE, TABLE_FILE, SpecSource
 from pgxport.exporter.prepare import context_length, find_recipe
 from pgxport.exporter.recipe import RECIPE_NAMES, Recipe
 from pgxport.exporter.recipe_toml import to_toml
@@ -25,15 +25,12 @@ from pgxport.exporter.targets import TARGETS, Target, find_target
 from pgxport.hub.locate import TINY, ModelChoice, published_name
 from pgxport.machine.board import BOARDS, BoardSpec
 from pgxport.models.checkpoint import Checkpoint, TensorSource
-from pgxport.models.config import read_config
-from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.generation_config import read_generation
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import SIZES, TINY_RESOLUTIONS, ModelSpec, published, without_window
-from pgxport.models.weights import weight_shapes
+from pgxport.models.weights import part_of, weight_shapes
 from pgxport.text import size, table
 
-PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector"}
 TOKENIZER_BYTES = {"paligemma": 17_500_000, "paligemma2": 34_600_000}  # Google's tokenizer.json, where there is no checkpoint
 
 
@@ -88,7 +85,8 @@ class Plan:
         """Profiles -> what `pgx compile` takes on a board with one memory for CPU and GPU; of TensorRT alone."""
         if self.target != "tensorrt":
             return {}
-        weights = max(self.files["decoder_step.data"] + self.files[TABLE_FILE], self.files["vision_encoder.data"])
+        output = self.files.get(HEAD_FILE, self.files[TABLE_FILE])
+        weights = max(self.files["decoder_step.data"] + output, self.files["vision_encoder.data"])
         return {count: sum(build_memory(weights, count, WORKSPACE_BYTES)) for count in COPIES}
 
     def to_json(self) -> dict[str, Any]:
@@ -136,7 +134,7 @@ def plan(options: PlanOptions) -> Plan:
         CheckpointError: the checkpoint that was given is not sound.
     """
     target = find_target(options.target, options.trt)
-    recipe = find_recipe(options.precision, options.recipe, target)
+    asked = find_recipe(options.precision, options.recipe, target)
     if options.board is not None and choose("board", options.board, BOARDS).gpu_only and target.name == "cpu":
         others = ", ".join(name for name in TARGETS if name != "cpu") or "none that this pgx has"
         raise UsageError(
@@ -145,6 +143,8 @@ def plan(options: PlanOptions) -> Plan:
     if options.local_window not in ("hf", "none"):
         raise UsageError(f"local window {options.local_window!r} does not exist; choose 'hf' or 'none'")
     model, source, spec, tokenizer, generation = _model(options)
+    weights = weight_shapes(spec)
+    recipe = asked.fitted(weights)
     context = context_length(spec, options.context, generation)
     masks = _masks(options)
     text = tokenizer or TOKENIZER_BYTES[spec.family]
@@ -153,14 +153,13 @@ def plan(options: PlanOptions) -> Plan:
     needs = {recipe.name: run.peak}
     for other in map(target.recipe, RECIPE_NAMES):
         # What the target has no kernels for is not a choice, nor what this model's shapes are not for.
-        if other is not recipe and runs_on(other, target):
+        if other is not asked and runs_on(other, target):
             with suppress(UsageError):
-                needs[other.name] = sketch(source, spec, one_layer(spec), masks, other, target, context).memory(target, text).peak
+                small = sketch(source, spec, one_layer(spec), masks, other.fitted(weights), target, context)
+                needs[other.name] = small.memory(target, text).peak
     files, manifest = drawn.files()
-    estimated = {"tokenizer.json": text} if tokenizer is None else {}
-    estimated |= {"README.md": 2500, "manifest.json": manifest}
-    files |= {"recipe.toml": len(to_toml(recipe).encode())}
-    exact = {} if tokenizer is None else {"tokenizer.json": tokenizer}
+    files |= {"recipe.toml": len(to_toml(recipe).encode())} | ({"tokenizer.json": tokenizer} if tokenizer else {})
+    estimated = ({} if tokenizer else {"tokenizer.json": text}) | {"README.md": 2500, "manifest.json": manifest}
     return Plan(
         model=model,
         family=spec.family,
@@ -169,7 +168,7 @@ def plan(options: PlanOptions) -> Plan:
         target=target.name,
         context=context,
         parameters=_parameters(spec),
-        files=files | exact | estimated,
+        files=files | estimated,
         estimated=tuple(estimated),
         export_memory=export_memory(spec, recipe, target, text),
         run=run,
@@ -241,7 +240,7 @@ def _model(options: PlanOptions) -> tuple[str, TensorSource, ModelSpec, int | No
             f"{folder} does not exist, and a plan downloads nothing; name a published model by --size and --res instead"
         )
     checkpoint = Checkpoint.open(folder)
-    spec = read_config(checkpoint.config, local_window=window)
+    spec = checkpoint.spec(local_window=window)
     if options.res is not None and options.res != spec.resolution:
         raise UsageError(f"--res {options.res} was asked for, and {folder.name} is a checkpoint for {spec.resolution} px")
     tokenizer = checkpoint.file("tokenizer.json")
@@ -258,8 +257,7 @@ def _masks(options: PlanOptions) -> MaskWeights | None:
 def _parameters(spec: ModelSpec) -> dict[str, int]:
     parts: dict[str, int] = {}
     for name, shape in weight_shapes(spec).items():
-        part = PARTS.get(name.partition(".")[0], "token table" if name == TOKEN_TABLE else "decoder")
-        parts[part] = parts.get(part, 0) + prod(shape)
+        parts[part_of(name)] = parts.get(part_of(name), 0) + prod(shape)
     return parts
 
 

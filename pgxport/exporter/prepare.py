@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgxport.bundle.manifest import Generation, Pixels, TokenIds
+from pgxport.bundle.manifest import Generation, Pixels
 from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.calibration_file import Calibration
@@ -15,13 +15,12 @@ from pgxport.exporter.stream import Progress
 from pgxport.exporter.targets import Target, find_target
 from pgxport.hub.locate import Located, ModelChoice, locate
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.config import read_config
 from pgxport.models.generation_config import read_generation
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.processor_config import pixels_of
 from pgxport.models.spec import ModelSpec, without_window
 from pgxport.models.weights import weight_shapes
-from pgxport.runners.tokenizer import read_token_ids
+from pgxport.runners.saved_tokenizer import SavedTokenizer, check_token_rows, find_tokenizer
 from pgxport.text import listed
 
 MAX_NEW_TOKENS = 256
@@ -73,8 +72,7 @@ class PreparedExport:
     target: Target
     context: int
     masks: MaskWeights | None
-    tokenizer: Path
-    token_ids: TokenIds
+    tokenizer: SavedTokenizer
     pixels: Pixels
     generation: Generation
     output: Path
@@ -101,20 +99,18 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Prep
     output = Path(options.output) if options.output else Path(f"{found.name}-{recipe.name}-{target.name}")
     BundleWriter(output, overwrite=options.overwrite).check_output()
     checkpoint = open_checkpoint(found, options)
-    spec = read_config(checkpoint.config, local_window=options.local_window == "hf")
+    spec = checkpoint.spec(local_window=options.local_window == "hf")
     _check_spec(spec, found, options)
     check_weights(checkpoint, spec)
+    recipe = recipe.fitted(weight_shapes(spec))
     recipe.check(weight_shapes(spec))
     check_sites(spec, recipe.scheme)
     pixels = pixels_of(checkpoint, spec)
     generation = read_generation(checkpoint.config, checkpoint.json("generation_config.json"))
     context = context_length(spec, options.context, generation)
     masks = options.masks or found.masks
-    tokenizer = checkpoint.file("tokenizer.json")
-    if tokenizer is None:
-        raise CheckpointError(
-            f"{found.name}: tokenizer.json is missing; download it beside the weights, from the same repository"
-        )
+    tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, options.adapters)
+    check_token_rows(tokenizer, spec.text.vocab)
     return PreparedExport(
         options,
         found,
@@ -125,7 +121,6 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Prep
         context,
         MaskWeights(Path(masks)) if masks else None,
         tokenizer,
-        read_token_ids(tokenizer, checkpoint.config),
         pixels,
         generation,
         output,

@@ -5,12 +5,13 @@ Knows no operators and no engine; `targets.py` says what an
 engine can run, and the files that lower are where the two meet.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from pgxport.errors import UsageError
+from pgxport.models.weights import EMBEDDING, LM_HEAD
 
 Method = Literal["nearest", "clip", "gptq"]
 Scaling = Literal["none", "awq", "smoothquant"]
@@ -36,8 +37,8 @@ class Scheme:
             run time ("dynamic") or in calibration ("static").
         observer: How calibration's numbers become the range of static activations.
         compensate: Add what rounding takes from the mean output to the bias of the layer, where it has one.
-        shortlist: Of the token table: find the likeliest tokens with a copy of it in `SHORTLIST`, and then these tokens' logits with the
-            table itself, whose other rows are not read.
+        shortlist: Of the output matrix: find the likeliest tokens with a copy of it in `SHORTLIST`, and then these tokens' logits with
+            the matrix itself, whose other rows are not read.
         prefill8: Of the decoder's linears: multiply a prefix by a copy in `PREFILL`, which takes less time where processors have
             integer products; a new token, for which reading the weights
             is what takes time, by what the rest of the scheme says.
@@ -84,18 +85,42 @@ class Recipe:
         Raises:
             UsageError: no rule matches; a recipe ends with a rule for everything else.
         """
+        return self._rule(weight).scheme
+
+    def _rule(self, weight: str) -> Rule:
         for rule in self.rules:
             if fnmatchcase(weight, rule.pattern):
-                return rule.scheme
+                return rule
         raise UsageError(f"recipe {self.name!r} has no rule for {weight!r}; end it with a rule for '*'")
 
-    def check(self, weights: Iterable[str]) -> None:
+    def fitted(self, weights: Collection[str]) -> "Recipe":
+        """Returns the recipe with a rule for an output matrix of its own where the weights have one, and without where not.
+
+        The token table's rule is for the output matrix too: if nothing but the last rule is for an untied one, that gets
+        the table's scheme, and the table, which then is looked up alone, what of it there is for lookups.
+        """
+        table = self._rule(EMBEDDING)
+        if LM_HEAD not in weights:
+            only = {
+                r for r in self.rules if fnmatchcase(LM_HEAD, r.pattern) and not any(fnmatchcase(w, r.pattern) for w in weights)
+            }
+            return replace(self, rules=tuple(rule for rule in self.rules if rule not in only))
+        if table is self.rules[-1] or self._rule(LM_HEAD) is not self.rules[-1]:
+            return self
+        method: Method = "nearest" if table.scheme.method == "gptq" else table.scheme.method
+        looked_up = replace(table.scheme, shortlist=False, compensate=False, method=method)
+        i = self.rules.index(table)
+        pair = Rule(table.pattern, looked_up), Rule(OUTPUT, table.scheme)
+        return replace(self, rules=(*self.rules[:i], *pair, *self.rules[i + 1 :]))
+
+    def check(self, weights: Collection[str]) -> None:
         """Every weight has a rule, and every rule a weight.
 
         Raises:
             UsageError: one has not.
         """
         names = list(weights)
+        output = OUTPUT if LM_HEAD in names else TABLE
         unmatched = set(names)
         for rule in self.rules:
             if not any(fnmatchcase(name, rule.pattern) for name in names):
@@ -103,10 +128,10 @@ class Recipe:
             matched = {name for name in unmatched if fnmatchcase(name, rule.pattern)}
             if not matched and rule is not self.rules[-1]:
                 raise UsageError(f"recipe {self.name!r}: the rule for {rule.pattern!r} comes after others that match all it does")
-            if rule.scheme.shortlist and (others := [name for name in matched if not fnmatchcase(name, TABLE)]):
+            if rule.scheme.shortlist and (others := [name for name in matched if not fnmatchcase(name, output)]):
                 raise UsageError(
-                    f"recipe {self.name!r}: screen is of the token table alone, and the rule for {rule.pattern!r} decides for "
-                    f"{min(others)}; give {TABLE!r} a rule of its own"
+                    f"recipe {self.name!r}: screen is of the output matrix alone, and the rule for {rule.pattern!r} decides for "
+                    f"{min(others)}; give {output!r} a rule of its own"
                 )
             if rule.scheme.prefill8 and (others := [name for name in matched if not fnmatchcase(name, DECODER)]):
                 raise UsageError(
@@ -116,11 +141,26 @@ class Recipe:
             unmatched -= matched
         if unmatched:
             self.scheme(min(unmatched))
+        if output == OUTPUT:
+            self._check_looked_up(self._rule(EMBEDDING))
         linears = {name: self.scheme(name).prefill8 for name in names if fnmatchcase(name, DECODER)}
         if len({*linears.values()}) > 1:
             raise UsageError(
                 f"recipe {self.name!r}: prefill8 is for all of the decoder's linears or none, for a layer is written twice; and "
                 f"{min(name for name, twice in linears.items() if not twice)} is without"
+            )
+
+    def _check_looked_up(self, rule: Rule) -> None:
+        """A token table that nothing is multiplied by is stored in what runners look up, by what can be known without its inputs."""
+        scheme = rule.scheme
+        wrong = {
+            'method = "gptq"': scheme.method == "gptq", "compensate": scheme.compensate, 'format = "e4m3"': scheme.format != "int",
+            "symmetric = false": not scheme.symmetric,
+        }  # fmt: skip
+        for key in (key for key, holds in wrong.items() if scheme.bits is not None and holds):
+            raise UsageError(
+                f"recipe {self.name!r}: {EMBEDDING} is looked up and not multiplied by, for which the rule for {rule.pattern!r} "
+                f"says {key}; take that out, and give {OUTPUT!r} a rule of its own"
             )
 
     @property
@@ -140,6 +180,7 @@ NORMS = Rule("*norm*", Scheme())
 REST = Rule("*", Scheme("float16"))
 # Patterns of the matrices, in the order of their use; norms come first, for the third would match them.
 TABLE, DECODER = "*.embed_tokens.weight", "language_model.*_proj.weight"
+OUTPUT = "*.lm_head.weight"  # where it is not the table; a recipe without a rule for it has the table's
 VISION, PROJECTOR = "vision_tower.*.layers.*.weight", "multi_modal_projector.linear.weight"
 # The copy of the token table that finds the likeliest tokens. With
 # groups of 128 a step takes least; the candidates are computed anew.

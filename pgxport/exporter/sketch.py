@@ -16,10 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.graphs import NoStatistics, file_sizes, write_graphs
+from pgxport.exporter.graphs import TABLE_FILE, Files, NoStatistics, file_sizes, write_graphs
 from pgxport.exporter.lower_onnxruntime import SHORTLIST_TABLE
 from pgxport.exporter.recipe import Recipe
-from pgxport.exporter.stream import DataLayout, LazyTensor
+from pgxport.exporter.stream import LazyTensor
 from pgxport.exporter.targets import Target
 from pgxport.models.checkpoint import BLOCK_BYTES, TensorSource
 from pgxport.models.mask_decoder import MaskWeights
@@ -84,12 +84,12 @@ class Sketch:
     drawn: ModelSpec
     context: int
     graphs: dict[str, GraphBuilder]
-    table: DataLayout
+    shared: Files
 
     def files(self) -> tuple[dict[str, int], int]:
         """The size of every file of weights and of every graph, and about that of the manifest."""
         described = sum(len(g.info().model_dump_json(indent=1)) for g in self.graphs.values())
-        return file_sizes(self.graphs, self.table), 3000 + described
+        return file_sizes(self.graphs, self.shared), 3000 + described
 
     def memory(self, target: Target, tokenizer: int) -> RunMemory:
         decoder, v, t = self.graphs["decoder_step"], self.spec.vision, self.spec.text
@@ -97,8 +97,9 @@ class Sketch:
         inputs = {v.name or "": self._layers(v.name or "") * _nbytes(v, axes) for v in decoder.graph.inputs}
         outputs = {value.name or "": _nbytes(value, axes) for value in decoder.graph.outputs}
         weights = [(p, g.dtype) for g in self.graphs.values() for p in g.lazy_tensors.values()]
-        if SHORTLIST_TABLE not in decoder.matrices:  # with a shortlist the engine reads rows of the table
-            weights += [(p, decoder.dtype) for p in self.table.lazy_tensors]
+        if SHORTLIST_TABLE not in decoder.matrices:  # with a shortlist the engine reads rows of the output matrix
+            multiplied = (layout for file, layout in self.shared.items() if t.tied or file != TABLE_FILE)
+            weights += [(p, decoder.dtype) for layout in multiplied for p in layout.lazy_tensors]
         held = [(self._layers(p.name), *_held(p, dtype)) for p, dtype in weights]
         per_image = (
             v.image_tokens * self.graphs["vision_encoder"].dtype.itemsize * (MLP_BUFFERS * v.mlp + STREAM_BUFFERS * v.width)
@@ -136,8 +137,8 @@ def sketch(
     target: Target,
     context: int,
 ) -> Sketch:
-    graphs, table = write_graphs(source, drawn, masks, recipe, target, context, NoStatistics())
-    return Sketch(spec, drawn, context, graphs, table)
+    graphs, shared = write_graphs(source, drawn, masks, recipe, target, context, NoStatistics())
+    return Sketch(spec, drawn, context, graphs, shared)
 
 
 def one_layer(spec: ModelSpec) -> ModelSpec:

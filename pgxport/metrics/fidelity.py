@@ -13,7 +13,10 @@ from pgxport.runners.outputs import Answer
 
 @dataclass(frozen=True)
 class Faults:
-    """Counts of answers that are empty, malformed or truncated; one answer may be several of them."""
+    """Counts of answers that are empty, malformed or truncated; one answer may be several of them.
+
+    An empty answer is no fault where nothing is true.
+    """
 
     empty: int
     malformed: int
@@ -75,16 +78,25 @@ def kl_divergence(logits: np.ndarray, reference: np.ndarray, rows: np.ndarray | 
 
 
 def is_malformed(sample: Sample, answer: Answer) -> bool:
-    """Whether a part of an answer could not be parsed, or a locating task's answer locates nothing."""
-    nowhere = sample.task in LOCATING and bool(answer.text.strip()) and not answer.boxes
+    """Whether a part of an answer could not be parsed, or a locating task's answer locates nothing.
+
+    Of a picture without any of what is asked for, an answer that locates nothing is right.
+    """
+    nowhere = sample.task in LOCATING and not sample.background and bool(answer.text.strip()) and not answer.boxes
     return bool(answer.warnings) or nowhere
+
+
+def is_empty(sample: Sample, answer: Answer) -> bool:
+    """Whether an answer has no text where the true one has."""
+    right = sample.background or any(not truth.strip() for truth in sample.answers)
+    return not answer.text.strip() and not right
 
 
 def faults(samples: Sequence[Sample], answers: Sequence[Answer]) -> Faults:
     """Count the answers that are empty, malformed or truncated."""
     pairs = list(zip(samples, answers, strict=True))
     return Faults(
-        empty=sum(not answer.text.strip() for _, answer in pairs),
+        empty=sum(is_empty(sample, answer) for sample, answer in pairs),
         malformed=sum(is_malformed(sample, answer) for sample, answer in pairs),
         truncated=sum(answer.truncated for _, answer in pairs),
         answers=len(pairs),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """METRICS and TASKS: the metrics, those that judge each task, and a metric's value over samples."""
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,8 @@ from pgxport.metrics import bootstrap, cider, regions, words
 from pgxport.metrics.bootstrap import Curve
 from pgxport.metrics.sample import Sample
 from pgxport.runners.outputs import Answer
+
+CIDER_REFERENCES = 50  # different ones, below which CIDEr-D is not taken
 
 
 class Share(NamedTuple):
@@ -56,7 +59,7 @@ def metrics_for(sample: Sample) -> tuple[str, ...]:
     """Return the sample's own metric, then the others of its task that its truth allows."""
     available = {
         "answers": bool(sample.answers),
-        "regions": bool(sample.regions),
+        "regions": bool(sample.regions) or sample.background,
         "masks": any(region.segmentation for region in sample.regions),
     }
     others = (name for name in TASKS[sample.task] if name != sample.metric and available[METRICS[name].needs])
@@ -77,6 +80,37 @@ def tally(name: str, samples: Sequence[Sample], answers: Sequence[Answer]) -> Ta
     part, whole = shares[:, 0], shares[:, 1]
     each = np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
     return Tally(each, bootstrap.ratio(part, whole))
+
+
+def cider_is_defined(samples: Iterable[Sample]) -> bool:
+    """Whether there are enough different references to tell rare words from frequent ones.
+
+    CIDEr-D weighs an n-gram by the share of pictures whose references have it: where all pictures have one
+    reference, an exact caption scores 0.
+    """
+    return len(_references(samples)) >= CIDER_REFERENCES
+
+
+def with_caption_metric(samples: Sequence[Sample]) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
+    """Return the samples, those of CIDEr-D judged by another metric where it says nothing, and a note why.
+
+    ROUGE-L decides then, with exact match beside it; exact match alone where a reference has no word that
+    ROUGE counts, which has to be of Latin letters or digits.
+    """
+    places = [sample for sample in samples if sample.metric == "cider"]
+    if not places or cider_is_defined(places):
+        return tuple(samples), ()
+    counted = all(re.search("[a-z0-9]", answer.lower()) for sample in places for answer in sample.answers if answer.strip())
+    metric = "rouge_l" if counted else "exact_match"
+    note = (
+        f"captions are judged by {'ROUGE-L, with exact match beside it' if counted else 'exact match'}: CIDEr-D weighs words by how "
+        f"rare they are among the references, and needs {CIDER_REFERENCES} different ones; these have {len(_references(places))}"
+    )
+    return tuple(replace(sample, metric=metric) if sample.metric == "cider" else sample for sample in samples), (note,)
+
+
+def _references(samples: Iterable[Sample]) -> set[tuple[str, ...]]:
+    return {tuple(cider.words(answer)) for sample in samples for answer in sample.answers}
 
 
 def groups(samples: Sequence[Sample]) -> list[Hashable]:
@@ -121,12 +155,21 @@ def _character_errors(sample: Sample, answer: Answer) -> Share:
     return Share(*words.character_errors(answer.text, sample.answers))
 
 
+def _nothing_found(answer: Answer) -> Share:
+    """A picture without a true box counts as one: right if no box is predicted, as any would be false."""
+    return Share(float(not answer.boxes))
+
+
 def _box_accuracy(sample: Sample, answer: Answer) -> Share:
+    if sample.background:
+        return _nothing_found(answer)
     ious = regions.matched_ious(sample.regions, answer.boxes)
     return Share(sum(iou >= regions.HIT for iou in ious), len(ious))
 
 
 def _box_iou(sample: Sample, answer: Answer) -> Share:
+    if sample.background:
+        return _nothing_found(answer)
     ious = regions.matched_ious(sample.regions, answer.boxes)
     return Share(sum(ious), len(ious))
 
@@ -179,7 +222,7 @@ TASKS = {
     "pope": ("yes_no_accuracy",),
     "answer": ("exact_match",),
     "ocr": ("exact_match", "character_error_rate"),
-    "caption": ("cider", "bleu", "rouge_l"),
+    "caption": ("cider", "bleu", "rouge_l", "exact_match"),
     "detect": ("box_accuracy", "box_iou", "box_map"),
     "segment": ("mask_iou", "mask_ciou", "box_iou"),
     "refer": ("refer_accuracy", "box_iou", "mask_iou", "mask_ciou"),

@@ -60,7 +60,11 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one picture, and what is true: answers, or regions, or neither."""
+    """One question about one picture, and what is true: answers, or regions, or neither.
+
+    Attributes:
+        background: Whether it is true that nothing of what is asked for is there, rather than not known.
+    """
 
     id: str  # for messages and pages
     image: Path | bytes | Drawn
@@ -69,6 +73,7 @@ class Sample:
     metric: str  # the metric that decides; a key of metrics.METRICS
     answers: tuple[str, ...] = ()
     regions: tuple[Region, ...] = ()
+    background: bool = False
 
     @property
     def group(self) -> Hashable:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint on disk: its tensors by their published names, in row blocks, whatever layout they are stored in.
 
-The only door to weights. Opening reads headers alone. A checkpoint remembers
-which tensors were read, so that an export can refuse to drop one in silence.
+The only door to weights. Opening reads headers, and an lm_head if there is one, which may be the embedding.
+A checkpoint remembers which tensors were read, so that an export can refuse to drop one in silence.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,12 +16,20 @@ import numpy as np
 
 from pgxport.errors import CheckpointError
 from pgxport.models import lora, npz
+from pgxport.models.config import read_config
 from pgxport.models.safetensors import Stored, Tensor, listed, read_header, read_json, shown
+from pgxport.models.spec import ModelSpec
 from pgxport.models.weights import EMBEDDING, LM_HEAD, canonical, why_unused
 
 CONFIG = "config.json"
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PAIR = frozenset((EMBEDDING, LM_HEAD))  # one matrix or two, and of one matrix either name may be stored
+# What transformers 5.24 does with a pair that differs (it warns); 4.57 goes by the text config's flag, and never looks.
+UNTIED_BY_VALUE = (
+    f"{CONFIG} does not say tie_word_embeddings is false, and the stored lm_head is not the embedding: it is used, as by "
+    f"transformers 5, where transformers 4 uses the embedding"
+)
 
 # File name suffixes of other programs' weights -> why pgx does not read them, and what to do.
 FOREIGN = {
@@ -54,30 +62,6 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Tied:
-    """An embedding that a checkpoint stores twice, as lm_head too; each row is compared with its copy as it is read."""
-
-    embedding: Tensor
-    lm_head: Tensor
-    where: Path
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.embedding.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.embedding.shape
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        rows, copy = self.embedding.rows(start, stop), self.lm_head.rows(start, stop)
-        # Bit for bit, for +0 and -0 are two values to a digest.
-        if not np.array_equal(rows.view(np.uint8), copy.view(np.uint8)):
-            raise CheckpointError(_untied(self.where, f"they differ in rows {start} to {stop}"))
-        return rows
-
-
-@dataclass(frozen=True)
 class OpenedFiles:
     """What the files of a checkpoint hold; `skipped` says of a tensor, by its stored name, why no answer depends on it."""
 
@@ -85,17 +69,26 @@ class OpenedFiles:
     config: dict[str, Any]
     files: list[Path]
     skipped: dict[str, str]
+    remarks: tuple[str, ...] = ()
 
 
 class Checkpoint:
-    """A checkpoint's config and its tensors by their published names. Made by `Checkpoint.open`."""
+    """A checkpoint's config and its tensors by their published names. Made by `Checkpoint.open`.
+
+    Attributes:
+        skipped: Tensors that no answer depends on, by their stored names, and why.
+        tied: The output matrix is the embedding; else it is a tensor of its own.
+        remarks: What someone should know about how the checkpoint was read.
+    """
 
     def __init__(self, path: Path, opened: OpenedFiles, adapters: Sequence[Path] = ()):
         self.path = path
         # What stands beside an adapter goes before what stands beside the base's weights.
         self.folders = (*reversed(adapters), path if path.is_dir() else path.parent)
         self.config = opened.config
-        self.skipped = opened.skipped  # tensors that no answer depends on, by their stored names, and why
+        self.skipped = opened.skipped
+        self.tied = LM_HEAD not in opened.tensors
+        self.remarks = opened.remarks
         self._tensors = opened.tensors
         self._files = opened.files
         self._read: set[str] = set()
@@ -112,11 +105,14 @@ class Checkpoint:
         """
         path = Path(path)
         opened = _open(path)
-        tensors, files, skipped = _tie(opened.tensors, path), opened.files, opened.skipped
+        files, ties = opened.files, bool(opened.config.get("tie_word_embeddings", True))
+        tensors, skipped = _without_copy(_with_embedding(opened, path), opened.skipped)
+        remarks = (UNTIED_BY_VALUE,) if ties and LM_HEAD in tensors else ()
         for adapter in adapters:
-            merged = lora.merge(tensors, adapter, tied=opened.config.get("tie_word_embeddings") is not False)
-            tensors, files, skipped = _tie(merged.tensors, path), [*files, *merged.files], skipped | merged.skipped
-        return cls(path, replace(opened, tensors=tensors, files=files, skipped=skipped), adapters)
+            merged = lora.merge(tensors, adapter, tied=ties)
+            tensors, skipped = _without_copy(merged.tensors, skipped | merged.skipped)
+            files = [*files, *merged.files]
+        return cls(path, OpenedFiles(tensors, opened.config, files, skipped, remarks), adapters)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -124,6 +120,11 @@ class Checkpoint:
     def names(self) -> list[str]:
         """Returns the tensors' published names, sorted, without an lm_head that is a copy of the embedding."""
         return sorted(self._tensors)
+
+    def spec(self, *, local_window: bool = True) -> ModelSpec:
+        """Returns the spec that the config describes, `tied` by the weights; see `read_config`."""
+        spec = read_config(self.config, local_window=local_window)
+        return replace(spec, text=replace(spec.text, tied=self.tied))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensor(name).shape
@@ -248,8 +249,8 @@ def _published(folder: Path, files: list[Path]) -> OpenedFiles:
 def _sharded(index: Path) -> list[Path]:
     """Returns the index and its shards. The index and the shards' own headers have to agree, tensor by tensor.
 
-    They may differ about tensors that no answer depends on, and the index may name an lm_head that no shard holds:
-    one that is tied to the embedding is not stored.
+    They may differ about tensors that no answer depends on, and about the embedding and the lm_head, which may be two
+    names of one matrix: the index may name both and the shards hold either.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -267,13 +268,13 @@ def _sharded(index: Path) -> list[Path]:
         file = index.with_name(shard)
         named = {name for name, at in needed.items() if at == shard}
         if not file.is_file():
-            if all(canonical(name) == LM_HEAD for name in named):
+            if not named:
                 continue
             raise CheckpointError(f"{file}: this shard is missing, which {index.name} names; put it there")
         header = {name for name in read_header(file, unused=_is_unused) if not _is_unused(name)}
-        if missing := sorted(name for name in named - header if canonical(name) != LM_HEAD):
+        if missing := sorted(name for name in named - header if canonical(name) not in PAIR):
             raise CheckpointError(f"{file}: has no {listed(missing)}, which {index.name} says it holds")
-        if extra := sorted(header - named):
+        if extra := sorted(name for name in header - named if canonical(name) not in PAIR):
             raise CheckpointError(f"{file}: holds {listed(extra)}, which {index.name} places elsewhere or nowhere")
         files.append(file)
     return [index, *files]
@@ -283,24 +284,44 @@ def _is_unused(name: str) -> bool:
     return why_unused(canonical(name)) is not None
 
 
-def _tie(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Removes a stored lm_head, and has the embedding compare itself with it as it is read."""
-    tied = dict(tensors)
-    lm_head = tied.pop(LM_HEAD, None)
-    if lm_head is None:
-        return tied
-    embedding = tied.get(EMBEDDING)
-    if embedding is None:
-        raise CheckpointError(f"{path}: has {LM_HEAD} and no {EMBEDDING}; give a complete checkpoint")
-    if lm_head.shape != embedding.shape or lm_head.dtype != embedding.dtype:
+def _with_embedding(opened: OpenedFiles, path: Path) -> dict[str, Tensor]:
+    """Returns the tensors; an lm_head stored alone is the embedding, of whose two names safetensors' save_model keeps one.
+
+    Raises:
+        CheckpointError: one of the two is stored, and the config says that they are not one.
+    """
+    tensors = dict(opened.tensors)
+    pair = PAIR & tensors.keys()
+    if len(pair) == 1 and not opened.config.get("tie_word_embeddings", True):
+        (missing,) = PAIR - pair
         raise CheckpointError(
-            _untied(path, f"{lm_head.dtype} {list(lm_head.shape)} is not {embedding.dtype} {list(embedding.shape)}")
+            f"{path}: has no {missing}, and {CONFIG} says tie_word_embeddings is false, so that {min(pair)} is not that "
+            f"matrix too; give the complete checkpoint, or write true there if it was trained with the two tied"
         )
-    return {**tied, EMBEDDING: Tied(embedding, lm_head, path)}
+    if pair == {LM_HEAD}:
+        tensors[EMBEDDING] = tensors.pop(LM_HEAD)
+    return tensors
 
 
-def _untied(path: Path, why: str) -> str:
-    return f"{path}: {LM_HEAD} is not the embedding ({why}); pgx exports models whose lm_head is tied to it, as Google's are"
+def _without_copy(tensors: dict[str, Tensor], skipped: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Takes an lm_head that is the embedding out of the tensors, and names it among what is skipped."""
+    lm_head = tensors.get(LM_HEAD)
+    if lm_head is None or EMBEDDING not in tensors or not _equal(tensors[EMBEDDING], lm_head):
+        return tensors, skipped
+    rest = {name: tensor for name, tensor in tensors.items() if name != LM_HEAD}
+    return rest, skipped | {lm_head.name if isinstance(lm_head, Stored) else LM_HEAD: "a copy of the embedding"}
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two matrices hold equal values, be it in two dtypes; reads no further than the first block that differs."""
+    return (
+        a.shape == b.shape
+        and len(a.shape) == 2
+        and all(
+            np.array_equal(to_float32(a.rows(start, stop)), to_float32(b.rows(start, stop)))
+            for start, stop in row_blocks(a.shape[0], 4 * a.shape[1])
+        )
+    )
 
 
 def _why_not(file: Path) -> str | None:

@@ -21,8 +21,16 @@ CLASSIFIER = "of classifiers"
 STORAGE = "of how transformers holds and computes weights"
 OTHER = "of another kind of model"
 NOTHING = "of no effect in transformers"
+ANSWERS = "of answers; read where there is no generation_config.json"
+# What transformers 4.57 writes of generation_config.json into every config.json.
+OF_ANSWERS = (
+    "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
+    "exponential_decay_length_penalty force_bos_token_to_be_generated forced_bos_token_id forced_eos_token_id length_penalty max_length "
+    "min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values "
+    "repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p"
+)
 # The keys of every config.json of transformers, 4.57 and 5.x.
-EVERY: dict[str, str] = {
+EVERY: dict[str, str] = dict.fromkeys(OF_ANSWERS.split(), ANSWERS) | {
     "architectures": NOTHING, "transformers_version": NOTHING, "name_or_path": NOTHING, "_name_or_path": NOTHING, "_commit_hash": NOTHING,
     "auto_map": "code of its author, which pgx never runs", "custom_pipelines": "code of its author, which pgx never runs",
     "task_specific_params": NOTHING, "tokenizer_class": "of the tokenizer, which is read from its own files", "prefix": NOTHING,
@@ -32,10 +40,12 @@ EVERY: dict[str, str] = {
     "return_dict": OUTPUTS, "output_hidden_states": OUTPUTS, "output_attentions": OUTPUTS,
     "id2label": CLASSIFIER, "label2id": CLASSIFIER, "num_labels": CLASSIFIER, "problem_type": CLASSIFIER, "finetuning_task": CLASSIFIER,
     "decoder_start_token_id": OTHER, "cross_attention_hidden_size": OTHER, "is_decoder": OTHER, "sep_token_id": OTHER,
-    "tie_encoder_decoder": OTHER, "initializer_range": TRAINING, "attention_dropout": TRAINING,
+    "tie_encoder_decoder": OTHER, "initializer_range": TRAINING, "attention_dropout": TRAINING, "gradient_checkpointing": TRAINING,
     "bos_token_id": "of the prompt, whose <bos> is the tokenizer's", "pad_token_id": "of batches, whose padding no token sees",
     "max_position_embeddings": "of the longest sequence, which the bundle's context limits",
 }  # fmt: skip
+# Those of decoders, which have no effect elsewhere.
+OF_DECODERS: dict[str, str] = dict.fromkeys(("rope_theta", "rope_scaling", "partial_rotary_factor"), NOTHING)
 PLAIN: dict[str, Only] = {
     "quantization_config": ((None,), "which stores weights as another program's integers"),
     "is_encoder_decoder": ((False, None), "which is another architecture"),
@@ -59,7 +69,9 @@ class VisionConfig(FileSchema):
     hidden_act: Activation = "gelu_pytorch_tanh"
     layer_norm_eps: Eps = 1e-6
 
-    no_effect: ClassVar[Mapping[str, str]] = EVERY | {
+    no_effect: ClassVar[Mapping[str, str]] = EVERY | OF_DECODERS | {
+        "eos_token_id": NOTHING, "tie_word_embeddings": NOTHING, "initializer_factor": TRAINING, "projection_size": NOTHING,
+        "text_config": NOTHING, "vision_config": NOTHING,
         "vision_use_head": "of the pooling head, whose output PaliGemma does not use",
         "projection_dim": "of the projector, whose weights give its sizes",
         "projector_hidden_act": NOTHING, "num_image_tokens": NOTHING, "num_positions": NOTHING, "vocab_size": NOTHING,
@@ -77,6 +89,12 @@ class VisionConfig(FileSchema):
         return self
 
 
+OTHER_ROPE = (
+    "factor original_max_position_embeddings attention_factor beta_fast beta_slow short_factor long_factor low_freq_factor "
+    "high_freq_factor mscale mscale_all_dim truncate"
+)
+
+
 class RopeConfig(FileSchema):
     """rope_parameters of transformers 5.x, rope_scaling of 4.x: plain rotary embeddings."""
 
@@ -89,10 +107,7 @@ class RopeConfig(FileSchema):
         "full_attention": ((), "which gives kinds of layers embeddings of their own"),
         "sliding_attention": ((), "which gives kinds of layers embeddings of their own"),
     }
-    no_effect: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "short_factor", "long_factor",
-         "low_freq_factor", "high_freq_factor"), "of rotary embeddings that are not plain",
-    )  # fmt: skip
+    no_effect: ClassVar[Mapping[str, str]] = dict.fromkeys(OTHER_ROPE.split(), "of rotary embeddings that are not plain")
 
 
 class GemmaConfig(FileSchema):
@@ -171,11 +186,12 @@ class Gemma2Config(GemmaConfig):
     final_logit_softcapping: Positive | None = 30.0
 
     no_effect: ClassVar[Mapping[str, str]] = {
-        key: why for key, why in GemmaConfig.no_effect.items() if why != "of Gemma 2"
-    } | {"hidden_act": "of Gemma 1; a Gemma 2 reads hidden_activation"}  # fmt: skip
+        **{key: why for key, why in GemmaConfig.no_effect.items() if why != "of Gemma 2"},
+        "hidden_act": "of Gemma 1; a Gemma 2 reads hidden_activation",
+    }
     only: ClassVar[Mapping[str, Only]] = {
         key: rule for key, rule in GemmaConfig.only.items() if key not in ("hidden_act", "sliding_window")
-    }  # fmt: skip
+    }
 
     @model_validator(mode="after")
     def _named(self) -> Self:
@@ -205,9 +221,9 @@ class PaliGemmaConfig(FileSchema):
     image_token_index: TokenId | None = None
     image_token_id: TokenId | None = None
     eos_token_id: StopTokens | None = None
-    tie_word_embeddings: Literal[True] = True
+    tie_word_embeddings: bool = True
 
-    no_effect: ClassVar[Mapping[str, str]] = EVERY | {
+    no_effect: ClassVar[Mapping[str, str]] = EVERY | OF_DECODERS | {
         "vision_config": "read by a schema of its own", "text_config": "read by a schema of its own",
         "hidden_size": "of the decoder, whose own config says it", "vocab_size": "of the decoder, whose own config says it",
         "projection_dim": "of the projector, whose weights give its sizes", "num_hidden_layers": NOTHING, "ignore_index": TRAINING,

@@ -15,11 +15,12 @@ import numpy as np
 
 from pgxport.bundle.mask import visible
 from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
-from pgxport.models.gemma import TOKEN_TABLE, decoder_step
+from pgxport.models.gemma import decoder_step
 from pgxport.models.layers import Transform, rotary_tables, times
 from pgxport.models.projector import projector
 from pgxport.models.siglip import vision_encoder
 from pgxport.models.spec import ModelSpec, TextSpec
+from pgxport.models.weights import EMBEDDING
 
 Observe = Callable[[str, str, np.ndarray], None]  # takes a kind of activation, its place, and the values
 Rounding = Callable[[str, str, np.ndarray], np.ndarray]  # takes the same, and returns the values that an engine computes with
@@ -208,7 +209,7 @@ class Eager:
 
 def inputs_embeds(source: TensorSource, spec: ModelSpec, features: np.ndarray, ids: Iterable[int]) -> np.ndarray:
     """Returns the decoder's input [1, N + T, H]: image features [1, N, H], then the scaled embeddings of T token ids."""
-    rows = np.concatenate([to_float32(source.rows(TOKEN_TABLE, t, t + 1)) for t in ids])
+    rows = np.concatenate([to_float32(source.rows(EMBEDDING, t, t + 1)) for t in ids])
     return np.concatenate([features, (rows * np.float32(spec.text.embed_scale))[None]], 1)
 
 

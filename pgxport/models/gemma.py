@@ -5,8 +5,7 @@ from functools import partial
 
 from pgxport.models.layers import Value, Writer, gelu, rms_norm, softcap
 from pgxport.models.spec import ModelSpec, TextSpec
-
-TOKEN_TABLE = "language_model.model.embed_tokens.weight"  # the embedding, and by tying the output matrix
+from pgxport.models.weights import output_matrix
 
 
 def decoder_step(g: Writer, spec: ModelSpec) -> None:
@@ -23,7 +22,7 @@ def decoder_step(g: Writer, spec: ModelSpec) -> None:
                 x = g.layer(x, partial(block, layer=i, t=t))
         # A prefix needs the logits of its last token only; at 896 px the others would take 4 GB.
         x = stream_norm(g, g.op("Slice", x, [-1], [2**31 - 1], [1]), "norm", t)
-    x = softcap(g, g.lm_head(x, TOKEN_TABLE), t.logit_softcap)
+    x = softcap(g, g.lm_head(x, output_matrix(t)), t.logit_softcap)
     g.output(x, "logits", ["batch", 1, t.vocab])
 
 

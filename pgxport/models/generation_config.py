@@ -43,6 +43,7 @@ class GenerationConfig(FileSchema):
         "return_legacy_cache": STORAGE, "low_memory": STORAGE, "continuous_batching_config": STORAGE, "generation_kwargs": NOTHING,
         "output_attentions": OUTPUTS, "output_hidden_states": OUTPUTS, "output_scores": OUTPUTS, "output_logits": OUTPUTS,
         "return_dict_in_generate": OUTPUTS, "transformers_version": NOTHING, "_commit_hash": NOTHING, "_from_model_config": NOTHING,
+        "force_bos_token_to_be_generated": OTHER,
         "custom_generate": "code of its author, which pgx never runs", "trust_remote_code": "code of its author, which pgx never runs",
     }  # fmt: skip
 

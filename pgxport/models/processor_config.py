@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pgxport.bundle.manifest import Pixels, Resample
 from pgxport.errors import CheckpointError
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.config import NOTHING
+from pgxport.models.config import NOTHING, OTHER
 from pgxport.models.schema import FileSchema, Only, Size
 from pgxport.models.spec import ModelSpec
 
@@ -63,6 +63,7 @@ class PreprocessorConfig(FileSchema):
     no_effect: ClassVar[Mapping[str, str]] = {
         "image_processor_type": NOTHING, "feature_extractor_type": NOTHING, "processor_class": NOTHING, "_valid_processor_keys": NOTHING,
         "transformers_version": NOTHING, "_processor_class": NOTHING, "use_fast": NOTHING, "backend": NOTHING, "device": NOTHING,
+        "image_processor": "of processor_config.json",
         "auto_map": "code of its author, which pgx never runs", "return_tensors": "of how arrays are given", "data_format": "of how arrays are given",
         "input_data_format": INPUT, "disable_grouping": "of speed", "default_to_square": "of a size that is one number, which is refused",
         "crop_size": "of crops, which are refused", "pad_size": "of borders, which are refused",
@@ -81,7 +82,7 @@ class ProcessorConfig(FileSchema):
     image_processor: dict[str, Any] | None = None
 
     no_effect: ClassVar[Mapping[str, str]] = {
-        "processor_class": NOTHING, "auto_map": "code of its author, which pgx never runs", "chat_template": "of chats",
+        "processor_class": NOTHING, "auto_map": "code of its author, which pgx never runs", "chat_template": "of chats", "audio_tokenizer": OTHER,
         "tokenizer": "of the tokenizer, which is read from its own files", "image_seq_length": "of the image processor, whose own it is",
         "transformers_version": NOTHING, "_processor_class": NOTHING,
     }  # fmt: skip

@@ -5,7 +5,8 @@
 1024
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from pgxport.errors import UsageError
 
@@ -47,6 +48,7 @@ class TextSpec:
     logit_softcap: float | None = None
     window: int | None = None  # how many tokens a generated token sees in the local layers; None: all
     local_layers: tuple[int, ...] = ()
+    tied: bool = True  # the output matrix is the embedding
     residual_divisor: float = 1.0  # a power of two that keeps the residual stream inside float16's range; see `shrunk`
 
     @property
@@ -70,6 +72,13 @@ class ModelSpec:
     @property
     def resolution(self) -> int:
         return self.vision.resolution
+
+    def described(self) -> dict[str, Any]:
+        """Returns the spec as a manifest has it: without `tied` where that is true, as in bundles from before there was the field."""
+        plain = asdict(self)
+        if plain["text"]["tied"]:
+            del plain["text"]["tied"]
+        return plain
 
 
 def _gemma2(width: int, depth: int, mlp: int, heads: int, kv_heads: int, head_dim: int = 256, scalar: int = 256) -> TextSpec:

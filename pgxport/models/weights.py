@@ -8,8 +8,8 @@ from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
 
 Shapes = dict[str, tuple[int, ...]]
 
-EMBEDDING = "language_model.model.embed_tokens.weight"
-LM_HEAD = "language_model.lm_head.weight"
+EMBEDDING = "language_model.model.embed_tokens.weight"  # also the output matrix, where they are tied
+LM_HEAD = "language_model.lm_head.weight"  # the output matrix, where they are not
 
 # transformers 4.52 and later hold the towers under `model.`. 5.x also drops
 # `vision_model.`; its save_pretrained turns the other names back into the
@@ -34,6 +34,10 @@ UNUSED = {
     "*.rotary_emb.original_inv_freq": "a buffer that follows from rope_theta",
 }
 
+PARTS = {
+    "vision_tower.": "vision encoder", "multi_modal_projector.": "projector", EMBEDDING: "token table", LM_HEAD: "output matrix",
+}  # fmt: skip
+
 
 def weight_shapes(spec: ModelSpec) -> Shapes:
     """Returns the shape of every tensor by its published name; matrices are [out, in]."""
@@ -42,8 +46,13 @@ def weight_shapes(spec: ModelSpec) -> Shapes:
     return _vision(spec.vision) | projector | _text(spec.text)
 
 
+def output_matrix(text: TextSpec) -> str:
+    """Returns the name of the matrix [V, H] that logits are products of."""
+    return EMBEDDING if text.tied else LM_HEAD
+
+
 def parameters(spec: ModelSpec) -> int:
-    """Returns the number of parameters of a checkpoint; the tied output matrix counts once."""
+    """Returns the number of parameters of a checkpoint; a tied output matrix counts once."""
     return sum(prod(shape) for shape in weight_shapes(spec).values())
 
 
@@ -69,7 +78,7 @@ def _vision(v: VisionSpec) -> Shapes:
 
 def _text(t: TextSpec) -> Shapes:
     model, queries, keys = "language_model.model", t.heads * t.head_dim, t.kv_heads * t.head_dim
-    shapes: Shapes = {f"{model}.embed_tokens.weight": (t.vocab, t.width), f"{model}.norm.weight": (t.width,)}
+    shapes: Shapes = {EMBEDDING: (t.vocab, t.width), output_matrix(t): (t.vocab, t.width), f"{model}.norm.weight": (t.width,)}
     matrices = {
         "self_attn.q_proj": (queries, t.width),
         "self_attn.k_proj": (keys, t.width),
@@ -85,6 +94,11 @@ def _text(t: TextSpec) -> Shapes:
         shapes |= {f"{model}.layers.{i}.{name}.weight": shape for name, shape in matrices.items()}
         shapes |= {f"{model}.layers.{i}.{norm}.weight": (t.width,) for norm in norms}
     return shapes
+
+
+def part_of(name: str) -> str:
+    """Returns what the part of the model is called that a weight belongs to."""
+    return next((part for start, part in PARTS.items() if name.startswith(start)), "decoder")
 
 
 def why_unused(name: str) -> str | None:

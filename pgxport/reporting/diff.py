@@ -55,6 +55,7 @@ class Diff:
     second: str
     changes: list[DiffEntry] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)  # about the data
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -63,13 +64,13 @@ class Diff:
     def render(self) -> str:
         """Return the differences as text."""
         if not self.changes:
-            return f"{self.first} and {self.second}: no difference"
+            return "\n".join([f"{self.first} and {self.second}: no difference", *self.remarks])
         lines = [f"- {self.first}", f"+ {self.second}"]
         for c in self.changes[:SHOWN]:
             lines.append(f"{c.what}: {_absent(c.first)} → {_absent(c.second)}" + (f"  ({c.says})" if c.says else ""))
         if len(self.changes) > SHOWN:
             lines.append(f"and {len(self.changes) - SHOWN} more; --json lists them all")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.remarks])
 
 
 def diff(options: DiffOptions, *, progress: Progress | None = None) -> Diff:
@@ -105,6 +106,7 @@ def diff(options: DiffOptions, *, progress: Progress | None = None) -> Diff:
         )
         device = report(given, progress=progress).devices[0]
     result.changes.extend(_answers(device))
+    result.remarks.extend(device.data.remarks)
     if options.gate is not None:
         result.failures.extend(gate_failures(device))
     return result

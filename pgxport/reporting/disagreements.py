@@ -13,7 +13,7 @@ from typing import Literal
 from PIL import Image
 
 from pgxport.errors import PgxError
-from pgxport.metrics.fidelity import is_malformed
+from pgxport.metrics.fidelity import is_empty, is_malformed
 from pgxport.metrics.metrics import METRICS, score
 from pgxport.metrics.sample import LOCATING, Region, Sample
 from pgxport.reporting import schema
@@ -151,13 +151,15 @@ def _shown(sample: Sample, answers: Mapping[str, Answer], reference: str, album:
 
 
 def _truth(sample: Sample) -> str:
+    if sample.background:
+        return "nothing"
     if sample.answers:
         return " · ".join(dict.fromkeys(sample.answers))
     return ", ".join(region.label or "one object" for region in sample.regions)
 
 
 def _fault(sample: Sample, answer: Answer) -> str | None:
-    if not answer.text.strip():
+    if is_empty(sample, answer):
         return "empty"
     if is_malformed(sample, answer):
         return "; ".join(map(str, answer.warnings)) or "locates nothing"

@@ -23,6 +23,7 @@ def page(report: Report) -> str:
 def _device(device: Device) -> list[str]:
     lines = [f"## {text(device.name)}", ""]
     lines += [f"- {text(finding.text)}" for finding in device.verdict] + [""]
+    lines += [line for remark in device.data.remarks for line in (text(remark), "")]
     for table in [*tables.all_tables(device), tables.environment(device)]:
         lines += _table(table)
     if device.disagreements:

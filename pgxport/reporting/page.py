@@ -54,6 +54,7 @@ def esc(text: str) -> str:
 def _device(device: Device, n: int, pictures: Mapping[str, bytes], *, titled: bool) -> str:
     findings = "".join(_finding(finding) for finding in device.verdict)
     shown = "".join(_table(table, n, device) for table in tables.all_tables(device))
+    remarks = "".join(f"<p>{esc(remark)}</p>\n" for remark in device.data.remarks)
     differ = "".join(_disagreement(d, device.reference, pictures) for d in device.disagreements)
     if differ:
         differ = (
@@ -66,7 +67,7 @@ def _device(device: Device, n: int, pictures: Mapping[str, bytes], *, titled: bo
     heading = esc(device.name) if titled else f"Verdict on {esc(device.name)}"
     return (
         f'<section aria-labelledby="device-{n}">\n<h2 id="device-{n}">{heading}</h2>\n'
-        f'<p class="soft">{_asked(device)}</p>\n<ul class="verdict">{findings}</ul>\n{_chart(device)}{shown}{differ}'
+        f'<p class="soft">{_asked(device)}</p>\n{remarks}<ul class="verdict">{findings}</ul>\n{_chart(device)}{shown}{differ}'
         f"{_table(tables.environment(device), n, device)}</section>\n"
     )
 

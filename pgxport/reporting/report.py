@@ -137,7 +137,7 @@ def _labels(paths: Sequence[str]) -> list[str]:
     names = [Path(path).resolve().name for path in paths]
     unique = len(set(names)) == len({str(Path(p).resolve()) for p in paths})
     # A name that is no UTF-8 cannot stand in a report as it is.
-    return labels(name.encode("utf-8", "replace").decode() for name in (names if unique else paths))
+    return labels(_utf8(name) for name in (names if unique else paths))
 
 
 def _reference(subjects: Sequence[ReportSubject]) -> int:
@@ -242,15 +242,17 @@ def _data(data: DataSet) -> schema.Data:
     digest = hashlib.sha256()
     for sample, key in zip(data.samples, keys(data.samples), strict=True):
         tasks[sample.task] = tasks.get(sample.task, 0) + 1
-        digest.update(repr((key, sample.task, sample.metric, sample.answers, sample.regions)).encode())
+        digest.update(repr((key, sample.task, sample.metric, sample.answers, sample.regions, sample.background)).encode())
     return schema.Data(
         format=data.format,
-        source=data.source,
+        source=_utf8(data.source),
         digest=digest.hexdigest(),
         samples=len(data.samples),
         tasks=tasks,
         records=data.records,
         skipped=data.skipped,
+        unusable=len(data.unusable),
+        remarks=tuple(map(_utf8, data.remarks)),
     )
 
 
@@ -266,7 +268,12 @@ def _command(options: ReportOptions) -> str:
     }  # fmt: skip
     given = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
     words = shlex.join(["pgx", "report", *options.bundles, *given, "-o", str(options.output)])
-    return words.encode("utf-8", "replace").decode()
+    return _utf8(words)
+
+
+def _utf8(text: str) -> str:
+    """The text with a mark for what UTF-8 cannot encode: a path may hold any bytes, and a report may not."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _evenly(items: list[str], count: int) -> list[str]:

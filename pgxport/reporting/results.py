@@ -12,7 +12,7 @@ import numpy as np
 from pgxport.bundle.manifest import Parity
 from pgxport.metrics import bootstrap, fidelity
 from pgxport.metrics.bootstrap import Curve, Resampled
-from pgxport.metrics.metrics import METRICS, groups, metrics_for, tally
+from pgxport.metrics.metrics import METRICS, cider_is_defined, groups, metrics_for, tally
 from pgxport.metrics.sample import Sample
 from pgxport.reporting import schema
 from pgxport.reporting.asking import TokenAgreement
@@ -34,13 +34,19 @@ class Subset:
 
 
 def subsets(samples: Sequence[Sample]) -> list[Subset]:
-    """Return which metric is taken over which samples; the first of a task decides."""
+    """Return which metric is taken over which samples; the first of a task decides.
+
+    CIDEr-D is not shown beside another metric where it says nothing.
+    """
     places: dict[tuple[str, str], list[int]] = {}
     for i, sample in enumerate(samples):
         for metric in metrics_for(sample):
             places.setdefault((sample.task, metric), []).append(i)
     deciding = {(s.task, s.metric) for s in samples}
-    return [Subset(task, metric, (task, metric) in deciding, tuple(at)) for (task, metric), at in places.items()]
+    shown = {
+        key: at for key, at in places.items() if key in deciding or key[1] != "cider" or cider_is_defined(samples[i] for i in at)
+    }
+    return [Subset(task, metric, (task, metric) in deciding, tuple(at)) for (task, metric), at in shown.items()]
 
 
 @dataclass(frozen=True)

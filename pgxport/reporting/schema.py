@@ -195,7 +195,9 @@ class Data(_Model):
     samples: int
     tasks: dict[str, int]
     records: int
-    skipped: int
+    skipped: int  # records among those taken that give no sample, unusable ones included
+    unusable: int = 0  # records that cannot be used
+    remarks: tuple[str, ...] = ()  # the first five of them and why, and what was decided for the data as a whole
 
 
 class Board(_Model):

@@ -21,6 +21,7 @@ class PictureQuestion:
     engine: str = "cpu"
     threads: int | None = None
     low_memory: bool = False
+    special_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ class PictureAnswer:
         return {"image": self.image} | self.answer.to_json() | where
 
 
-def ask_each(bundle: str, pictures: Sequence[Path | EmbeddedPicture], question: PictureQuestion) -> Iterator[PictureAnswer]:
+AskedPicture = Path | EmbeddedPicture | PictureAnswer  # the last: a record that names no picture, as the row that says so
+
+
+def ask_each(bundle: str, pictures: Sequence[AskedPicture], question: PictureQuestion) -> Iterator[PictureAnswer]:
     """Answer about one picture after the other; a picture that cannot be answered is a row like the others.
 
     Raises:
@@ -65,8 +69,10 @@ def ask_each(bundle: str, pictures: Sequence[Path | EmbeddedPicture], question: 
             yield answer(runner, str(picture), read(picture), q)
 
 
-def read(picture: Path | EmbeddedPicture) -> bytes | PictureAnswer:
+def read(picture: AskedPicture) -> bytes | PictureAnswer:
     """Return a picture's bytes, or the row that says why there are none."""
+    if isinstance(picture, PictureAnswer):
+        return picture
     if isinstance(picture, EmbeddedPicture):
         return picture.content
     try:
@@ -79,7 +85,9 @@ def answer(runner: Runner, name: str, content: bytes | PictureAnswer, question: 
     """Return the row of one picture; `content` is what `read` gave."""
     if isinstance(content, PictureAnswer):
         return content
+    q = question
     try:
-        return PictureAnswer(name, runner.answer(content, question.prompt, max_new_tokens=question.max_new_tokens))
+        answered = runner.answer(content, q.prompt, max_new_tokens=q.max_new_tokens, special_tokens=q.special_tokens)
+        return PictureAnswer(name, answered)
     except (InputError, NumericError) as error:  # the next picture may do better
         return PictureAnswer(name, None, str(error), error.exit_code)

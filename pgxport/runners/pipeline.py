@@ -84,13 +84,17 @@ class Pipeline:
             self._sessions[name] = self._open(self._files[name])
         return self._sessions[name]
 
-    def prompt_ids(self, prompt: str, images: int = 1) -> list[int]:
+    def prompt_ids(self, prompt: str, images: int = 1, *, special_tokens: bool = False) -> list[int]:
         """Token ids of a whole prefix: the tokens of the images, then bos, the prompt and the newline.
+
+        Args:
+            special_tokens: The fine-tune's own special tokens are tokens in the prompt, and not text.
 
         Raises:
             InputError: The prompt cannot be used, or the prefix is longer than the bundle's context.
         """
-        return self._tokenizer.prompt_ids(prompt, self.manifest.image_tokens, images, limit=self.manifest.context_length)
+        m = self.manifest
+        return self._tokenizer.prompt_ids(prompt, m.image_tokens, images, limit=m.context_length, special_tokens=special_tokens)
 
     def encode(self, images: Sequence[Picture]) -> np.ndarray:
         """Pictures to image features [B, N, H].

@@ -50,16 +50,21 @@ class Runner(Pipeline):
         """
         return cls(Bundle.open(path), engine=engine, threads=threads, low_memory=low_memory)
 
-    def answer(self, image: Picture | Sequence[Picture], prompt: str, *, max_new_tokens: int | None = None) -> Answer:
+    def answer(
+        self, image: Picture | Sequence[Picture], prompt: str, *, max_new_tokens: int | None = None, special_tokens: bool = False
+    ) -> Answer:
         """Answer a prompt about an image, or about several in order.
 
         Boxes and masks are in pixels of the first image as it was given. Timings are in seconds, by stage.
+
+        Args:
+            special_tokens: The fine-tune's own special tokens are tokens in the prompt, and not text.
 
         Raises:
             InputError: An image or the prompt cannot be used, or they are too long for the bundle.
             NumericError: The model's numbers are not finite.
         """
-        prefix = self._prefix(image, prompt)
+        prefix = self._prefix(image, prompt, special_tokens=special_tokens)
         timings, start = dict(prefix.timings), time.perf_counter()
         ids: list[int] = []
         limit = self.answer_limit(prefix.embeds, max_new_tokens)
@@ -73,18 +78,20 @@ class Runner(Pipeline):
         timings["post"] = time.perf_counter() - start
         return replace(answer, truncated=len(ids) == limit, timings=timings)
 
-    def stream(self, image: Picture | Sequence[Picture], prompt: str, *, max_new_tokens: int | None = None) -> Iterator[str]:
+    def stream(
+        self, image: Picture | Sequence[Picture], prompt: str, *, max_new_tokens: int | None = None, special_tokens: bool = False
+    ) -> Iterator[str]:
         """The answer's text, piece by piece as it is generated; it may be left at any time."""
-        embeds = self._prefix(image, prompt).embeds
+        embeds = self._prefix(image, prompt, special_tokens=special_tokens).embeds
         return self.pieces(self.generate(embeds, self.answer_limit(embeds, max_new_tokens)))
 
-    def _prefix(self, image: Picture | Sequence[Picture], prompt: str) -> _Prefix:
+    def _prefix(self, image: Picture | Sequence[Picture], prompt: str, *, special_tokens: bool) -> _Prefix:
         start = time.perf_counter()
         pictures: Sequence[Any] = image if isinstance(image, Sequence) and not isinstance(image, str | bytes) else [image]
         if not pictures:
             raise UsageError("no image was given; PaliGemma answers about at least one")
         images = [load_image(picture) for picture in pictures]
-        ids = self.prompt_ids(prompt, len(images))
+        ids = self.prompt_ids(prompt, len(images), special_tokens=special_tokens)
         pixels = self.pixels(images)
         timings = {"preprocess": time.perf_counter() - start}
         features = self.encode_pixels(pixels, timings=timings)

@@ -7,78 +7,62 @@ a user's text is data: `<image>` typed in it is seven letters.
 
 import codecs
 import itertools
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
 
 from pgxport.bundle.manifest import TokenIds
-from pgxport.errors import CheckpointError, InputError, IntegrityError
+from pgxport.bundle.tokenizer_file import UNK, TokenizerFile, parse_tokenizer
+from pgxport.errors import CheckpointError, InputError, IntegrityError, PgxWarning
 
-HEAD_BYTES = 4 << 20  # of a tokenizer.json; its added tokens take a tenth of that
+# Gemma's and PaliGemma's own special tokens, and the one id that ends a turn of a chat: a fine-tune's are all others.
+BASE = ("<pad>", "<eos>", "<bos>", UNK, "<mask>", "<2mass>", "[@BOS@]", "<start_of_turn>", "<end_of_turn>", "<image>")
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how byte fallback writes a byte no piece covers
 
 
-def read_token_ids(tokenizer_json: Path | bytes, config: Mapping[str, Any]) -> TokenIds:
-    """Read the ids from a checkpoint's tokenizer.json and config.json, where config.json is silent by the tokens' names.
+class PromptTokenizer:
+    """Prompts to prefix ids and back, for one tokenizer.json.
 
     Raises:
-        CheckpointError: Some are missing, or the two files disagree about `<image>`.
+        IntegrityError: The file is not a tokenizer of Gemma's kind.
     """
-    known = _added_tokens(tokenizer_json)
-    image = _stated(config, "image_token_index", "image_token_id")
-    named = known.get("<image>")
-    # 256000, the default of transformers' PaliGemmaConfig, is <loc0000> in the published vocabulary.
-    if image is not None and named is not None and image != named:
-        called = next((token for token, i in known.items() if i == image), "a piece of text")
-        raise CheckpointError(
-            f"config.json says that the image token is {image}, which tokenizer.json calls {called!r}; "
-            f"its '<image>' is {named}. Set image_token_index to {named}, or use the tokenizer this model was trained with"
-        )
-    # Where no added token is the newline, what the whole tokenizer makes of it.
-    newline = [known["\n"]] if "\n" in known else _load(tokenizer_json).encode("\n", add_special_tokens=False).ids
-    loc, seg = _run(known, "<loc{:04}>"), _run(known, "<seg{:03}>")
-    ids_or_none = {
-        "bos": _stated(config, "bos_token_id", token=known.get("<bos>")),
-        "eos": _stated(config, "eos_token_id", token=known.get("<eos>")),
-        "pad": _stated(config, "pad_token_id", token=known.get("<pad>")),
-        "newline": newline[0] if len(newline) == 1 else None,
-        "image": named if image is None else image,
-        "loc_first": loc[0] if loc else None,
-        "seg_first": seg[0] if seg else None,
-    }
-    ids = {name: i for name, i in ids_or_none.items() if i is not None}
-    if missing := [name.removesuffix("_first") for name in ids_or_none if name not in ids]:
-        raise CheckpointError(
-            f"tokenizer.json and config.json do not say which tokens are: {', '.join(missing)}. "
-            f"This looks like a plain Gemma tokenizer; use the one published with PaliGemma"
-        )
-    return TokenIds(**ids, loc_count=len(loc), seg_count=len(seg))
-
-
-class PromptTokenizer:
-    """Prompts to prefix ids and back, for one tokenizer.json."""
 
     def __init__(self, tokenizer_json: Path | bytes, ids: TokenIds) -> None:
         self.ids = ids
         self._tokenizer = _load(tokenizer_json)
-        self._silent = {ids.bos, ids.eos, ids.pad, ids.image}
-        self._reserved = self._reserved_tokens()
-        # The longest first, or "<a>" hides "<a>b".
-        longest_first = sorted(self._reserved.values(), key=len, reverse=True)
-        self._literal = re.compile("|".join(map(re.escape, longest_first)))
+        token_of = self._tokenizer.id_to_token
+        flagged = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        base = {i for token in BASE if (i := self._tokenizer.token_to_id(token)) is not None}
+        unk = self._tokenizer.token_to_id(UNK)
+        assert unk is not None, "Bug: a checked vocabulary has it"
+        control = {ids.bos, ids.eos, ids.pad, ids.image, unk}
+        # What an answer does not show: as transformers' skip_special_tokens, but that a fine-tune's own are words of its answers.
+        self._silent = control | (flagged & base)
+        self._own = (flagged & set(ids.special)) - base - control
+        located = {*range(ids.loc_first, ids.loc_first + ids.loc_count), *range(ids.seg_first, ids.seg_first + ids.seg_count)}
+        reserved = (control | flagged) - located - self._own
+        self._reserved = {i: token for i in reserved if (token := token_of(i))}
+        own = {i: token for i in self._own if (token := token_of(i))}
+        self._literal = {True: _any_of(self._reserved.values()), False: _any_of([*self._reserved.values(), *own.values()])}
 
-    def prompt_ids(self, prompt: str, image_tokens: int, images: int = 1, *, limit: int | None = None) -> list[int]:
+    def prompt_ids(
+        self, prompt: str, image_tokens: int, images: int = 1, *, limit: int | None = None, special_tokens: bool = False
+    ) -> list[int]:
         """The prefix: image tokens, bos, the text, newline.
 
+        A special token that the text spells is ordinary text; a PgxWarning says so, once for each token.
+
         Args:
-            prompt: The user's text. `<loc…>` and `<seg…>` in it are tokens; every other special token is ordinary text.
+            prompt: The user's text. `<loc…>`, `<seg…>` and what a fine-tune added as words are tokens in it.
             image_tokens: How many tokens one image takes.
             images: How many images.
             limit: The most ids the prefix may have.
+            special_tokens: The fine-tune's own special tokens are tokens in it, too; never those of PaliGemma.
 
         Raises:
             InputError: The prompt is empty, is not valid text, or makes the prefix longer than `limit`.
@@ -88,7 +72,8 @@ class PromptTokenizer:
             raise InputError(f"the prompt is empty ({given}); say what to do with the image, for example 'caption en'")
         # The newline is tokenized on its own, as in training:
         # appended to the text it would merge with one the user typed.
-        prefix = [self.ids.image] * (image_tokens * images) + [self.ids.bos, *self._text_ids(prompt), self.ids.newline]
+        text = self._text_ids(prompt, special_tokens=special_tokens)
+        prefix = [self.ids.image] * (image_tokens * images) + [self.ids.bos, *text, self.ids.newline]
         if limit is not None and len(prefix) > limit:
             raise InputError(
                 f"the prompt of {len(prompt)} characters makes a prefix of {len(prefix)} tokens ({image_tokens * images} of them "
@@ -97,7 +82,7 @@ class PromptTokenizer:
         return prefix
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of generated ids: `<locNNNN>` and `<segNNN>` stay, bos, eos and padding go."""
+        """The text of generated ids: `<locNNNN>` and `<segNNN>` stay, and what a fine-tune added; PaliGemma's special tokens go."""
         return "".join(self.stream(ids))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -118,7 +103,7 @@ class PromptTokenizer:
         if rest := utf8.decode(b"", final=True):
             yield rest
 
-    def _text_ids(self, text: str) -> list[int]:
+    def _text_ids(self, text: str, *, special_tokens: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -129,82 +114,77 @@ class PromptTokenizer:
         # Cut after its first character, a reserved token is two stretches of ordinary
         # text; neither the added tokens nor the merges can then put it together.
         # `encode_special_tokens` would miss tokens a checkpoint does not flag as special.
-        cuts = [0, *(match.start() + 1 for match in self._literal.finditer(text)), len(text)]
+        spelled = list(self._literal[special_tokens].finditer(text))
+        for token in dict.fromkeys(match[0] for match in spelled):
+            warnings.warn(self._hint(token), PgxWarning, stacklevel=3)
+        cuts = [0, *(match.start() + 1 for match in spelled), len(text)]
         pieces = (text[a:b] for a, b in itertools.pairwise(cuts))
-        ids = [i for piece in pieces for i in self._tokenizer.encode(piece, add_special_tokens=False).ids]
-        if forged := sorted(self._reserved.keys() & ids):
+        with library("the prompt cannot be tokenized"):
+            ids = [i for piece in pieces for i in self._tokenizer.encode(piece, add_special_tokens=False).ids]
+        forbidden = self._reserved.keys() if special_tokens else self._reserved.keys() | self._own
+        if forged := sorted(forbidden & set(ids)):
             raise InputError(
-                f"this tokenizer turns text of the prompt into {self._reserved[forged[0]]!r}, which only pgx may write; "
+                f"this tokenizer turns text of the prompt into {self._tokenizer.id_to_token(forged[0])!r}, which only pgx may write; "
                 f"reword the prompt"
             )
         return ids
 
-    def _reserved_tokens(self) -> dict[int, str]:
-        """Returns the tokens that a user's text may not become: control tokens, special ones and unk, but not `<loc…>` and `<seg…>`."""
-        loc = range(self.ids.loc_first, self.ids.loc_first + self.ids.loc_count)
-        seg = range(self.ids.seg_first, self.ids.seg_first + self.ids.seg_count)
-        flagged = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        unk = self._tokenizer.token_to_id(getattr(self._tokenizer.model, "unk_token", None) or "<unk>")
-        reserved = {i for i in {*self._silent, *flagged, unk} if i is not None and i not in loc and i not in seg}
-        return {i: token for i in reserved if (token := self._tokenizer.id_to_token(i))}
+    def _hint(self, token: str) -> str:
+        """What to do about a special token that a prompt spells."""
+        seen = f"the prompt has {token!r} as {len(token)} letters, not as a token"
+        if self._tokenizer.token_to_id(token) in self._own:
+            return f"{seen}; it is a special token of this model, which --special-tokens lets a prompt use (special_tokens=True in Python)"
+        if self._tokenizer.token_to_id(token) == self.ids.image:
+            return f"{seen}; pgx puts the image before the prompt itself, so leave it out"
+        return f"{seen}; pgx writes this model's special tokens itself, so leave it out"
 
 
-def _read(file: Path) -> bytes:
+def build_tokenizer(file: TokenizerFile, name: str) -> Tokenizer:
+    """The tokenizer of checked values.
+
+    Raises:
+        CheckpointError: a merge is of pieces that the vocabulary does not have.
+    """
+    with library(f"{name}: not a sound tokenizer"):
+        model = BPE(vocab=file.vocab, merges=file.merges, unk_token=UNK, fuse_unk=True, byte_fallback=True)
+        tokenizer = Tokenizer(model)
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        tokenizer.add_tokens([AddedToken(**row.model_dump(exclude={"id"})) for row in file.added])
+    return tokenizer
+
+
+@contextmanager
+def library(doing: str) -> Iterator[None]:
+    """Turn an error of the tokenizers library into one of ours, and a panic of it, which is no Exception.
+
+    Raises:
+        CheckpointError: the library failed.
+    """
     try:
-        return file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror or error}; fetch it from the model's page") from error
+        yield
+    except Exception as error:  # the only type it raises
+        raise CheckpointError(f"{doing}: {error}; use the tokenizer this model was trained with") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # its class cannot be imported
+            raise
+        raise CheckpointError(
+            f"{doing}: the tokenizers library panicked: {error}; use the tokenizer this model was trained with"
+        ) from error
 
 
 def _load(tokenizer_json: Path | bytes) -> Tokenizer:
     name = "tokenizer.json" if isinstance(tokenizer_json, bytes) else str(tokenizer_json)
-    data = tokenizer_json if isinstance(tokenizer_json, bytes) else _read(tokenizer_json)
     try:
-        tokenizer = Tokenizer.from_buffer(data)
-    except Exception as error:  # the only type tokenizers raises
-        raise IntegrityError(f"{name}: not a tokenizer of the tokenizers library: {error}; fetch it again") from error
-    # A file saved after training may carry both; a prefix is neither cut nor filled.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        data = tokenizer_json if isinstance(tokenizer_json, bytes) else tokenizer_json.read_bytes()
+        return build_tokenizer(parse_tokenizer(data, name), name)
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror or error}; put the model's own there") from error
+    except CheckpointError as error:  # of a bundle, which pgx wrote
+        raise IntegrityError(str(error)) from error
 
 
-def _stated(config: Mapping[str, Any], *keys: str, token: int | None = None) -> int | None:
-    """Returns the id that config.json states, at its top or in its text_config; else `token`."""
-    for section in (config, config.get("text_config") or {}):
-        for key in keys:
-            value = section.get(key)
-            if isinstance(value, list) and value:  # several stop tokens, of which the first is the end of a text
-                value = value[0]
-            if value is None:
-                continue
-            if type(value) is not int or value < 0:
-                raise CheckpointError(f"config.json: {key} is {value!r}; pgx needs one token id, an integer")
-            return value
-    return token
-
-
-def _added_tokens(tokenizer_json: Path | bytes) -> dict[str, int]:
-    """The tokens that tokenizer.json adds to its vocabulary: all that have a meaning of their own.
-
-    They stand at its head. The published file has 35 MB, and to
-    build the whole tokenizer from it takes 300 MB of memory.
-    """
-    name = "tokenizer.json" if isinstance(tokenizer_json, bytes) else str(tokenizer_json)
-    data = tokenizer_json if isinstance(tokenizer_json, bytes) else _read(tokenizer_json)
-    start = data.find(b"[", data.find(b'"added_tokens"'))
-    try:
-        rows, _ = json.JSONDecoder().raw_decode(data[start : start + HEAD_BYTES].decode(errors="ignore"))
-        return {row["content"]: int(row["id"]) for row in rows}
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{name}: its added tokens cannot be read ({error}); fetch it from the model's page") from error
-
-
-def _run(tokens: Mapping[str, int], pattern: str) -> list[int]:
-    """The ids of pattern 0, 1, 2, …, as many as there are."""
-    ids: list[int] = []
-    while (i := tokens.get(pattern.format(len(ids)))) is not None:
-        ids.append(i)
-    if ids and ids != list(range(ids[0], ids[0] + len(ids))):
-        raise CheckpointError(f"tokenizer.json: the ids from {pattern.format(0)!r} on are not consecutive, as PaliGemma's are")
-    return ids
+def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
+    # The longest first, or "<a>" hides "<a>b".
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pgxport.errors import choose
-from pgxport.exporter.recipe import NORMS, PROJECTOR, REST, TABLE, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import NORMS, OUTPUT, PROJECTOR, REST, TABLE, Recipe, Rule, Scheme
 from pgxport.models.spec import ModelSpec
 
 FLOAT = "float16"
@@ -42,20 +42,27 @@ class Group:
         patterns: Of the weights' names; {} stands for a layer.
         layers: None where the group belongs to no layer.
         fixed: The patterns whose input nothing before can divide: they are never rescaled (scaling.py).
+        output: It is the output matrix, which alone can have a shortlist.
     """
 
     name: str
     patterns: tuple[str, ...]
     layers: tuple[int, ...] = ()
     fixed: tuple[str, ...] = ()
+    output: bool = False
 
     def scheme(self, pattern: str, candidate: str) -> Scheme:
         scheme = CANDIDATES[candidate]
         if pattern in self.fixed:
             scheme = replace(scheme, scaling="none")
-        # Rows of the table are looked up too, for which a grid has to be symmetric (graphs.py). Only its
-        # output can have a shortlist.
-        return replace(scheme, symmetric=True) if pattern == TABLE else replace(scheme, shortlist=False)
+        if not self.output:
+            scheme = replace(scheme, shortlist=False)
+        if pattern == TABLE:
+            # Its rows are looked up, for which a grid has to be symmetric; and where nothing
+            # is multiplied by it, GPTQ has no inputs to go by.
+            nearest = scheme.method == "gptq" and not self.output
+            scheme = replace(scheme, symmetric=True, method="nearest" if nearest else scheme.method)
+        return scheme
 
 
 def groups(spec: ModelSpec) -> list[Group]:
@@ -67,7 +74,10 @@ def groups(spec: ModelSpec) -> list[Group]:
     those quarters at 8 bits for the same reason), and a probe of every layer of 3B would be 160 groups.
     """
     vision, text = "vision_tower.vision_model.encoder.layers.{}.", "language_model.model.layers.{}."
-    made = [Group("token table", (TABLE,), fixed=(TABLE,)), Group("projector", (PROJECTOR,), fixed=(PROJECTOR,))]
+    made = [Group("token table", (TABLE,), fixed=(TABLE,), output=spec.text.tied)]
+    if not spec.text.tied:
+        made.append(Group("output matrix", (OUTPUT,), fixed=(OUTPUT,), output=True))
+    made.append(Group("projector", (PROJECTOR,), fixed=(PROJECTOR,)))
     for layers in runs(spec.vision.depth):
         attention = (f"{vision}self_attn.[qkv]_proj.weight", f"{vision}self_attn.out_proj.weight")
         fc1, fc2 = f"{vision}mlp.fc1.weight", f"{vision}mlp.fc2.weight"
@@ -126,7 +136,7 @@ def recipe(name: str, all_groups: Sequence[Group], choice: Mapping[str, str]) ->
     for pattern, schemes in by_pattern.items():
         ((most, _),) = Counter(schemes.values()).most_common(1)
         rules += [Rule(pattern.format(layer), scheme) for layer, scheme in schemes.items() if scheme != most]
-        if most != REST.scheme:
+        if most != REST.scheme or pattern == OUTPUT:  # without a rule it would have the token table's scheme
             rules.append(Rule(pattern.format("*"), most))
     return Recipe(name, (*rules, REST))
 

@@ -182,6 +182,7 @@ def render(t: Tuning) -> str:
     lines = [
         f"{facts['checkpoint']} on {_counts(facts['samples'])}; {facts['engine']}, {facts['key']['threads'] or 'all'} threads, "
         f"load average {facts['machine']['load_average']} before",
+        *facts["remarks"],
         f"float32: {reference['bytes'] / 1e6:.2f} MB, {reference['ms']:.1f} ms an answer of {facts['answer_tokens']:.1f} tokens",
         "", "what each group loses by itself: KL to float32 in nats",
         table(_sensitivity(t)),

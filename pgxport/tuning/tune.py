@@ -21,7 +21,6 @@ from pgxport.hub.locate import ModelChoice, locate
 from pgxport.machine.conditions import describe_machine, versions
 from pgxport.machine.driver import ask_driver
 from pgxport.metrics.sample import Sample
-from pgxport.models.config import read_config
 from pgxport.reporting.measured import keys
 from pgxport.reporting.store import alone, digest
 from pgxport.runners.session import ENGINES
@@ -151,7 +150,7 @@ def tuned_model(o: TuneOptions) -> TunedModel:
         raise UsageError("name one model: a checkpoint, --size tiny --res 224, or an --adapter that names its base")
     located = locate(o, precision="fp32")
     checkpoint = open_checkpoint(located, o)
-    spec = read_config(checkpoint.config)
+    spec = checkpoint.spec()
     check_weights(checkpoint, spec)
     sha256 = checkpoint_sha256(checkpoint.files())
     calibration = Calibration.open(o.calibration) if o.calibration else None
@@ -171,7 +170,7 @@ def tuned_model(o: TuneOptions) -> TunedModel:
         parity=0,
         answer=False,
     )
-    return TunedModel(export, spec, data.samples, common, o.threads)
+    return TunedModel(export, spec, data.samples, common, o.threads, (*located.notes, *data.remarks))
 
 
 def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tuple[MeasuredRecipe, ...], list[str]]:
@@ -264,7 +263,7 @@ def _facts(subject: TunedModel, bundles: Bundles, o: TuneOptions) -> dict[str, A
         tasks[sample.task] = tasks.get(sample.task, 0) + 1
     return {
         "checkpoint": _model(o), "calibration": str(o.calibration) if o.calibration else None,
-        "output": str(o.output), "samples": tasks, "answer_tokens": bundles.answer_tokens, "engine": o.target,
+        "output": str(o.output), "samples": tasks, "remarks": subject.remarks, "answer_tokens": bundles.answer_tokens, "engine": o.target,
         "reference": {"recipe": "fp32", "bytes": bundles.reference_bytes, "ms": bundles.reference_ms},
         "key": subject.common, "machine": describe_machine(),
     }  # fmt: skip

@@ -28,7 +28,7 @@ from pgxport.models.config import read_config
 from pgxport.models.tiny.scenes import caption, draw
 from pgxport.models.weights import canonical
 from pgxport.runners.image import pixel_values
-from pgxport.runners.tokenizer import PromptTokenizer, read_token_ids
+from pgxport.runners.saved_tokenizer import find_tokenizer
 
 # Both compute in float32 with other orders of addition; the worst seen is 2e-6 of a statistic's largest number.
 TOLERANCE = 3e-5
@@ -54,18 +54,19 @@ def data(folder: Path, *samples: tuple[str, str | None]) -> Path:
 SAMPLES = (("answer en what is it ?", "a small red thing"), ("ocr", "B7"), ("caption en", None))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, "paligemma2, untied"])
 def random(request, tmp_path_factory) -> tuple[Path, Any]:
     """A random checkpoint, and the same model in transformers."""
     reference = pytest.importorskip("reference", reason="needs torch and transformers")
     from gemma_tokenizer import build_tokenizer
     from tokenizers import Tokenizer
 
-    folder = tmp_path_factory.mktemp("calibrate") / request.param
+    family, _, untied = request.param.partition(", ")
+    folder = tmp_path_factory.mktemp("calibrate") / family
     build_tokenizer(folder)
     words = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model = reference.random_paligemma(
-        folder, family=request.param, seed=5, text={"vocab_size": words.get_vocab_size() + 3},
+        folder, family=family, seed=5, text={"vocab_size": words.get_vocab_size() + 3}, tie_word_embeddings=not untied,
         image_token_index=words.token_to_id("<image>"), **{f"{n}_token_id": words.token_to_id(f"<{n}>") for n in ("bos", "eos", "pad")},
     )  # fmt: skip
     model.set_attn_implementation("eager")
@@ -81,7 +82,7 @@ def hooked(
 
     config = Checkpoint.open(folder).config
     spec = read_config(config)
-    words = PromptTokenizer(folder / "tokenizer.json", read_token_ids(folder / "tokenizer.json", config))
+    words = find_tokenizer(folder, config).words()
     seen: dict[str, list[np.ndarray]] = {}
     first = [0]  # of the positions whose logits are asked for
 
@@ -110,7 +111,8 @@ def hooked(
         read.append(np.arange(ids.shape[1]) >= first[0])
     for handle in handles:
         handle.remove()
-    names = {n: "language_model.model.embed_tokens.weight" if n == "lm_head" else canonical(f"{n}.weight") for n in linears}
+    tied = "language_model.model.embed_tokens.weight" if model.config.tie_word_embeddings else "language_model.lm_head.weight"
+    names = {n: tied if n == "lm_head" else canonical(f"{n}.weight") for n in linears}
     return {names[n]: np.concatenate(x) for n, x in seen.items()}, caches, np.concatenate(read)
 
 
@@ -164,10 +166,8 @@ def test_the_ranges_are_those_of_an_export_on_the_same_scenes(random, tmp_path):
     scenes = [("caption en", caption(draw("calibration", i))) for i in range(2)]
     made = calibrate(CalibrateOptions(tmp_path / "c", checkpoint=folder, data=data(tmp_path / "data", *scenes)))
     checkpoint = Checkpoint.open(folder)
-    words = folder / "tokenizer.json"
-    expected = measure_ranges(
-        checkpoint, read_config(checkpoint.config), words, read_token_ids(words, checkpoint.config), scenes=2
-    )
+    words = find_tokenizer(folder, checkpoint.config).words()
+    expected = measure_ranges(checkpoint, read_config(checkpoint.config), words, scenes=2)
     assert made.ranges is not None
     assert made.ranges.largest.keys() == expected.largest.keys()
     for kind, top in expected.largest.items():

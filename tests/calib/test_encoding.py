@@ -50,7 +50,7 @@ def test_the_digest_is_of_images_prompts_and_answers_in_order(picture):
     def digest_of(*lines: dict[str, str | None], name: str = "samples.jsonl") -> str:
         file = picture.with_name(name)
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return digest(first_samples(file, 5))
+        return digest(first_samples(file, 5).samples)
 
     others = [{**good, "prompt": "caption de"}, {**good, "answer": "a dog"}, {**good, "image": "b.png"}, {**good, "answer": None}]
     digests = {digest_of(good), *map(digest_of, others), digest_of(good, good)}
@@ -60,7 +60,7 @@ def test_the_digest_is_of_images_prompts_and_answers_in_order(picture):
 
 def test_a_drawn_scene_is_in_the_digest_by_its_pixels():
     """Calibration files keep this digest, so what it is made of may not change."""
-    samples = first_samples(None, 6)
+    samples = first_samples(None, 6).samples
     whole = hashlib.sha256()
     for i, sample in enumerate(samples):
         pixels = hashlib.sha256(np.asarray(draw("calibration", i).image).tobytes()).hexdigest()
@@ -69,7 +69,7 @@ def test_a_drawn_scene_is_in_the_digest_by_its_pixels():
 
 
 def test_a_scenes_boxes_are_written_as_the_tiny_checkpoint_was_taught():
-    for i, sample in enumerate(first_samples(None, 20)):
+    for i, sample in enumerate(first_samples(None, 20).samples):
         if sample.task == "detect":
             questions = ask(draw("calibration", i), seed=i)
             things = next(q.things for q in questions if q.task == "detect" and q.prompt == sample.prompt)

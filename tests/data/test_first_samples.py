@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pgxport.data.loader import first_samples
+from pgxport.data.loader import first_samples as first_of
 from pgxport.errors import InputError, UsageError
+from pgxport.metrics.sample import Sample
 from pgxport.models.tiny.scenes import draw
+
+
+def first_samples(data: Path | None, count: int) -> tuple[Sample, ...]:
+    return first_of(data, count).samples
 
 
 @pytest.fixture
@@ -109,7 +114,7 @@ def test_a_linked_text_beside_an_image_is_refused(folder):
         ("3", "a JSON int"),
         ({"image": "a.png", "promt": "x"}, "'promt' is no key.*did you mean 'prompt'"),
         ({"image": "a.png", "prompt": 3}, "'prompt' is 3"),
-        ({"image": "a.png"}, "has no 'prompt' or 'prefix', which has to be text; it has 'image'"),
+        ({"image": "a.png"}, "has no 'prompt' or 'prefix' or 'question', which has to be text; it has 'image'"),
         ({"image": "a.png", "prompt": " "}, "'prompt' is ' ', and has to be text"),
         ({"prompt": "x"}, "has no 'image' or 'file_name'"),
         ({"image": "none.png", "prompt": "x"}, "no image 'none.png' below"),
@@ -132,7 +137,7 @@ def test_a_slip_in_the_first_line_is_named_too(folder):
 def test_what_is_not_there_or_empty_or_not_text_is_refused(folder):
     with pytest.raises(UsageError, match="no such file"):
         first_samples(folder / "nowhere", 5)
-    with pytest.raises(UsageError, match="no JSON, parquet or Arrow file with records"):
+    with pytest.raises(UsageError, match=r"samples\.jsonl has no record: no known data set"):
         first_samples(write(folder), 5)
     (folder / "samples.jsonl").write_bytes(b'{"image": "\xff"}')
     with pytest.raises(InputError, match="not UTF-8 at byte 11"):
@@ -141,9 +146,8 @@ def test_what_is_not_there_or_empty_or_not_text_is_refused(folder):
 
 def test_a_damaged_image_is_refused_with_the_line(folder):
     (folder / "a.png").write_bytes(b"no picture")
-    (sample,) = first_samples(write(folder, GOOD), 5)
-    with pytest.raises(InputError, match=r"samples\.jsonl:1: .*a\.png"):
-        sample.open()
+    with pytest.raises(InputError, match=r"samples\.jsonl:1: .*a\.png: not a readable"):
+        first_samples(write(folder, GOOD), 5)
 
 
 def test_without_data_scenes_of_the_calibration_split_are_drawn():

@@ -164,6 +164,7 @@ def coco_instances(folder: Path, name: str = "annotations/instances_val2017.json
         {"supercategory": "kitchen", "id": 44, "name": "bottle"},
     ]
     empty = {**COCO_IMAGE, "file_name": "000000000139.jpg", "id": 139}
+    picture(folder / "val2017" / "000000000139.jpg")
     document = {"info": {}, "licenses": [], "images": [COCO_IMAGE, empty], "annotations": annotations, "categories": categories}
     dump(folder / name, document)
     picture(folder / "val2017" / "000000397133.jpg")
@@ -267,7 +268,7 @@ def test_a_format_is_known_by_its_content_and_its_pictures_open(name, tmp_path):
         assert sample.open().size == (40, 30)
         assert sample.task in TASKS
         needs = METRICS[sample.metric].needs
-        assert sample.answers if needs == "answers" else sample.regions
+        assert sample.answers if needs == "answers" else sample.regions or sample.background
         assert sample.prompt == sample.prompt.strip() != ""
 
 
@@ -284,8 +285,9 @@ def test_no_name_of_a_file_says_what_it_holds(name, tmp_path):
 def test_what_report_reads_calibrate_and_run_read_too(name, tmp_path):
     (mdetr if name == "refcoco" else WRITERS[name])(tmp_path)
     judged = read(tmp_path)
-    assert [(s.prompt, s.answers) for s in first_samples(tmp_path, 99)] == [(s.prompt, s.answers) for s in judged]
-    assert all(answer_text(sample) for sample in first_samples(tmp_path, 99))
+    unjudged = first_samples(tmp_path, 99).samples
+    assert [(s.prompt, s.answers, s.background) for s in unjudged] == [(s.prompt, s.answers, s.background) for s in judged]
+    assert all(bool(answer_text(sample)) != sample.background for sample in unjudged)
     assert find_pictures([str(file) for file in data_files(tmp_path)]) == list(dict.fromkeys(s.image for s in judged))
 
 
@@ -340,14 +342,15 @@ def test_scienceqa_asks_only_what_has_a_picture_and_says_so(tmp_path):
 def test_coco_captions(tmp_path):
     coco_captions(tmp_path)
     (sample,) = read(tmp_path)
-    assert (sample.prompt, sample.answers, sample.metric) == ("caption en", ("A man in a kitchen.", "A cook at work"), "cider")
+    assert (sample.prompt, sample.answers, sample.metric) == ("caption en", ("A man in a kitchen.", "A cook at work"), "rouge_l")
 
 
 def test_coco_instances_ask_for_what_is_there(tmp_path):
     coco_instances(tmp_path)
     found = load(DataOptions(tmp_path))
-    (sample,) = found.samples
-    assert found.skipped == 1  # a picture without a thing
+    sample, empty = found.samples
+    assert (found.skipped, found.unusable) == (0, ())
+    assert (empty.prompt, empty.regions, empty.background) == ("detect person ; bottle", (), True)
     assert (sample.prompt, sample.task) == ("detect person ; bottle", "detect")
     assert [(r.label, r.box, r.crowd) for r in sample.regions] == [
         ("person", (5.0, 10.0, 15.0, 30.0), False),
@@ -394,7 +397,7 @@ def test_a_pickle_is_never_opened(name, tmp_path):
 def test_own_records(tmp_path):
     own(tmp_path)
     caption, wall, detect = read(tmp_path)
-    assert (caption.id, caption.task, caption.metric) == ("samples.jsonl:1", "caption", "cider")
+    assert (caption.id, caption.task, caption.metric) == ("samples.jsonl:1", "caption", "rouge_l")
     assert (wall.id, wall.task, wall.metric, wall.answers) == ("w", "answer", "textvqa_accuracy", ("wall", "a wall"))
     assert (detect.task, detect.metric) == ("detect", "box_accuracy")
     assert [(r.label, r.box) for r in detect.regions] == [("wall", (0.0, 0.0, 15.0, 20.0))]

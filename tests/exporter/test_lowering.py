@@ -20,14 +20,14 @@ from pgxport.bundle.manifest import TokenTable
 from pgxport.bundle.token_table import Embedding
 from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.graphs import stored, token_table
+from pgxport.exporter.graphs import TABLE_FILE, stored, token_table
 from pgxport.exporter.lower_onnxruntime import CANDIDATES, SHORTLIST_TABLE, uint8_grid
 from pgxport.exporter.recipe import DECODER, SHORTLIST, Recipe, Rule, Scheme
 from pgxport.exporter.stream import DataLayout
 from pgxport.exporter.targets import TARGETS
 from pgxport.machine.cpu import overflows_in_16_bits
-from pgxport.models.gemma import TOKEN_TABLE
 from pgxport.models.spec import TextSpec, published
+from pgxport.models.weights import EMBEDDING
 
 # Of the largest product. Worst seen: 5e-7, some hundred additions in another order; and 4.4e-4, half of float16's last bit.
 FLOAT32, FLOAT16 = 2e-6, 5e-4
@@ -116,10 +116,10 @@ def test_the_setting_for_exact_products_is_needed_where_pgx_sets_it_and_only_the
 
 
 def test_no_logit_of_integer_products_saturates():
-    g = builder(INTEGERS[0], LARGEST, "cpu", TOKEN_TABLE)
-    g.output(g.lm_head(g.input("x", ["batch", 1, 512]), TOKEN_TABLE), "logits", ["batch", 1, ROWS])
+    g = builder(INTEGERS[0], LARGEST, "cpu", EMBEDDING)
+    g.output(g.lm_head(g.input("x", ["batch", 1, 512]), EMBEDDING), "logits", ["batch", 1, ROWS])
     outputs, parts = run(g, {"x": np.full((1, 1, 512), 127, np.float32)})
-    stored = dequantized(INTEGERS[0], "rows", LARGEST.shape, TOKEN_TABLE, parts)
+    stored = dequantized(INTEGERS[0], "rows", LARGEST.shape, EMBEDDING, parts)
     assert apart(outputs["logits"][0, 0], 127 * stored.sum(-1, dtype=np.float64)) < FLOAT32
 
 
@@ -176,20 +176,20 @@ def test_rows_that_are_looked_up_are_those_that_the_output_multiplies_by(scheme,
     if scheme.activations != "float" and target == "cuda":
         pytest.skip("has no integer products")
     w = weights(VOCAB, columns)
-    g = builder(scheme, w, target, TOKEN_TABLE)
-    g.output(g.lm_head(g.input("x", ["batch", 1, columns]), TOKEN_TABLE), "logits", ["batch", 1, VOCAB])
+    g = builder(scheme, w, target, EMBEDDING)
+    g.output(g.lm_head(g.input("x", ["batch", 1, columns]), EMBEDDING), "logits", ["batch", 1, VOCAB])
     outputs, parts = run(g, {"x": 127 * np.eye(columns, dtype=np.float32)[:, None]})
 
-    layout = DataLayout([p for name, p in g.lazy_tensors.items() if name.startswith(TOKEN_TABLE)])
+    layout = DataLayout([p for name, p in g.lazy_tensors.items() if name.startswith(EMBEDDING)])
     (tmp_path / "table").write_bytes(b"".join(layout.bytes()))
-    described = token_table({"decoder_step": g}, layout, spec(columns))
+    described = token_table({"decoder_step": g}, {TABLE_FILE: layout}, spec(columns))
     assert (tmp_path / "table").stat().st_size == described.nbytes
     rows = Embedding(tmp_path / "table", described).rows(range(VOCAB))
     assert apart(outputs["logits"][:, 0].T / 127, rows) < (FLOAT32 if target == "cpu" else FLOAT16)
     if scheme.bits:
         assert described.dtype == f"int{scheme.bits}"
         kind = "blocks" if scheme.activations == "float" else "rows"
-        assert np.array_equal(rows, dequantized(scheme, kind, w.shape, TOKEN_TABLE, parts))
+        assert np.array_equal(rows, dequantized(scheme, kind, w.shape, EMBEDDING, parts))
         assert described.scales_dtype == ("float16" if target == "cuda" or scheme.bits == 4 else "float32")
 
 
@@ -221,11 +221,11 @@ MANY = 300  # tokens, of which `CANDIDATES` are computed from the table
 
 def two_pass(scheme: Scheme, w: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits of a screened output matrix; and those of the dequantized table and of the dequantized copy."""
-    g = builder(scheme, w, name=TOKEN_TABLE)
-    g.output(g.lm_head(g.input("x", ["batch", 1, w.shape[1]]), TOKEN_TABLE), "logits", ["batch", 1, len(w)])
+    g = builder(scheme, w, name=EMBEDDING)
+    g.output(g.lm_head(g.input("x", ["batch", 1, w.shape[1]]), EMBEDDING), "logits", ["batch", 1, len(w)])
     outputs, parts = run(g, {"x": x[:, None]})
     kind = "blocks" if scheme.activations == "float" else "rows"
-    table = dequantized(scheme, kind, w.shape, TOKEN_TABLE, parts)
+    table = dequantized(scheme, kind, w.shape, EMBEDDING, parts)
     return outputs["logits"][:, 0], *(x @ m.T for m in (table, dequantized(SHORTLIST, "blocks", w.shape, SHORTLIST_TABLE, parts)))
 
 
@@ -262,14 +262,12 @@ def test_a_vocabulary_smaller_than_the_candidates_is_computed_whole():
 
 def test_a_screen_leaves_the_table_as_it_is():
     """The same bytes are looked up, and counted once."""
-    plain, other = (
-        builder(Scheme(bits=8, group_size=32, shortlist=s), weights(MANY, 48), name=TOKEN_TABLE) for s in (False, True)
-    )
+    plain, other = (builder(Scheme(bits=8, group_size=32, shortlist=s), weights(MANY, 48), name=EMBEDDING) for s in (False, True))
     written = []
     for g in (plain, other):
-        g.output(g.lm_head(g.input("x", ["batch", 1, 48]), TOKEN_TABLE), "logits", ["batch", 1, MANY])
-        table = [p for name, p in g.lazy_tensors.items() if name.startswith(TOKEN_TABLE)]
-        written.append((b"".join(DataLayout(table).bytes()), stored({"decoder_step": g}, DataLayout([]))))
+        g.output(g.lm_head(g.input("x", ["batch", 1, 48]), EMBEDDING), "logits", ["batch", 1, MANY])
+        table = [p for name, p in g.lazy_tensors.items() if name.startswith(EMBEDDING)]
+        written.append((b"".join(DataLayout(table).bytes()), stored({"decoder_step": g}, {})))
     assert written[0] == written[1]
     assert written[1][1]["token_table"] == {"int8": MANY * 48}
 
@@ -396,7 +394,7 @@ def test_a_product_without_a_kernel_is_refused_with_its_rule(scheme, says):
             Scheme(bits=4, group_size=128, prefill8=True),
             r"computes prefixes and steps alike, and the rule for 'language_model.*",
         ),
-        (TOKEN_TABLE, Scheme(bits=8, group_size=128, shortlist=True), r"embed_tokens\.weight' says screen = true; "),
+        (EMBEDDING, Scheme(bits=8, group_size=128, shortlist=True), r"embed_tokens\.weight' says screen = true; "),
     ],
 )
 def test_copies_are_refused_where_no_graph_reads_them(target, pattern, scheme, says):
@@ -418,18 +416,18 @@ def test_weights_for_prefixes_are_of_all_linears_of_the_decoder_and_of_nothing_e
 def test_a_screen_for_another_matrix_is_refused():
     recipe = Recipe("test", (Rule("*.weight", Scheme(bits=8, group_size=128, shortlist=True)), Rule("*", Scheme("float16"))))
     with pytest.raises(
-        UsageError, match=r"screen is of the token table alone, and the rule for '\*\.weight' decides for a\.weight"
+        UsageError, match=r"screen is of the output matrix alone, and the rule for '\*\.weight' decides for a\.weight"
     ):
-        recipe.check(["a.weight", TOKEN_TABLE, "a.bias"])
+        recipe.check(["a.weight", EMBEDDING, "a.bias"])
 
 
 @pytest.mark.parametrize(
     "scheme", [Scheme(bits=4, group_size=32, symmetric=False), Scheme(bits=8, group_size=32, symmetric=False)]
 )
 def test_a_token_table_with_zero_points_is_refused_before_it_is_written(scheme):
-    g = builder(scheme, weights(VOCAB, 48), name=TOKEN_TABLE)
+    g = builder(scheme, weights(VOCAB, 48), name=EMBEDDING)
     with pytest.raises(UsageError, match=r"embed_tokens\.weight is looked up by rows.*symmetric = true"):
-        g.lm_head(g.input("x", ["batch", 1, 48]), TOKEN_TABLE)
+        g.lm_head(g.input("x", ["batch", 1, 48]), EMBEDDING)
 
 
 def test_a_scale_beyond_float16_is_refused_and_not_stored_as_infinity():

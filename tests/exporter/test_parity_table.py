@@ -90,9 +90,9 @@ def simulated(made: ExportOptions, bundle: Bundle) -> tuple[PreparedExport, Eage
     job = prepare(replace(made, output=bundle.path.with_name("not written")))
     assert job.calibration
     model = fit(job)
-    graphs, table = write_graphs(model.source, model.spec, job.masks, job.recipe, job.target, job.context, model.statistics)
-    files = {name: (bundle.path / f"{name}.data", DataLayout(g.lazy_tensors.values())) for name, g in graphs.items()}
-    files["token_table"] = (bundle.path / "token_table.bin", table)
+    graphs, shared = write_graphs(model.source, model.spec, job.masks, job.recipe, job.target, job.context, model.statistics)
+    layouts = shared | {f"{name}.data": DataLayout(g.lazy_tensors.values()) for name, g in graphs.items()}
+    files = {bundle.path / file: layout for file, layout in layouts.items()}
     return job, EagerModel(StoredWeights(model.source, graphs, files), model.spec, job.recipe, model.statistics)
 
 

@@ -33,8 +33,7 @@ from pgxport.exporter.prepare import ExportOptions
 from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.targets import TENSORRT
-from pgxport.models.gemma import TOKEN_TABLE
-from pgxport.models.weights import canonical
+from pgxport.models.weights import EMBEDDING, canonical
 
 # Of the largest logit. In float32 both add up in another order; worst seen 4e-6. float16 keeps eleven bits; worst seen 3.7e-3.
 # bfloat16 keeps eight; worst seen 4.4e-2, where transformers' own bfloat16 is 3.1e-2 away.
@@ -192,7 +191,7 @@ def as_stored(model: Any, bundle: Path, recipe: Recipe, calibration: Calibration
             p.copy_(torch.from_numpy(weights[path] - (path.startswith("language_model") and "norm" in path)))
     for name, module in model.named_modules():
         path = canonical(f"{name}.weight")
-        path = TOKEN_TABLE if path == "language_model.lm_head.weight" else path
+        path = EMBEDDING if path == "language_model.lm_head.weight" else path
         if isinstance(module, torch.nn.Linear) and recipe.scheme(path).activations == "static":
             largest = max(map(abs, calibration.range(path, "minmax")))
             hooks.append(module.register_forward_pre_hook(_rounding(recipe.scheme(path).format, largest)))

@@ -21,7 +21,7 @@ from tensorrt_builder import build
 from pgxport.compile.lint import check_file
 from pgxport.errors import InputError, UsageError
 from pgxport.exporter.export import export
-from pgxport.exporter.graphs import TABLE_FILE, serialized, write_graphs
+from pgxport.exporter.graphs import serialized, write_graphs
 from pgxport.exporter.prepare import ExportOptions, find_recipe
 from pgxport.exporter.recipe import RECIPES
 from pgxport.exporter.stream import DataLayout
@@ -64,12 +64,13 @@ def write(folder: Path, precision: str, trt: str, family: str = "paligemma2") ->
     random = np.random.default_rng(0)
     source = Tensors({n: random.normal(0, 0.1, shape).astype(np.float32) for n, shape in weight_shapes(spec).items()})
     masks = MaskWeights(TINY / "vae-oid.npz")
-    graphs, table = write_graphs(source, spec, masks, target.recipe(precision), target, CONTEXT, Ones(spec))
-    (folder / TABLE_FILE).write_bytes(b"".join(table.bytes()))
+    graphs, shared = write_graphs(source, spec, masks, target.recipe(precision), target, CONTEXT, Ones(spec))
+    for file, layout in shared.items():
+        (folder / file).write_bytes(b"".join(layout.bytes()))
     for name, g in graphs.items():
         layout = DataLayout(g.lazy_tensors.values())
         (folder / f"{name}.data").write_bytes(b"".join(layout.bytes()))
-        (folder / f"{name}.onnx").write_bytes(serialized(g, layout, table))
+        (folder / f"{name}.onnx").write_bytes(serialized(g, layout, shared))
     return {name: folder / f"{name}.onnx" for name in graphs}
 
 

@@ -15,12 +15,13 @@ pytest.importorskip("safetensors")
 pytest.importorskip("torch")
 
 import torch
-from reference import random_paligemma
+from reference import random_paligemma, transformers
 from safetensors.torch import load_file, save_file
 
 from pgxport.errors import CheckpointError
-from pgxport.models.checkpoint import Checkpoint
+from pgxport.models.checkpoint import Checkpoint, to_float32
 from pgxport.models.config import read_config
+from pgxport.models.safetensors import Stored
 from pgxport.models.weights import weight_shapes
 
 FAMILIES = ("paligemma", "paligemma2")
@@ -200,12 +201,21 @@ def test_shards_and_an_index_may_differ_about_a_tensor_that_no_answer_depends_on
     assert (checkpoint.names(), list(checkpoint.skipped)) == (Checkpoint.open(base).names(), [name])
 
 
-@pytest.mark.parametrize("shard", ["model-00002-of-00004.safetensors", "model-00009-of-00009.safetensors"])
-def test_an_lm_head_that_only_the_index_names_is_tied(sharded: Path, base: Path, shard: str):
+def test_an_lm_head_that_only_the_index_names_is_tied(sharded: Path, base: Path):
     index = read_index(sharded)
-    index["weight_map"]["lm_head.weight"] = shard
+    index["weight_map"]["lm_head.weight"] = "model-00002-of-00004.safetensors"
     write_index(sharded, index)
     assert Checkpoint.open(sharded).names() == Checkpoint.open(base).names()
+
+
+def test_a_missing_shard_that_should_hold_the_lm_head_is_named(sharded: Path):
+    """It may be another matrix than the embedding; transformers does not open such a checkpoint either."""
+    index = read_index(sharded)
+    index["weight_map"]["lm_head.weight"] = "model-00005-of-00005.safetensors"
+    write_index(sharded, index)
+    refused(sharded, "model-00005-of-00005.safetensors", "this shard is missing")
+    with pytest.raises(OSError, match="model-00005-of-00005"):
+        transformers.PaliGemmaForConditionalGeneration.from_pretrained(sharded)
 
 
 @pytest.mark.parametrize("name", ["vision_tower.vision_model.headstone.weight", "language_model.model.rotary_emb.scale", "extra"])
@@ -297,30 +307,123 @@ def test_memory_stays_at_a_row_block(tmp_path: Path, base: Path):
 # --- the lm_head
 
 
-@pytest.mark.parametrize("name", ["lm_head.weight", "language_model.lm_head.weight"])
-def test_an_lm_head_that_is_the_embedding_is_no_tensor_of_its_own(saved: tuple[Any, Path], tmp_path: Path, name: str):
-    model, folder = saved
-    tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, name: tensors[EMBEDDING].clone()}, tmp_path / "model.safetensors")
-    shutil.copy(folder / "config.json", tmp_path)
-    assert equal(Checkpoint.open(tmp_path), published(model))
+def with_pair(saved: tuple[Any, Path], folder: Path, *, flag: bool | None = None, **pair: Any) -> Path:
+    """A saved model whose embedding and lm_head are these tensors; `flag` is the config's tie_word_embeddings, if it has one."""
+    names = {"embedding": EMBEDDING, "lm_head": "lm_head.weight", "old_lm_head": LM_HEAD}
+    rest = {name: tensor for name, tensor in load_file(saved[1] / "model.safetensors").items() if name not in names.values()}
+    save_file(
+        {**rest, **{names[name]: tensor.contiguous() for name, tensor in pair.items()}},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    config = json.loads((saved[1] / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(config if flag is None else config | {"tie_word_embeddings": flag}))
+    return folder
 
 
-@pytest.mark.parametrize(
-    "change", [lambda x: x.clone().index_fill_(0, torch.tensor(300), 0.5), lambda x: -(-x).abs(), lambda x: x * 2]
-)
-def test_an_lm_head_of_its_own_is_refused_when_it_is_met(folder: Path, change: Callable[[Any], Any]):
-    tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, "lm_head.weight": change(tensors[EMBEDDING])}, folder / "model.safetensors")
-    refused(folder, LM_HEAD, "tied", "they differ in rows 0 to 320")
+def all_rows(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    return to_float32(checkpoint.rows(name, 0, checkpoint.shape(name)[0]))
 
 
-@pytest.mark.parametrize("change", [lambda x: x[:-1].clone(), lambda x: x.half(), lambda x: x.T.contiguous()])
-def test_an_lm_head_of_another_shape_or_dtype_is_refused_at_once(folder: Path, change: Callable[[Any], Any]):
-    tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, "lm_head.weight": change(tensors[EMBEDDING])}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="is not the embedding"):
-        Checkpoint.open(folder)
+def table_of(saved: tuple[Any, Path]) -> torch.Tensor:
+    return saved[0].get_input_embeddings().weight.detach().clone()
+
+
+def as_transformers_reads(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The embedding and the output matrix."""
+    model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
+
+
+COPIES = {
+    "the same": lambda x: x,
+    "in half precision": lambda x: x.bfloat16(),
+    "with other zeros": lambda x: torch.where(x == 0, -0.0, x),
+}
+
+
+@pytest.mark.parametrize("flag", [None, True, False])
+@pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("name", ["lm_head", "old_lm_head"])
+def test_an_lm_head_that_is_the_embedding_is_no_tensor_of_its_own(saved: tuple[Any, Path], tmp_path: Path, name: str, copy, flag):
+    table = table_of(saved).bfloat16().float()  # values that half precision holds
+    table[7, ::2] = 0
+    folder = with_pair(saved, tmp_path, flag=flag, embedding=table, **{name: copy(table).clone()})
+    checkpoint = Checkpoint.open(folder)
+    assert (checkpoint.tied, checkpoint.spec().text.tied, LM_HEAD in checkpoint, checkpoint.remarks) == (True, True, False, ())
+    assert list(checkpoint.skipped) == ["lm_head.weight" if name == "lm_head" else LM_HEAD]
+    embedding, output = as_transformers_reads(folder)
+    assert torch.equal(embedding, output)
+    assert np.array_equal(all_rows(checkpoint, EMBEDDING), embedding.numpy())
+
+
+CHANGES = {
+    "one number of the last row": lambda x: x.index_put((torch.tensor(len(x) - 1), torch.tensor(3)), torch.tensor(0.5)),
+    "a row": lambda x: x.index_fill(0, torch.tensor(300), 0.5),
+    "the sign": lambda x: -x,
+    "what half precision keeps": lambda x: x.bfloat16(),
+    "all": lambda x: x * 2,
+}
+
+
+@pytest.mark.parametrize("flag", [None, True, False])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_an_lm_head_of_its_own_is_used_as_transformers_uses_it(saved: tuple[Any, Path], tmp_path: Path, change, flag):
+    folder = with_pair(saved, tmp_path, flag=flag, embedding=table_of(saved), lm_head=change(table_of(saved)))
+    checkpoint = Checkpoint.open(folder)
+    assert (checkpoint.tied, checkpoint.spec().text.tied) == (False, False)
+    assert bool(checkpoint.remarks) == (flag is not False)  # transformers 4 would have tied them
+    embedding, output = as_transformers_reads(folder)
+    assert np.array_equal(all_rows(checkpoint, EMBEDDING), embedding.numpy())
+    assert np.array_equal(all_rows(checkpoint, LM_HEAD), output.numpy())
+
+
+@pytest.mark.parametrize("name", ["embedding", "lm_head", "old_lm_head"])
+def test_one_of_the_two_stored_is_both(saved: tuple[Any, Path], tmp_path: Path, name: str):
+    """safetensors' save_model keeps one name of two that are one tensor; for PaliGemma that is lm_head."""
+    folder = with_pair(saved, tmp_path, **{name: table_of(saved)})
+    checkpoint = Checkpoint.open(folder)
+    assert (checkpoint.tied, checkpoint.skipped) == (True, {})
+    assert equal(checkpoint, published(saved[0]))
+    assert torch.equal(*as_transformers_reads(folder))
+
+
+@pytest.mark.parametrize(("name", "missing"), [("embedding", LM_HEAD), ("lm_head", EMBEDDING)])
+def test_one_of_two_that_the_config_says_are_two_is_refused(saved: tuple[Any, Path], tmp_path: Path, name: str, missing: str):
+    """transformers fills the other with random numbers."""
+    folder = with_pair(saved, tmp_path, flag=False, **{name: table_of(saved)})
+    refused(folder, f"has no {missing}", "tie_word_embeddings is false")
+
+
+def test_an_lm_head_of_another_shape_is_a_tensor_of_its_own(saved: tuple[Any, Path], tmp_path: Path):
+    folder = with_pair(saved, tmp_path, embedding=table_of(saved), lm_head=table_of(saved)[:-1])
+    assert Checkpoint.open(folder).shape(LM_HEAD)[0] == 319
+
+
+def test_the_comparison_ends_at_the_first_block_that_differs(saved: tuple[Any, Path], tmp_path: Path, monkeypatch):
+    read: list[tuple[str, int]] = []
+    rows = Stored.rows
+    monkeypatch.setattr("pgxport.models.checkpoint.BLOCK_BYTES", 32 * 4 * table_of(saved).shape[1])
+    monkeypatch.setattr(Stored, "rows", lambda self, start, stop: read.append((self.name, start)) or rows(self, start, stop))
+    Checkpoint.open(with_pair(saved, tmp_path, embedding=table_of(saved), lm_head=CHANGES["a row"](table_of(saved))))
+    assert max(start for _, start in read) == 288  # of rows 288 to 320, where 300 is
+    read.clear()
+    Checkpoint.open(with_pair(saved, tmp_path, embedding=table_of(saved), lm_head=-table_of(saved)))
+    assert {start for _, start in read} == {0}
+
+
+@pytest.mark.parametrize("kept", ["embedding", "lm_head"])
+def test_an_index_may_name_both_of_the_two_where_the_shards_hold_one(sharded: Path, base: Path, kept: str):
+    index = read_index(sharded)
+    shard = index["weight_map"][EMBEDDING]
+    write_index(sharded, {"weight_map": {**index["weight_map"], LM_HEAD: shard}})
+    if kept == "lm_head":
+        tensors = load_file(sharded / shard)
+        tensors[LM_HEAD] = tensors.pop(EMBEDDING)
+        save_file(tensors, sharded / shard)
+    checkpoint = Checkpoint.open(sharded)
+    assert (checkpoint.tied, checkpoint.names()) == (True, Checkpoint.open(base).names())
 
 
 def test_two_names_for_one_tensor_are_refused(folder: Path):
@@ -527,7 +630,7 @@ def test_an_index_that_is_none_is_refused(sharded: Path, index: object):
 @pytest.mark.parametrize("i", range(0, 60, 5))
 def test_an_index_and_headers_that_disagree_are_refused(sharded: Path, i: int):
     index = read_index(sharded)
-    name = sorted(index["weight_map"])[i % len(index["weight_map"])]
+    name = sorted(index["weight_map"].keys() - {EMBEDDING})[i % (len(index["weight_map"]) - 1)]
     right = index["weight_map"][name]
     wrong = next(f for f in sorted(set(index["weight_map"].values())) if f != right)
     write_index(sharded, {"weight_map": {**index["weight_map"], name: wrong}})
@@ -542,4 +645,4 @@ def test_an_index_and_headers_that_disagree_are_refused(sharded: Path, i: int):
 def test_a_tensor_in_two_shards_is_refused(sharded: Path):
     second = load_file(sharded / "model-00002-of-00004.safetensors")
     save_file({**second, EMBEDDING: torch.zeros(3, 4)}, sharded / "model-00002-of-00004.safetensors")
-    refused(sharded, repr(EMBEDDING), "elsewhere")
+    refused(sharded, repr(EMBEDDING), "are both")

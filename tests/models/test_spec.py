@@ -94,7 +94,6 @@ def change(**changes):
     [
         ({"model_type": "llava"}, "llava"),
         ({"text_config": []}, "text_config"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"text__model_type": "gemma3_text"}, "gemma3_text"),
         ({"text__hidden_size": -1}, "hidden_size"),
         ({"text__hidden_size": "2048"}, "hidden_size"),

@@ -21,7 +21,7 @@ from pgxport.errors import EngineError, InputError, IntegrityError, NumericError
 from pgxport.runners import pipeline as pipeline_module
 from pgxport.runners.open_session import open_session
 from pgxport.runners.runner import Runner
-from pgxport.runners.tokenizer import read_token_ids
+from pgxport.runners.saved_tokenizer import find_tokenizer
 
 RES, IMAGE_TOKENS, WIDTH, CONTEXT, LIMIT = 28, 4, 8, 60, 12
 RED, BLUE = Image.new("RGB", (50, 40), "red"), Image.new("RGB", (30, 30), "blue")
@@ -85,7 +85,7 @@ class FakeModel:
 def fake_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     path = tmp_path_factory.mktemp("fake")
     build_tokenizer(path)
-    ids = read_token_ids(path / "tokenizer.json", {})
+    ids = find_tokenizer(path, {}).ids
     vocab = Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab_size()
     table = np.random.default_rng(0).standard_normal((vocab, WIDTH), np.float32)
     table.tofile(path / "table.bin")
