@@ -162,6 +162,9 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None, say: Say |
     from pgxport.models.safetensors import read_header
 
     model = locate(options, progress=progress)
+    if say:
+        for sentence in model.notes:
+            say(sentence)
     checkpoint = open_checkpoint(model, options)
     spec = checkpoint.spec()
     check_weights(checkpoint, spec)

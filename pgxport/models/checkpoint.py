@@ -105,13 +105,13 @@ class Checkpoint:
         """
         path = Path(path)
         opened = _open(path)
-        tensors, skipped = _tie(_with_embedding(opened, path), opened.skipped)
-        files, flag = opened.files, opened.config.get("tie_word_embeddings") is not False
+        files, ties = opened.files, bool(opened.config.get("tie_word_embeddings", True))
+        tensors, skipped = _without_copy(_with_embedding(opened, path), opened.skipped)
+        remarks = (UNTIED_BY_VALUE,) if ties and LM_HEAD in tensors else ()
         for adapter in adapters:
-            merged = lora.merge(tensors, adapter, tied=flag)
-            tensors, skipped = _tie(merged.tensors, skipped | merged.skipped)
+            merged = lora.merge(tensors, adapter, tied=ties)
+            tensors, skipped = _without_copy(merged.tensors, skipped | merged.skipped)
             files = [*files, *merged.files]
-        remarks = (UNTIED_BY_VALUE,) if flag and LM_HEAD in tensors.keys() & opened.tensors.keys() else ()
         return cls(path, OpenedFiles(tensors, opened.config, files, skipped, remarks), adapters)
 
     def __contains__(self, name: object) -> bool:
@@ -303,13 +303,13 @@ def _with_embedding(opened: OpenedFiles, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _tie(tensors: dict[str, Tensor], skipped: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Leaves out an lm_head that is the embedding by value, and adds it to what was skipped."""
+def _without_copy(tensors: dict[str, Tensor], skipped: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Takes an lm_head that is the embedding out of the tensors, and names it among what is skipped."""
     lm_head = tensors.get(LM_HEAD)
     if lm_head is None or EMBEDDING not in tensors or not _equal(tensors[EMBEDDING], lm_head):
         return tensors, skipped
-    name = lm_head.name if isinstance(lm_head, Stored) else LM_HEAD
-    return {n: tensor for n, tensor in tensors.items() if n != LM_HEAD}, skipped | {name: "a copy of the embedding"}
+    rest = {name: tensor for name, tensor in tensors.items() if name != LM_HEAD}
+    return rest, skipped | {lm_head.name if isinstance(lm_head, Stored) else LM_HEAD: "a copy of the embedding"}
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -87,7 +87,7 @@ class TunedModel:
         export: The checkpoint, target and calibration; output and recipe are set for each bundle.
         common: What every result depends on, as plain data.
         threads: Of the engine.
-        remarks: What to know about the samples: records left out, and why.
+        remarks: What to know about the model and the samples: another base, records left out, and why.
     """
 
     export: ExportOptions

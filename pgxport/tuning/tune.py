@@ -175,7 +175,7 @@ def tuned_model(o: TuneOptions) -> TunedModel:
         parity=0,
         answer=False,
     )
-    return TunedModel(export, spec, data.samples, common, o.threads, data.remarks)
+    return TunedModel(export, spec, data.samples, common, o.threads, (*located.notes, *data.remarks))
 
 
 def _accept(o: TuneOptions, checkpoint: Checkpoint, spec: ModelSpec) -> Accept:
