@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -259,3 +260,11 @@ def test_without_either_file_pixels_are_paligemmas():
 def test_a_config_that_is_no_object_is_refused(values: Any):
     with pytest.raises(CheckpointError):
         read_config(values)
+
+
+def test_the_document_says_what_the_schemas_say():
+    tool = Path(__file__).parents[2] / "tools" / "checkpoint_keys.py"
+    if not tool.exists():
+        pytest.skip("the wheel is tested without the repository")
+    done = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
