@@ -262,6 +262,7 @@ def main() -> None:
         "--compare", type=int, default=200, help="How many exported cases of each file are compared with transformers."
     )
     parser.add_argument("--file", choices=FILES, action="append")
+    parser.add_argument("--first", type=int, default=0, help="The number of the first mutation, which is its seed.")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--compare-in", type=Path, nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -297,7 +298,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
     for file in args.file or FILES:
         outcomes, kept = [], []
-        for number in range(args.count // 4 if file == "tokenizer.json" else args.count):
+        for number in range(args.first, args.first + (args.count // 4 if file == "tokenizer.json" else args.count)):
             case = folder / "cases" / f"{file}-{number}"
             outcome = run_case(folder / "base", case, file, number)
             outcomes.append(outcome)

@@ -51,7 +51,7 @@ def read_text(file: Path, most: int) -> str:
                 raise InputError(f"{file}: is a folder or a device, not a file")
             if (size := file.stat().st_size) > most:
                 raise InputError(f"{file}: {size / 1e6:.0f} MB, more than the {most / 1e6:.0f} MB of text pgx reads; cut it")
-            return file.read_text("utf-8-sig")
+            return file.read_bytes().decode("utf-8-sig")  # not read_text, to which a carriage return ends a line
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: is not UTF-8 at byte {error.start}; save it as UTF-8") from error
 

@@ -13,16 +13,18 @@ from pgxport.bundle.manifest import MANIFEST
 from pgxport.bundle.reader import Bundle
 from pgxport.calib.encoding import EncodedSample, digest, encode
 from pgxport.data.loader import first_samples
-from pgxport.errors import EngineError, UsageError
+from pgxport.errors import EngineError, InputError, UsageError
 from pgxport.exporter.calibration_file import About, Array, Calibration, checkpoint_sha256, write_calibration
 from pgxport.exporter.stream import Progress
 from pgxport.files import check_output, disk_errors, locked
 from pgxport.hub.locate import ModelChoice, locate
+from pgxport.metrics.sample import Sample
 from pgxport.models.safetensors import Tensor
 from pgxport.runners.saved_tokenizer import find_tokenizer
 from pgxport.runners.tokenizer import PromptTokenizer
 
 Say = Callable[[str], None]
+LONGEST = 8192  # tokens of a sample, Gemma's context; attention takes their square
 RUN = "run.json"  # in a folder of work: the calibration that it belongs to
 
 
@@ -120,9 +122,17 @@ def calibrate(options: CalibrateOptions, *, progress: Progress | None = None, sa
     return _checkpoint(options, progress, say)
 
 
-def _samples(options: CalibrateOptions, tokenizer: PromptTokenizer, say: Say | None) -> CalibrationData:
-    path = Path(options.data) if options.data else None
-    data = first_samples(path, options.samples, accept=lambda sample: encode(sample, tokenizer))
+def _samples(
+    options: CalibrateOptions, tokenizer: PromptTokenizer, image_tokens: int, most: int, say: Say | None
+) -> CalibrationData:
+    """The samples that the model takes, each of at most `most` tokens with its image and its answer."""
+
+    def accept(sample: Sample) -> None:
+        encoded = encode(sample, tokenizer)
+        if (length := image_tokens + len(encoded.prompt) + len(encoded.answer)) > most:
+            raise InputError(f"sample {sample.id}: image, prompt and answer have {length} tokens, more than {most}; shorten them")
+
+    data = first_samples(Path(options.data) if options.data else None, options.samples, accept)
     if say:
         for remark in data.remarks:
             say(remark)
@@ -135,7 +145,7 @@ def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None
 
     m = bundle.manifest
     tokenizer = PromptTokenizer(bundle.path / "tokenizer.json", m.token_ids)
-    samples, checkpoint = _samples(options, tokenizer, say), m.provenance.checkpoint_sha256
+    samples, checkpoint = _samples(options, tokenizer, m.image_tokens, m.context_length, say), m.provenance.checkpoint_sha256
     job = CalibrationJob(m.name, checkpoint, samples, m.image_tokens, m.cache.layers, options)
     statistics = observe_bundle(bundle, job.samples, moments=options.moments, progress=progress)
     # Scores and variances are inside of fused operators, so activation ranges cannot be measured.
@@ -159,7 +169,7 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None, say: Say |
     spec = checkpoint.spec()
     check_weights(checkpoint, spec)
     tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, options.adapters).words()
-    samples, sha256 = _samples(options, tokenizer, say), checkpoint_sha256(checkpoint.files())
+    samples, sha256 = _samples(options, tokenizer, spec.image_tokens, LONGEST, say), checkpoint_sha256(checkpoint.files())
     job = CalibrationJob(model.name, sha256, samples, spec.image_tokens, spec.text.depth, options)
     # The key names versions: another pgx or numpy would have computed finished steps differently.
     pixels = pixels_of(checkpoint, spec)

@@ -35,8 +35,8 @@ def encode(sample: Sample, tokenizer: PromptTokenizer) -> EncodedSample:
     answer = answer_text(sample)
     try:
         prompt_ids = tokenizer.prompt_ids(sample.prompt, 0)
-        # The tokenizer treats the answer as a prompt, whose bos and newline are cut off.
-        answer_ids = tokenizer.prompt_ids(answer, 0)[1:-1] if answer else []
+        # The tokenizer treats the answer as a prompt, whose bos and newline are cut off; a fine-tune's answers have its own tokens.
+        answer_ids = tokenizer.prompt_ids(answer, 0, special_tokens=True)[1:-1] if answer else []
     except InputError as error:
         raise InputError(f"sample {sample.id}: {error}") from error
     return EncodedSample(sample, tuple(prompt_ids), tuple(answer_ids))

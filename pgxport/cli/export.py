@@ -197,10 +197,10 @@ def render_calibration(calibration: "Calibration", options: dict[str, Any], cost
     path, about = calibration.path, calibration.about
     # A bundle, which onnxruntime runs, does not say where its checkpoint is.
     checkpoint = "CHECKPOINT" if about.engine == "onnxruntime" else options["checkpoint"]
+    skipped = f" ({about.skipped} records left out)" if about.skipped else ""
     named = [("checkpoint", checkpoint), ("size", options["size"]), ("res", options["res"])]
     named += [("adapter", adapter) for adapter in options["adapter"]]
     model = " ".join(f"--{option} {value}" for option, value in named if value)
-    skipped = f" ({about.skipped} records left out)" if about.skipped else ""
     return (
         f"wrote {path}: {size(path.stat().st_size)} in {cost}\n"
         f"{about.samples} samples{skipped}: {about.prefix_tokens} tokens of prefix, {about.suffix_tokens} of suffix\n"

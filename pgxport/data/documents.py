@@ -117,7 +117,7 @@ def _fields_beside(folder: Path, image: Path, beside: Sequence[Path]) -> dict[st
 
 def _fields_of(file: Path) -> dict[str, Any]:
     if file.suffix == ".txt":
-        prompt, _, answer = read_text(file, MAX_JSON).partition("\n")
+        prompt, _, answer = read_text(file, MAX_JSON).replace("\r\n", "\n").partition("\n")
         return {"prompt": prompt} | ({"answer": answer.strip()} if answer.strip() else {})
     value = read_json(file)
     if not isinstance(value, dict):

@@ -54,6 +54,7 @@ class DataSet:
 
     Attributes:
         records: In the data, before the limit.
+        taken: Records of those, after the limit.
         skipped: Records among those taken that give no sample: the unusable ones, and those that the format
             does not ask (ScienceQA's without a picture).
         notes: What was decided for the data as a whole.
@@ -63,6 +64,7 @@ class DataSet:
     source: str
     samples: tuple[Sample, ...]
     records: int
+    taken: int
     skipped: int
     unusable: tuple[UnusableRecord, ...] = ()
     notes: tuple[str, ...] = ()
@@ -73,8 +75,26 @@ class DataSet:
         left_out = f"{len(self.unusable)} of the records cannot be used and are left out: {named(self.unusable)}"
         return (left_out, *self.notes) if self.unusable else self.notes
 
+    def checked(self) -> "DataSet":
+        """Return the same.
 
-def load(options: DataOptions) -> DataSet:
+        Raises:
+            InputError: more than MOST_UNUSABLE of the records taken cannot be used, or none can be asked.
+        """
+        if self.unusable and (len(self.unusable) > MOST_UNUSABLE * self.taken or not self.samples):
+            raise InputError(
+                f"{self.source}: {len(self.unusable)} of {self.taken} records of format {self.format} cannot be used, and at most "
+                f"{MOST_UNUSABLE:.0%} may be so: {named(self.unusable)}"
+            )
+        if not self.samples:
+            raise InputError(
+                f"{self.source}: none of {self.taken} records of format {self.format} can be asked: no picture, or nothing to "
+                f"find; give other data"
+            )
+        return self
+
+
+def load(options: DataOptions, accept: Accept | None = None) -> DataSet:
     """Read evenly spaced samples, each with its true answer, to be judged; every picture is decoded once.
 
     Raises:
@@ -88,9 +108,9 @@ def load(options: DataOptions) -> DataSet:
         raise UsageError(f"--limit {options.limit}: give at least 1")
     if options.data is None:
         scenes = scene_samples(options.limit or SCENES)
-        return DataSet("scenes", "embedded scenes, test split", scenes, len(scenes), 0)
+        return DataSet("scenes", "embedded scenes, test split", scenes, len(scenes), len(scenes), 0)
     name, rows, context = _open(options, options.data, judged=True)
-    taken = Taking(rows, context, decode=True)
+    taken = Taking(rows, context, decode=True, accept=accept)
     samples, notes = with_caption_metric(taken.all(_evenly(len(rows), options.limit)))
     return taken.data_set(name, samples, notes)
 
@@ -104,7 +124,7 @@ def first_samples(data: Path | None, count: int, accept: Accept | None = None) -
     """
     if data is None:
         scenes = tuple(calibration_scene(index) for index in range(count))
-        return DataSet("scenes", "embedded scenes, calibration split", scenes, count, 0)
+        return DataSet("scenes", "embedded scenes, calibration split", scenes, count, count, 0)
     name, rows, context = _open(DataOptions(data), data, judged=False)
     taken = Taking(rows, context, decode=True, accept=accept)
     return taken.data_set(name, taken.all(range(len(rows)), count))
@@ -152,7 +172,7 @@ class Taking:
     context: Context
     decode: bool
     accept: Accept | None = None
-    records: int = 0
+    taken: int = 0
     skipped: int = 0
     unusable: list[UnusableRecord] = field(default_factory=list)
 
@@ -164,7 +184,7 @@ class Taking:
         count = embedded = 0
         for record in self.rows.at(indices):
             samples = self._usable(record)
-            self.records += 1
+            self.taken += 1
             self.skipped += not samples
             count += len(samples)
             embedded += sum(len(sample.image) for sample in samples if isinstance(sample.image, bytes))
@@ -187,7 +207,8 @@ class Taking:
                 if self.accept:
                     self.accept(sample)
         except InputError as error:
-            self.unusable.append(UnusableRecord(record.where, str(error)))
+            why = str(error)
+            self.unusable.append(UnusableRecord(record.where, why if record.where in why else f"{record.where}: {why}"))
             return []
         return samples
 
@@ -197,17 +218,8 @@ class Taking:
         Raises:
             InputError: too many records cannot be used, or none can be asked.
         """
-        if self.unusable and (len(self.unusable) > MOST_UNUSABLE * self.records or not samples):
-            raise InputError(
-                f"{self.rows.where}: {len(self.unusable)} of {self.records} records of format {name} cannot be used, and at most "
-                f"{MOST_UNUSABLE:.0%} may be so: {named(self.unusable)}"
-            )
-        if not samples:
-            raise InputError(
-                f"{self.rows.where}: none of {self.records} records of format {name} can be asked: no picture, or nothing to "
-                f"find; give other data"
-            )
-        return DataSet(name, self.rows.where, samples, len(self.rows), self.skipped, tuple(self.unusable), tuple(notes))
+        unusable, every = tuple(self.unusable), len(self.rows)
+        return DataSet(name, self.rows.where, samples, every, self.taken, self.skipped, unusable, tuple(notes)).checked()
 
 
 def named(unusable: Sequence[UnusableRecord]) -> str:

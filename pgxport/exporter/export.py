@@ -204,11 +204,9 @@ def _answer(job: PreparedExport, model: FittedModel, built: BuiltGraphs, staged:
 
 def _notes(job: PreparedExport) -> tuple[str, ...]:
     """What someone should know about how the checkpoint was read, and what it asks for and the bundle does otherwise."""
-    notes = [
-        *job.found.notes,
-        *job.checkpoint.remarks,
-        *([f"the tokenizer is that {job.tokenizer.note}"] if job.tokenizer.note else []),
-    ]
+    notes = [*job.found.notes, *job.checkpoint.remarks]
+    if job.tokenizer.note:
+        notes.append(f"the tokenizer is that {job.tokenizer.note}")
     if keys := unheeded(job.generation):
         asked = ", ".join(f"{key} {job.generation.kept[key]!r:.60}" for key in keys)
         notes.append(f"the checkpoint asks for {asked}: the bundle answers greedily without, and keeps it in its manifest")

@@ -100,7 +100,8 @@ def with_caption_metric(samples: Sequence[Sample]) -> tuple[tuple[Sample, ...], 
     places = [sample for sample in samples if sample.metric == "cider"]
     if not places or cider_is_defined(places):
         return tuple(samples), ()
-    counted = all(re.search("[a-z0-9]", answer.lower()) for sample in places for answer in sample.answers if answer.strip())
+    texts = [answer.lower() for sample in places for answer in sample.answers if answer.strip()]
+    counted = bool(texts) and all(re.search("[a-z0-9]", text) for text in texts)
     metric = "rouge_l" if counted else "exact_match"
     note = (
         f"captions are judged by {'ROUGE-L, with exact match beside it' if counted else 'exact match'}: CIDEr-D weighs words by how "

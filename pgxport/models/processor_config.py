@@ -23,6 +23,7 @@ RESAMPLE: dict[int, Resample] = {
 }  # Pillow's numbers
 Level = Annotated[float, Field(ge=-1e6, le=1e6)]
 Channels = Level | Annotated[list[Level], Field(min_length=3, max_length=3)]
+SIGLIP = "SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil"  # three names of one
 INPUT = "of the picture as it is given, which pgx finds out"
 
 
@@ -59,9 +60,12 @@ class PreprocessorConfig(FileSchema):
         "do_center_crop": ((False, None), "which cuts pictures"),
         "do_pad": ((False, None), "which adds borders"),
         "do_pan_and_scan": ((False, None), "which cuts pictures"),
+        # transformers chooses the class by its name, and each class has defaults and steps of its own.
+        "image_processor_type": ((*SIGLIP, None), "which has other defaults and steps"),
+        "feature_extractor_type": ((*SIGLIP, "SiglipFeatureExtractor", None), "which has other defaults and steps"),
     }
     no_effect: ClassVar[Mapping[str, str]] = {
-        "image_processor_type": NOTHING, "feature_extractor_type": NOTHING, "processor_class": NOTHING, "_valid_processor_keys": NOTHING,
+        "processor_class": NOTHING, "_valid_processor_keys": NOTHING,
         "transformers_version": NOTHING, "_processor_class": NOTHING, "use_fast": NOTHING, "backend": NOTHING, "device": NOTHING,
         "image_processor": "of processor_config.json",
         "auto_map": "code of its author, which pgx never runs", "return_tensors": "of how arrays are given", "data_format": "of how arrays are given",

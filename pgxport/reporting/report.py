@@ -24,6 +24,7 @@ from pgxport.reporting.environment import board, environment
 from pgxport.reporting.measured import Conditions, answer_of, keys, measured_folder
 from pgxport.reporting.shared_pass import ReportSubject, ReportWork, shared_pass
 from pgxport.reporting.transformers_subject import checkpoint_facts, require_reference
+from pgxport.runners.tokenizer import PromptTokenizer
 
 GATE = 0.99
 FOLLOW = 100
@@ -74,6 +75,7 @@ def report(options: ReportOptions, *, progress: Progress | None = None) -> schem
     if options.reference:
         require_reference()
     data = load(options.data)
+    _warn_of_special_tokens(options.bundles, data)
     sample_keys = keys(data.samples)
     with measured_folder(options.output) as folder:
         here = describe_machine()
@@ -90,6 +92,18 @@ def report(options: ReportOptions, *, progress: Progress | None = None) -> schem
     made = schema.Report(pgxport=__version__, created=_now(), devices=devices)
     files.write(made, album.files, options.output)
     return made
+
+
+def _warn_of_special_tokens(bundles: Sequence[str], data: DataSet) -> None:
+    """Say once which special tokens the prompts spell: what the processes that answer have to say is not shown."""
+    for path in bundles:
+        try:
+            bundle = Bundle.open(path, verify=False)
+            words = PromptTokenizer(bundle.path / "tokenizer.json", bundle.manifest.token_ids)
+        except PgxError:  # that of a bundle which cannot be used is in the report
+            continue
+        words.warn_of_special(sample.prompt for sample in data.samples)
+        return
 
 
 def _subjects(options: ReportOptions, here: dict[str, Any]) -> list[ReportSubject]:

@@ -8,9 +8,9 @@ Follows AutoTokenizer and PaliGemmaProcessor of transformers 5.24, which read
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, RootModel, ValidationError
 
 from pgxport.bundle.manifest import TokenIds
 from pgxport.bundle.tokenizer_file import (
@@ -48,6 +48,12 @@ class TokenName(BaseModel):
 Named = TokenText | TokenName
 
 
+def _is_image(token: str | TokenName) -> str | TokenName:
+    if _text(token) != "<image>":  # which PaliGemmaProcessor writes whatever this says
+        raise ValueError("PaliGemma's is '<image>'")
+    return token
+
+
 class TokenRoles(BaseModel):
     """What special_tokens_map.json may say, and tokenizer_config.json too."""
 
@@ -60,7 +66,7 @@ class TokenRoles(BaseModel):
     pad_token: Named | None = None
     cls_token: Named | None = None
     mask_token: Named | None = None
-    image_token: Literal["<image>", None] = None  # PaliGemmaProcessor writes `<image>` whatever this says
+    image_token: Annotated[Named, AfterValidator(_is_image)] | None = None
     extra_special_tokens: list[Named] | dict[str, Named] | None = None
     additional_special_tokens: list[Named] | None = None
     model_specific_special_tokens: dict[str, Named] | None = None

@@ -81,6 +81,10 @@ class PromptTokenizer:
             )
         return prefix
 
+    def warn_of_special(self, prompts: Iterable[str]) -> None:
+        """Say which special tokens these prompts spell, as `prompt_ids` does, for those whose ids are made in other processes."""
+        self._warn(match[0] for prompt in prompts for match in self._literal[False].finditer(prompt))
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of generated ids: `<locNNNN>` and `<segNNN>` stay, and what a fine-tune added; PaliGemma's special tokens go."""
         return "".join(self.stream(ids))
@@ -115,8 +119,7 @@ class PromptTokenizer:
         # text; neither the added tokens nor the merges can then put it together.
         # `encode_special_tokens` would miss tokens a checkpoint does not flag as special.
         spelled = list(self._literal[special_tokens].finditer(text))
-        for token in dict.fromkeys(match[0] for match in spelled):
-            warnings.warn(self._hint(token), PgxWarning, stacklevel=3)
+        self._warn(match[0] for match in spelled)
         cuts = [0, *(match.start() + 1 for match in spelled), len(text)]
         pieces = (text[a:b] for a, b in itertools.pairwise(cuts))
         with library("the prompt cannot be tokenized"):
@@ -129,11 +132,15 @@ class PromptTokenizer:
             )
         return ids
 
+    def _warn(self, spelled: Iterable[str]) -> None:
+        for token in dict.fromkeys(spelled):
+            warnings.warn(self._hint(token), PgxWarning, stacklevel=1)  # from one place, so that each token is named once
+
     def _hint(self, token: str) -> str:
         """What to do about a special token that a prompt spells."""
         seen = f"the prompt has {token!r} as {len(token)} letters, not as a token"
         if self._tokenizer.token_to_id(token) in self._own:
-            return f"{seen}; it is a special token of this model, which --special-tokens lets a prompt use (special_tokens=True in Python)"
+            return f"{seen}; `pgx run --special-tokens` lets a prompt use this model's own (special_tokens=True in Python)"
         if self._tokenizer.token_to_id(token) == self.ids.image:
             return f"{seen}; pgx puts the image before the prompt itself, so leave it out"
         return f"{seen}; pgx writes this model's special tokens itself, so leave it out"

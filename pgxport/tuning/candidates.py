@@ -57,11 +57,10 @@ class Group:
             scheme = replace(scheme, scaling="none")
         if not self.output:
             scheme = replace(scheme, shortlist=False)
-        if pattern == TABLE:
-            # Its rows are looked up, for which a grid has to be symmetric; and where nothing
-            # is multiplied by it, GPTQ has no inputs to go by.
-            nearest = scheme.method == "gptq" and not self.output
-            scheme = replace(scheme, symmetric=True, method="nearest" if nearest else scheme.method)
+        if pattern in (TABLE, OUTPUT):  # rows of the table are looked up, for which a grid has to be symmetric (graphs.py)
+            scheme = replace(scheme, symmetric=True)
+        if pattern == TABLE and not self.output and scheme.method == "gptq":  # nothing is multiplied by it
+            scheme = replace(scheme, method="nearest")
         return scheme
 
 

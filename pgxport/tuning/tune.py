@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pgxport.cluster.pool import Cluster
-from pgxport.data.loader import DataOptions, load
+from pgxport.data.loader import Accept, DataOptions, load
 from pgxport.errors import EngineError, NumericError, UsageError, choose
 from pgxport.exporter.calibration_file import Calibration, checkpoint_sha256
-from pgxport.exporter.prepare import ExportOptions, check_weights, open_checkpoint
+from pgxport.exporter.prepare import ExportOptions, check_weights, context_length, open_checkpoint
 from pgxport.exporter.recipe import RECIPE_NAMES, Recipe
 from pgxport.exporter.targets import TARGETS, Target
 from pgxport.files import check_output, disk_errors, write_whole
@@ -21,8 +21,12 @@ from pgxport.hub.locate import ModelChoice, locate
 from pgxport.machine.conditions import describe_machine, versions
 from pgxport.machine.driver import ask_driver
 from pgxport.metrics.sample import Sample
+from pgxport.models.checkpoint import Checkpoint
+from pgxport.models.generation_config import read_generation
+from pgxport.models.spec import ModelSpec
 from pgxport.reporting.measured import keys
 from pgxport.reporting.store import alone, digest
+from pgxport.runners.saved_tokenizer import find_tokenizer
 from pgxport.runners.session import ENGINES
 from pgxport.text import duration
 from pgxport.tuning.bundles import Bundles, MeasuredRecipe, Say, TunedModel
@@ -156,7 +160,8 @@ def tuned_model(o: TuneOptions) -> TunedModel:
     calibration = Calibration.open(o.calibration) if o.calibration else None
     if calibration:
         calibration.check(sha256, located.name)
-    data = load(DataOptions(data=Path(o.data) if o.data else None, format=o.format, limit=o.samples))
+    asked = DataOptions(data=Path(o.data) if o.data else None, format=o.format, limit=o.samples)
+    data = load(asked, _accept(o, checkpoint, spec))
     common = {
         "checkpoint": sha256, "calibration": calibration.digest if calibration else None, "samples": _digest(data.samples),
         "masks": bool(o.masks or located.masks), "target": o.target, "threads": o.threads, "versions": versions(VERSIONS),
@@ -171,6 +176,14 @@ def tuned_model(o: TuneOptions) -> TunedModel:
         answer=False,
     )
     return TunedModel(export, spec, data.samples, common, o.threads, (*located.notes, *data.remarks))
+
+
+def _accept(o: TuneOptions, checkpoint: Checkpoint, spec: ModelSpec) -> Accept:
+    """Return what refuses a sample whose prompt the exported bundles would refuse."""
+    tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, o.adapters).words()
+    generation = read_generation(checkpoint.config, checkpoint.json("generation_config.json"))
+    limit = context_length(spec, None, generation)
+    return lambda sample: tokenizer.prompt_ids(sample.prompt, spec.image_tokens, limit=limit)
 
 
 def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tuple[MeasuredRecipe, ...], list[str]]:

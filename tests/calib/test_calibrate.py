@@ -297,3 +297,30 @@ def test_the_command_writes_the_file_and_says_what_to_do_with_it(tmp_path):
     assert found["command"] == "pgx calibrate --size tiny --res 112 --samples 2 --no-moments"
     tiny = Checkpoint.open(Path(__file__).parents[2] / "pgxport" / "models" / "tiny" / "tiny-112")
     made.check(checkpoint_sha256(tiny.files()), "tiny-112")
+
+
+def test_records_that_cannot_be_used_are_named_and_the_next_are_taken(tmp_path):
+    rows = [("detect heron", ""), ("", "x"), *[("ocr", f"B{n}") for n in range(9)], ("words " * 9000, "x")]
+    file = data(tmp_path / "x", *rows)
+    args = [
+        "calibrate",
+        "--size",
+        "tiny",
+        "--res",
+        "112",
+        "--data",
+        str(file),
+        "-o",
+        str(tmp_path / "c.safetensors"),
+        "--no-moments",
+    ]
+    few = CliRunner().invoke(cli, [*args, "--samples", "10"], catch_exceptions=False)
+    assert few.stderr == f"1 of the records cannot be used and are left out: {file}:2: 'prompt' is '', and has to be text\n"
+    assert "10 samples (1 records left out): " in few.stdout
+    made = Calibration.open(tmp_path / "c.safetensors").about
+    assert (made.samples, made.skipped) == (10, 1)
+    every = CliRunner().invoke(cli, [*args, "--overwrite"])
+    assert isinstance(every.exception, InputError)
+    assert "2 of 12 records of format jsonl cannot be used" in str(every.exception)
+    assert f"{file}:12: sample samples.jsonl:12: image, prompt and answer have " in str(every.exception)
+    assert "tokens, more than 8192" in str(every.exception)

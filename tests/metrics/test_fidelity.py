@@ -94,3 +94,12 @@ def test_broken_answers_are_counted():
     samples, answers = zip(*pairs, strict=True)
     assert faults(samples, answers) == Faults(empty=2, malformed=2, truncated=1, answers=7)
     assert [is_malformed(s, a) for s, a in pairs] == [False, False, False, False, True, True, False]
+
+
+def test_an_empty_answer_is_no_fault_where_nothing_is_true():
+    empty = Sample("0", Drawn(0), "detect cat", "detect", "box_accuracy", ("",), background=True)
+    blank = Sample("1", Drawn(1), "ocr", "ocr", "exact_match", ("",))
+    text = Sample("2", Drawn(2), "ocr", "ocr", "exact_match", ("AB",))
+    assert faults([empty, blank, text], [Answer("")] * 3) == Faults(empty=1, malformed=0, truncated=0, answers=3)
+    assert not is_malformed(empty, Answer("no cat here"))
+    assert is_malformed(empty, Answer("<loc0001> cat", warnings=parse("<loc0001> cat", 8, 8)[2]))

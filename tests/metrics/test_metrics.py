@@ -2,6 +2,7 @@
 """The table of metrics: every task has one that decides, and each value is that of its library."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from pgxport.data.scenes import scene_samples
 from pgxport.errors import UsageError
 from pgxport.metrics.bootstrap import estimate
-from pgxport.metrics.metrics import METRICS, TASKS, groups, metrics_for, score, tally
+from pgxport.metrics.metrics import METRICS, TASKS, cider_is_defined, groups, metrics_for, score, tally, with_caption_metric
 from pgxport.metrics.sample import Drawn, Region, Sample, Segmentation
 from pgxport.runners.outputs import Answer, parse, run_lengths
 
@@ -102,6 +103,90 @@ def test_a_sample_is_judged_by_its_own_metric_first_and_by_what_its_truth_allows
     assert metrics_for(box) == ("refer_accuracy", "box_iou")
     scene = Sample("0", Drawn(0), "caption en", "caption", "exact_match", ("a cat",))
     assert metrics_for(scene) == ("exact_match", "cider", "bleu", "rouge_l")
+
+
+def background(metric: str) -> Sample:
+    return Sample("0", Drawn(0), "detect cat", "detect", metric, ("",), background=True)
+
+
+@pytest.mark.parametrize("metric", ["box_accuracy", "box_iou"])
+def test_where_nothing_is_there_an_answer_without_boxes_is_right_and_any_box_is_wrong(metric):
+    box = parse("<loc0000><loc0000><loc0512><loc0512> dog", 64, 64)[0]
+    answers = [Answer(""), Answer("no cat"), Answer("x", boxes=box)]
+    assert tally(metric, [background(metric)] * 3, answers).per_sample.tolist() == [1.0, 1.0, 0.0]
+    there = Sample("1", Drawn(1), "detect cat", "detect", metric, regions=(Region("cat", (0, 0, 8, 8)),))
+    # The picture without one counts as one box does.
+    assert value(metric, [background(metric), there], [Answer(""), Answer("")]) == 0.5
+
+
+def test_a_picture_without_a_box_is_judged_by_the_metrics_of_boxes():
+    assert metrics_for(background("box_accuracy")) == ("box_accuracy", "box_iou", "box_map")
+    segment = replace(background("box_accuracy"), task="segment")
+    assert metrics_for(segment) == ("box_accuracy", "box_iou")
+
+
+@pytest.mark.parametrize(
+    ("metric", "of_empty", "of_text"),
+    [
+        *((m, 1.0, 0.0) for m in ("exact_match", "vqa_accuracy", "textvqa_accuracy", "anls", "relaxed_accuracy")),
+        ("yes_no_accuracy", 0.0, 0.0), ("cider", 0.0, 0.0), ("bleu", 0.0, 0.0), ("rouge_l", 0.0, 0.0),
+    ],
+)  # fmt: skip
+def test_an_empty_reference_is_met_by_an_empty_answer_where_the_metric_compares_texts(metric, of_empty, of_text):
+    """The zeros of the last four are those of their own libraries, which share no word with an empty text."""
+    if metric in ("bleu", "rouge_l"):
+        pytest.importorskip("sacrebleu")
+        pytest.importorskip("rouge_score")
+    sample = Sample("0", Drawn(0), "caption en", "caption", metric, ("",))
+    found = [float(tally(metric, [sample], [Answer(text)]).per_sample[0]) for text in ("", "two gulls")]
+    assert found == [of_empty, of_text]
+
+
+def test_every_character_of_an_answer_to_an_empty_reference_is_an_error():
+    samples = [Sample(str(n), Drawn(n), "ocr", "ocr", "character_error_rate", (truth,)) for n, truth in enumerate(["", "ABCD"])]
+    assert value("character_error_rate", samples, [Answer("xyz"), Answer("ABCD")]) == 3 / 4
+    jiwer = pytest.importorskip("jiwer")
+    assert value("character_error_rate", samples, [Answer("xyz"), Answer("ABCX")]) == jiwer.cer("ABCD", "xyzABCX")
+
+
+def captions(*references: str) -> list[Sample]:
+    return [Sample(str(n), Drawn(n), "caption en", "caption", "cider", (text,)) for n, text in enumerate(references)]
+
+
+@pytest.mark.parametrize(
+    "references", [["a gull on a pier"], ["a gull on a pier"] * 6, ["A gull on a pier.", "a gull on a pier"] * 40]
+)
+def test_cider_says_nothing_of_few_different_references_and_is_not_taken(references):
+    samples = captions(*references)
+    exact = [Answer(text) for text in references]
+    assert value("cider", samples, exact) == 0
+    chosen, (note,) = with_caption_metric(samples)
+    assert {sample.metric for sample in chosen} == {"rouge_l"}
+    assert metrics_for(chosen[0]) == ("rouge_l", "cider", "bleu", "exact_match")
+    assert "and needs 50 different ones; these have 1" in note
+    pytest.importorskip("rouge_score")
+    assert value("rouge_l", list(chosen), exact) == value("exact_match", list(chosen), exact) == 1
+
+
+def test_cider_is_taken_from_fifty_different_references_on():
+    texts = [f"a gull number {n} on a pier" for n in range(50)]
+    assert with_caption_metric(captions(*texts)) == (tuple(captions(*texts)), ())
+    assert cider_is_defined(captions(*texts, *texts))
+    fewer, notes = with_caption_metric(captions(*texts[1:], *texts[1:]))
+    assert {sample.metric for sample in fewer} == {"rouge_l"}
+    assert "these have 49" in notes[0]
+
+
+@pytest.mark.parametrize("references", [["桟橋のカモメ"], ["чайка"] * 3, ["a gull", "чайка"], [""]])
+def test_where_rouge_counts_no_word_exact_match_decides(references):
+    chosen, (note,) = with_caption_metric(captions(*references))
+    assert {sample.metric for sample in chosen} == {"exact_match"}
+    assert "captions are judged by exact match: CIDEr-D" in note
+
+
+def test_samples_of_other_metrics_are_left_alone():
+    scene = Sample("0", Drawn(0), "caption en", "caption", "exact_match", ("a cat",))
+    assert with_caption_metric([scene]) == ((scene,), ())
 
 
 def test_questions_about_one_picture_are_one_group():

@@ -4,6 +4,7 @@
 import contextlib
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,42 @@ def test_average_precision_is_that_of_cocos_tools(library, seed):
     pytest.importorskip(library)
     samples, answers = run(seed)
     assert average_precision(samples, answers)(np.ones((1, 30)))[0] == pytest.approx(coco_ap(samples, answers, library), abs=1e-9)
+
+
+def flat_and_empty(*answers: tuple[Box, ...]) -> tuple[list[Sample], list[Answer]]:
+    """A picture with a box and one without area, and one without any."""
+    true = (Region("cat", (10, 10, 30, 30)), Region("cat", (40, 10, 40, 30)))
+    asked = Sample("0", Drawn(0), "detect cat", "detect", "box_map", regions=true)
+    return [asked, replace(asked, id="1", image=Drawn(1), regions=(), background=True)], [Answer("", boxes=b) for b in answers]
+
+
+SAME, FLAT = box("cat", 10, 10, 30, 30), box("cat", 40, 10, 40, 30)
+
+
+@pytest.mark.parametrize("library", ["pycocotools", "faster_coco_eval"])
+@pytest.mark.parametrize("on_empty", [(), (SAME,), (SAME, FLAT)])
+@pytest.mark.parametrize("on_boxes", [(SAME,), (SAME, FLAT), (FLAT, SAME)])
+def test_pictures_without_boxes_and_boxes_without_area_count_as_in_cocos_tools(library, on_boxes, on_empty):
+    pytest.importorskip("pycocotools")
+    pytest.importorskip(library)
+    samples, answers = flat_and_empty(on_boxes, on_empty)
+    value = average_precision(samples, answers)(np.ones((1, 2)))[0]
+    assert value == pytest.approx(coco_ap(samples, answers, library), abs=1e-9)
+    # A box without area is met by none, itself included, so half of the truth is found at most.
+    assert value <= 0.51
+    assert matched_ious(samples[0].regions, answers[0].boxes) == [1, 0]
+
+
+def test_what_is_found_on_a_picture_without_boxes_lowers_the_precision():
+    pytest.importorskip("pycocotools")
+    values = []
+    for on_empty in ((), (SAME,)):
+        samples, answers = flat_and_empty((SAME,), on_empty)
+        # Of boxes of one rank the earlier picture's comes first, and what comes after the last hit costs nothing.
+        values.append(average_precision(samples[::-1], answers[::-1])(np.ones((1, 2)))[0])
+        assert values[-1] == pytest.approx(coco_ap(samples[::-1], answers[::-1], "pycocotools"), abs=1e-9)
+    clean, false = values
+    assert false < clean
 
 
 def test_a_weight_is_that_many_copies_of_a_picture():

@@ -247,6 +247,17 @@ EMBEDDING = "base_model.model.model.language_model.embed_tokens.weight"
 HEAD = "base_model.model.lm_head.weight"
 
 
+def test_a_saved_lm_head_is_an_output_matrix_of_its_own(gemma1: Path, tmp_path: Path):
+    table = torch.randn(320, 40, generator=torch.Generator().manual_seed(1))
+    both = ["embed_tokens", "lm_head"]
+    write(tmp_path / "b", gemma1, lambda t: t.update({EMBEDDING: table, HEAD: table + 1}), modules_to_save=both)
+    write(tmp_path / "c", gemma1, lambda t: t.update({HEAD: table + 1}), modules_to_save=["lm_head"])
+    for folder in "bc":
+        checkpoint = Checkpoint.open(gemma1, [tmp_path / folder])
+        assert (checkpoint.tied, checkpoint.remarks) == (False, ())
+        assert np.array_equal(all_rows(checkpoint, "language_model.lm_head.weight"), (table + 1).numpy())
+
+
 def test_a_saved_embedding_is_the_lm_head_too_where_both_are_equal_or_tied(gemma1: Path, tmp_path: Path):
     table = torch.randn(320, 40, generator=torch.Generator().manual_seed(1))
     for folder, tensors, config in (

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,8 @@ def test_pixels_are_those_of_transformers_processor(case: str, file: str):
         ({"do_resize": False}, "as large as they are"),
         ({"do_center_crop": True}, "cuts pictures"),
         ({"do_pad": True}, "adds borders"),
+        ({"image_processor_type": "CLIPImageProcessor"}, "CLIPImageProcessor"),
+        ({"feature_extractor_type": "ViTFeatureExtractor"}, "ViTFeatureExtractor"),
         ({"size": {"shortest_edge": 224}}, "keeps the aspect"),
         ({"size": 224}, "size"),
         ({"size": {"height": 224, "width": 448}}, "224 × 448"),
@@ -230,6 +233,25 @@ def test_a_processor_that_pgx_does_not_compute_is_refused_by_name(values: dict[s
         read_pixels(None, {"image_processor": values}, SPEC)
 
 
+@pytest.mark.parametrize("key", ["image_processor_type", "feature_extractor_type"])
+@pytest.mark.parametrize(
+    "name", ["SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil", "ViTImageProcessor", None]
+)
+def test_a_class_is_read_where_transformers_takes_it_for_siglips(key: str, name: str | None, tmp_path: Path):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    values = {"size": {"height": 224, "width": 224}, key: name}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "paligemma"}))
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    if not type(theirs).__name__.startswith("SiglipImageProcessor"):
+        with pytest.raises(CheckpointError, match=str(name)):
+            read_pixels(values, None, SPEC)
+        return
+    pixels = np.asarray(theirs(images=PICTURE, return_tensors="np")["pixel_values"][0])
+    assert np.abs(pixel_values(PICTURE, 224, read_pixels(values, None, SPEC)) - pixels).max() <= 1e-6
+
+
 def test_without_either_file_pixels_are_paligemmas():
     assert read_pixels(None, None, SPEC) == read_pixels({}, {}, SPEC) == Pixels()
 
@@ -238,3 +260,11 @@ def test_without_either_file_pixels_are_paligemmas():
 def test_a_config_that_is_no_object_is_refused(values: Any):
     with pytest.raises(CheckpointError):
         read_config(values)
+
+
+def test_the_document_says_what_the_schemas_say():
+    tool = Path(__file__).parents[2] / "tools" / "checkpoint_keys.py"
+    if not tool.exists():
+        pytest.skip("the wheel is tested without the repository")
+    done = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

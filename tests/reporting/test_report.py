@@ -393,6 +393,55 @@ def test_diff_of_reports_tells_metrics(whole: tuple[Report, Path], tmp_path: Pat
     assert run("diff", whole[1], tmp_path / "worse.json", "--json")[0] == 0
 
 
+def records_of(folder: Path, *, missing: int = 0) -> Path:
+    """Captions, a picture without what is asked for, a box without area, and records whose picture is not there."""
+    Image.new("RGB", (64, 48), "green").save(folder / "lawn.png")
+    rows = [{"image": "lawn.png", "prefix": "caption en", "suffix": f"lawn {n}", "id": f"lawn {n}"} for n in range(8)]
+    rows += [{"image": "lawn.png", "prefix": "detect red circle", "suffix": ""}]
+    rows += [{"image": "lawn.png", "prefix": "detect blue bar", "suffix": "<loc0100><loc0100><loc0100><loc0900> blue bar"}]
+    rows += [{"file_name": f"night\\{n}<b>.png", "prefix": "ocr", "suffix": "x"} for n in range(missing)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "rows.jsonl"
+
+
+def test_records_that_cannot_be_used_are_named_wherever_the_figures_are(
+    two: tuple[Path, Path], tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+):
+    data, output = records_of(tmp_path, missing=1), tmp_path / "report"
+    code, out, _ = run("report", two[0], "--data", data, "--max-new-tokens", 8, "--threads", 1, "-o", output)
+    device = files.read(output).devices[0]
+    d, (row,) = device.data, device.rows
+    assert (code, d.samples, d.records, d.skipped, d.unusable, row.measured) == (0, 10, 11, 1, 1, 3)
+    left_out, caption = d.remarks
+    assert left_out.startswith(f"1 of the records cannot be used and are left out: {data}:11: no image 'night/0<b>.png' below")
+    assert caption.startswith("captions are judged by ROUGE-L, with exact match beside it: CIDEr-D weighs")
+    assert all(f"  {remark}" in out.splitlines() for remark in d.remarks)
+    page = (output / "report.html").read_text()
+    assert "0&lt;b&gt;.png&#x27; below" in page
+    assert "captions are judged by ROUGE-L" in page
+    assert "captions are judged by ROUGE-L" in (output / "report.md").read_text()
+    metrics = {(s.task, s.metric): (s.decides, s.samples) for s in row.scores}
+    assert metrics["caption", "rouge_l"] == (True, 8)
+    assert metrics["caption", "exact_match"] == (False, 8)
+    assert ("caption", "cider") not in metrics
+    assert metrics["detect", "box_accuracy"] == (True, 2)
+    code, out, _ = run("diff", two[0], two[0], "--data", data, "--threads", 1)
+    assert (code, left_out in out.splitlines(), caption in out.splitlines()) == (0, True, True)
+    assert run("diff", two[0], two[0], "--data", data, "--threads", 1, "--json")[1].count("1 of the records cannot be used") == 1
+
+
+def test_too_many_records_that_cannot_be_used_end_with_3_before_anything_is_measured(
+    two: tuple[Path, Path], tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+):
+    data = records_of(tmp_path, missing=8)
+    for words in (("report", two[0], "-o", tmp_path / "report"), ("diff", *two)):
+        code, out, err = run(*words, "--data", data)
+        assert (code, out) == (3, "")
+        assert "8 of 18 records of format jsonl cannot be used, and at most 10% may be so: " in err
+        assert err.rstrip().endswith(" and 3 more")
+    assert not (tmp_path / "report").exists()
+
+
 def test_a_bundle_and_a_report_are_not_compared(
     two: tuple[Path, Path], whole: tuple[Report, Path], run: Callable[..., tuple[int, str, str]]
 ):

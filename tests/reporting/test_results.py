@@ -113,6 +113,12 @@ def test_the_metric_that_needs_all_samples_of_its_task_gets_those():
     ]
 
 
+@pytest.mark.parametrize(("different", "shown"), [(49, False), (50, True)])
+def test_cider_is_shown_beside_another_metric_only_where_it_says_something(different, shown):
+    asked = [Sample(str(n), Path("a.png"), "caption en", "caption", "exact_match", (f"gull {n % different}",)) for n in range(60)]
+    assert [p.metric for p in subsets(asked)] == ["exact_match", *(["cider"] if shown else []), "bleu", "rouge_l"]
+
+
 def test_a_run_that_ended_early_shows_no_number():
     asked = samples(*["answer"] * 3)
     early = run("early", ["abcd"] * 2, reason="its process was ended by signal 9", exit_code=6)
