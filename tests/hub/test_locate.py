@@ -380,3 +380,16 @@ def test_only_bf16_begins_from_the_rounded_revision():
     assert revisions("paligemma", "bf16") == ["bfloat16", "main"]
     assert {tuple(revisions("paligemma", p)) for p in (None, "fp32", "fp16", "int4")} == {("main",)}
     assert revisions("paligemma2", "bf16") == ["main"]
+
+
+def test_an_adapter_alone_brings_its_base_from_the_hub(server: Hub, tmp_path: Path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": REPOSITORY}
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    found = locate(ModelChoice(adapter=adapter))
+    assert (found.repository, found.revision, found.license, found.notes) == (REPOSITORY, COMMIT, "gemma", ())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "revision": "float99"}))
+    with pytest.raises(HubError, match="no revision 'float99'"):
+        locate(ModelChoice(adapter=adapter))
