@@ -5,7 +5,8 @@ python benchmarks/mutations.py --count 2000 --compare 200 --json benchmarks/resu
 
 The checkpoint is a random PaliGemma 2 of 2 layers with a small tokenizer, the adapter one that PEFT wrote. Each case is a
 fork of one process, so that a case costs no import; memory is what the case adds to the fork. Of the mutated checkpoints
-that were exported, some are compared with what transformers loads from the same folder: the logits after a prompt.
+that were exported, some are compared with what transformers loads from the same folder: the logits after a prompt. It ends with 1
+where a case is at fault, or where both answer and their logits differ.
 """
 
 import argparse
@@ -34,6 +35,7 @@ FILES = (
 )  # fmt: skip
 SECONDS, BYTES, ALLOWED = 5.0, 1_000_000_000, (0, 2, 3)
 PROMPT = "detect cat"
+REFUSES = "transformers refuses"
 TOLERANCE = 1e-3  # of the largest logit
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 7, 255, 1 << 31, (1 << 31) - 1, 10**12, -(10**12), 1 << 64, 10**30, 0.0, 0.5, -0.5, 1e-30, 1e30,
@@ -244,7 +246,7 @@ def compare(base: Path, folder: Path) -> str | None:
         with torch.no_grad():
             theirs = model(**inputs).logits[0, -1].float().numpy()
     except Exception as error:
-        return f"transformers refuses: {type(error).__name__}: {str(error)[:150]}"
+        return f"{REFUSES}: {type(error).__name__}: {str(error)[:150]}"
     try:
         with Runner.from_pretrained(folder / "b") as runner:
             prefix = runner.prefix(runner.encode([picture]), runner.prompt_ids(PROMPT))
@@ -275,7 +277,7 @@ def main() -> None:
     print(json.dumps(record, indent=1))
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(bool(record["faults"]))
+    sys.exit(bool(record["faults"] or record["differ"]))
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -295,9 +297,11 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "files": {},
         "faults": [],
         "differ": [],
+        "refused_by_transformers_alone": [],
     }
+    kept: list[tuple[Path, Outcome]] = []
     for file in args.file or FILES:
-        outcomes, kept = [], []
+        outcomes, compared = [], 0
         for number in range(args.first, args.first + (args.count // 4 if file == "tokenizer.json" else args.count)):
             case = folder / "cases" / f"{file}-{number}"
             outcome = run_case(folder / "base", case, file, number)
@@ -305,22 +309,22 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             if fault := outcome.fault():
                 record["faults"].append(asdict(outcome) | {"fault": fault})
                 print(file, number, fault, outcome.mutation, outcome.message[:300], file=sys.stderr)
-            if outcome.code == 0 and len(kept) < args.compare:
+            if outcome.code == 0 and compared < args.compare:
                 kept.append((case, outcome))
+                compared += 1
             else:
                 shutil.rmtree(case)
-        verdicts: Counter[str] = Counter()
-        for (case, outcome), verdict in zip(kept, _verdicts([case for case, _ in kept]), strict=True):
-            verdicts["as transformers" if verdict is None else verdict.partition(":")[0]] += 1
-            if verdict is not None:
-                record["differ"].append(
-                    {"file": file, "number": outcome.number, "mutation": outcome.mutation, "verdict": verdict}
-                )
-            shutil.rmtree(case)
         record["files"][file] = {
-            "cases": len(outcomes), "codes": Counter(str(o.code) for o in outcomes), "compared": verdicts,
+            "cases": len(outcomes), "codes": Counter(str(o.code) for o in outcomes), "compared": Counter(),
             "slowest_seconds": max(o.seconds for o in outcomes), "most_added_bytes": max(o.added_bytes for o in outcomes),
         }  # fmt: skip
+    for (case, outcome), verdict in zip(kept, _verdicts([case for case, _ in kept]), strict=True):
+        kind = "as transformers" if verdict is None else REFUSES if verdict.startswith(REFUSES) else "otherwise"
+        record["files"][outcome.file]["compared"][kind] += 1
+        if verdict is not None:
+            row = {"file": outcome.file, "number": outcome.number, "mutation": outcome.mutation, "verdict": verdict}
+            record["differ" if kind == "otherwise" else "refused_by_transformers_alone"].append(row)
+        shutil.rmtree(case)
     return record
 
 

@@ -291,7 +291,7 @@ def test_a_graph_that_the_engine_refuses_is_an_integrity_error(tmp_path: Path):
 
 def test_a_graph_that_takes_other_arrays_is_an_integrity_error(tmp_path: Path):
     pytest.importorskip("onnxruntime")
-    from pgxport.doctor import PROBE
+    from pgxport.runners.open_session import PROBE
 
     (tmp_path / "probe.onnx").write_bytes(PROBE)
     session = open_session("cpu", tmp_path / "probe.onnx")
