@@ -136,7 +136,7 @@ class LayerRules:
         """The factor of B @ A: alpha / r, or what the variants have in its place."""
         c, rank = self.config, self.rank(module)
         if c.peft_type == "ADALORA":
-            return (c.lora_alpha if c.lora_alpha > 0 else rank) / (rank + 1e-5)
+            return (c.lora_alpha if c.lora_alpha > 0 else rank) / (c.init_r + 1e-5)
         alpha = next((alpha for matches, alpha in self._alphas if matches(module)), c.lora_alpha)
         return float(alpha) / (math.sqrt(rank) if c.use_rslora else rank)
 

@@ -14,7 +14,7 @@ from pgxport.errors import CheckpointError
 from pgxport.models import low_rank
 from pgxport.models.adapter_config import DERIVED_STARTS, MERGE_FIRST, AdapterConfig, LayerRules
 from pgxport.models.low_rank import Matrices
-from pgxport.models.safetensors import Stored, Tensor, listed, read_header, read_json, shown
+from pgxport.models.safetensors import DTYPES, Stored, Tensor, listed, read_header, read_json, shown
 from pgxport.models.weights import EMBEDDING, LM_HEAD, PEFT_PREFIX, RENAMED, WRAPPERS, canonical, why_unused
 
 CONFIG = "adapter_config.json"
@@ -108,7 +108,12 @@ def _read(folder: Path) -> AdapterFiles:
     config = read_adapter_config(folder)
     adapter = AdapterFiles(folder, config, LayerRules(config, str(folder / CONFIG)))
     names: dict[str, str] = {}  # of the adapter in the keys -> one of the keys
-    for key, tensor in read_header(folder / WEIGHTS).items():
+    # AdaLoRA takes ranks from layers, down to none: a matrix without values, which no weight is.
+    for key, tensor in read_header(
+        folder / WEIGHTS, unused=_may_be_empty if config.peft_type == "ADALORA" else lambda _: False
+    ).items():
+        if tensor.dtype not in DTYPES.values():
+            raise adapter.fault(f"{shown(key)} is stored as {tensor.dtype}; pgx reads adapters in {', '.join(DTYPES)}")
         path = ".".join(part for part in key.split(".") if part not in WRAPPERS)
         if not path.startswith(PEFT_PREFIX):
             raise adapter.fault(f"{shown(key)} does not begin with {PEFT_PREFIX}, so that PEFT would not load it")
@@ -259,6 +264,8 @@ def _adapt(current: dict[str, Tensor], name: str, module: str, adapter: AdapterF
         start=str(start) if start in DERIVED_STARTS else None,
     )
     _check_shapes(base, matrices, name, adapter, rank=adapter.rules.rank(module), embeds=embeds)
+    if not matrices.a.shape[0]:
+        return
     current[name] = (low_rank.embedding if embeds else low_rank.linear)(base, matrices)
     if bias := parts.get("lora_B.bias"):
         of = f"{name.removesuffix('weight')}bias"
@@ -315,6 +322,10 @@ def _set_tokens(current: dict[str, Tensor], adapter: AdapterFiles, *, tied: bool
         current.setdefault(LM_HEAD, current[EMBEDDING])
     for name, (chosen, values) in rows.items():
         current[name] = low_rank.with_rows(current[name], chosen, values)
+
+
+def _may_be_empty(key: str) -> bool:
+    return key.removesuffix(".weight").endswith(("lora_A", "lora_B", "lora_E"))
 
 
 def _spelled(name: str, era: str) -> str:

@@ -247,6 +247,23 @@ def rewritten(folder: Path, change: Callable[[str], str]) -> Path:
     return folder
 
 
+def test_ranks_that_adalora_took_away_are_gone(gemma2: Path, tmp_path: Path):
+    config = peft.AdaLoraConfig(init_r=3, target_modules=["q_proj"], exclude_modules=".*vision.*", total_step=10, lora_alpha=5)
+    model, noise = peft.get_peft_model(fresh(gemma2), config), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".lora_" in name:
+                p.add_(0.2 * torch.randn(p.shape, generator=noise))
+    stem = "model.language_model.layers.{}.self_attn.q_proj.lora_E.default"
+    masks = {0: [True, False, True], 1: [False] * 3, 2: [True] * 3}
+    model.peft_config["default"].rank_pattern = {stem.format(i): mask for i, mask in masks.items()}
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.{stem.format(1)[:-8]}"].shape == (0, 1)
+    theirs = logits(loaded(gemma2, tmp_path))
+    assert equal(logits(of_weights(gemma2, adapted(gemma2, tmp_path))), theirs)
+    assert not equal(logits(fresh(gemma2)), theirs, 1e-2)
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True}, "bias of B": {"target_modules": ["fc1"], "lora_bias": True}, "tokens": {"trainable_token_indices": [5]},
     "embedding": {"target_modules": ["embed_tokens"]},
