@@ -220,7 +220,7 @@ def contradictions() -> list[tuple[str, Callable[[Path], object], str]]:
         ("no JSON", lambda f: (f / config).write_text("{"), "tokenizer_config.json: the whole"),
         ("twice", lambda f: edit(f / whole, lambda c: c["added_tokens"].append(c["added_tokens"][-1])), "stands twice"),
         ("moved", lambda f: edit(f / whole, lambda c: c["added_tokens"][-1].update(id=5)), "other ids than their place"),
-        ("same id", lambda f: edit(f / whole, lambda c: c["model"]["vocab"].update({"<pad>": 1})), "are not those from 0 to"),
+        ("same id", lambda f: edit(f / whole, lambda c: c["model"]["vocab"].update({"<pad>": 1})), "gives two tokens one id"),
     ]
 
 
