@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a tokenizer.json strictly: its vocabulary, its merges and its added tokens.
 
-The tokenizer is built from these checked values, and the tokenizers library never sees the
-file: on a stranger's it may abort the process, hang, or take gigabytes. PaliGemma has Gemma's tokenizer, whose normalizer, pre-tokenizer, decoder and kind of model are always the same, so that
-vocabulary, merges and added tokens are all that a file can choose. Those of another kind are refused by name:
-transformers 5 ignores them and version 4 does not.
+The tokenizer is built from these checked values, and the tokenizers library never sees the file: on a stranger's it may
+abort the process, hang, or take gigabytes. PaliGemma has Gemma's tokenizer, whose normalizer, pre-tokenizer, decoder and
+kind of model are always the same, so that vocabulary, merges and added tokens are all that a file can choose. Those of
+another kind are refused by name: transformers 5 ignores them and version 4 does not.
 """
 
 from itertools import chain

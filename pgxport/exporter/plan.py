@@ -25,7 +25,7 @@ from pgxport.exporter.targets import TARGETS, Target, find_target
 from pgxport.hub.locate import TINY, ModelChoice, published_name
 from pgxport.machine.board import BOARDS, BoardSpec
 from pgxport.models.checkpoint import Checkpoint, TensorSource
-from pgxport.models.generation_config import read_generation
+from pgxport.models.generation_config import generation_of
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.spec import SIZES, TINY_RESOLUTIONS, ModelSpec, published, without_window
 from pgxport.models.weights import part_of, weight_shapes
@@ -244,7 +244,7 @@ def _model(options: PlanOptions) -> tuple[str, TensorSource, ModelSpec, int | No
     if options.res is not None and options.res != spec.resolution:
         raise UsageError(f"--res {options.res} was asked for, and {folder.name} is a checkpoint for {spec.resolution} px")
     tokenizer = checkpoint.file("tokenizer.json")
-    generation = read_generation(checkpoint.config, checkpoint.json("generation_config.json"))
+    generation = generation_of(checkpoint)
     return folder.resolve().name, checkpoint, spec, tokenizer.stat().st_size if tokenizer else None, generation
 
 

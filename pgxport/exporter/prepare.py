@@ -15,7 +15,7 @@ from pgxport.exporter.stream import Progress
 from pgxport.exporter.targets import Target, find_target
 from pgxport.hub.locate import Located, ModelChoice, locate
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.generation_config import read_generation
+from pgxport.models.generation_config import generation_of
 from pgxport.models.mask_decoder import MaskWeights
 from pgxport.models.processor_config import pixels_of
 from pgxport.models.spec import ModelSpec, without_window
@@ -106,7 +106,7 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Prep
     recipe.check(weight_shapes(spec))
     check_sites(spec, recipe.scheme)
     pixels = pixels_of(checkpoint, spec)
-    generation = read_generation(checkpoint.config, checkpoint.json("generation_config.json"))
+    generation = generation_of(checkpoint)
     context = context_length(spec, options.context, generation)
     masks = options.masks or found.masks
     tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, options.adapters)

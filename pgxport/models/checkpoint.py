@@ -19,12 +19,11 @@ from pgxport.models import lora, npz
 from pgxport.models.config import read_config
 from pgxport.models.safetensors import Stored, Tensor, listed, read_header, read_json, shown
 from pgxport.models.spec import ModelSpec
-from pgxport.models.weights import EMBEDDING, LM_HEAD, canonical, why_unused
+from pgxport.models.weights import EMBEDDING, LM_HEAD, PAIR, canonical, why_unused
 
 CONFIG = "config.json"
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PAIR = frozenset((EMBEDDING, LM_HEAD))  # one matrix or two, and of one matrix either name may be stored
 # What transformers 5.24 does with a pair that differs (it warns); 4.57 goes by the text config's flag, and never looks.
 UNTIED_BY_VALUE = (
     f"{CONFIG} does not say tie_word_embeddings is false, and the stored lm_head is not the embedding: it is used, as by "

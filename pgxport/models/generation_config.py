@@ -9,6 +9,7 @@ from pydantic import Field
 
 from pgxport.bundle.manifest import Generation
 from pgxport.errors import CheckpointError
+from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.config import NOTHING, OTHER, OUTPUTS, STORAGE, StopTokens
 from pgxport.models.schema import FileSchema
 
@@ -83,6 +84,15 @@ def read_generation(config: Mapping[str, Any], generation: Mapping[str, Any] | N
         max_new_tokens=read.max_new_tokens,
         kept=kept,
     )
+
+
+def generation_of(checkpoint: Checkpoint) -> Generation:
+    """What the files beside a checkpoint, or beside its adapter, say of its answers.
+
+    Raises:
+        CheckpointError: as `read_generation`.
+    """
+    return read_generation(checkpoint.config, checkpoint.json("generation_config.json"))
 
 
 def _written(kept: Mapping[str, Any]) -> Callable[[str], int]:

@@ -15,13 +15,12 @@ from pgxport.models import low_rank
 from pgxport.models.adapter_config import DERIVED_STARTS, MERGE_FIRST, AdapterConfig, LayerRules
 from pgxport.models.low_rank import Matrices
 from pgxport.models.safetensors import DTYPES, Stored, Tensor, listed, read_header, read_json, shown
-from pgxport.models.weights import EMBEDDING, LM_HEAD, PEFT_PREFIX, RENAMED, WRAPPERS, canonical, why_unused
+from pgxport.models.weights import EMBEDDING, LM_HEAD, PAIR, PEFT_PREFIX, RENAMED, WRAPPERS, canonical, why_unused
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_E", "lora_magnitude_vector")
 OPTIONAL = {"lora_E": "peft_type ADALORA", "lora_B.bias": "lora_bias", "lora_magnitude_vector": "use_dora"}  # part -> what asks
-PAIR = frozenset((EMBEDDING, LM_HEAD))
 TIED = ("embed_tokens", "lm_head")
 POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
 INCOMPLETE = "give the complete adapter, and the checkpoint that it was trained on"

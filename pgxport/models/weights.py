@@ -10,6 +10,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 EMBEDDING = "language_model.model.embed_tokens.weight"  # also the output matrix, where they are tied
 LM_HEAD = "language_model.lm_head.weight"  # the output matrix, where they are not
+PAIR = frozenset((EMBEDDING, LM_HEAD))  # one matrix or two, and of one matrix either name may be stored
 
 # transformers 4.52 and later hold the towers under `model.`. 5.x also drops
 # `vision_model.`; its save_pretrained turns the other names back into the

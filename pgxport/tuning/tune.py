@@ -22,7 +22,7 @@ from pgxport.machine.conditions import describe_machine, versions
 from pgxport.machine.driver import ask_driver
 from pgxport.metrics.sample import Sample
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.generation_config import read_generation
+from pgxport.models.generation_config import generation_of
 from pgxport.models.spec import ModelSpec
 from pgxport.reporting.measured import keys
 from pgxport.reporting.store import alone, digest
@@ -181,8 +181,7 @@ def tuned_model(o: TuneOptions) -> TunedModel:
 def _accept(o: TuneOptions, checkpoint: Checkpoint, spec: ModelSpec) -> Accept:
     """Return what refuses a sample whose prompt the exported bundles would refuse."""
     tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, o.adapters).words()
-    generation = read_generation(checkpoint.config, checkpoint.json("generation_config.json"))
-    limit = context_length(spec, None, generation)
+    limit = context_length(spec, None, generation_of(checkpoint))
     return lambda sample: tokenizer.prompt_ids(sample.prompt, spec.image_tokens, limit=limit)
 
 
