@@ -19,9 +19,9 @@ from in_memory import dequantized
 from reference import random_paligemma
 from tokenizers import Tokenizer
 
+from pgxport.activations.calibration_file import Calibration
 from pgxport.bundle.reader import Bundle
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
-from pgxport.exporter.calibration_file import Calibration
 from pgxport.exporter.parity import scene
 from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
 from pgxport.models.checkpoint import Checkpoint
