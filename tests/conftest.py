@@ -51,7 +51,7 @@ def a_bundle(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture
 def no_entropy_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the search of the entropy observer, which takes half of a calibration's time, where no range of it is looked at."""
-    from pgxport.calib import observe
+    from pgxport.activations import observe
 
     monkeypatch.setitem(observe.OBSERVER, "entropy", observe.minmax)
 
