@@ -23,7 +23,8 @@ from pgxport.bundle.reader import Bundle
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.exporter.calibration_file import Calibration
 from pgxport.exporter.parity import scene
-from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import Recipe, Rule, Scheme
+from pgxport.exporter.recipes import RECIPES
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.config import read_config
 from pgxport.models.eager import TokenizedSample

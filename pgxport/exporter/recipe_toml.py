@@ -16,7 +16,8 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pgxport.errors import DiskError, UsageError
-from pgxport.exporter.recipe import RECIPE_NAMES, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import Recipe, Rule, Scheme
+from pgxport.exporter.recipes import RECIPE_NAMES
 
 MAX_BYTES = 1_000_000
 HEADER = """\

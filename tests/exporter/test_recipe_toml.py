@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from pgxport.errors import UsageError
 from pgxport.exporter import recipe_toml
-from pgxport.exporter.recipe import RECIPE_NAMES, RECIPES, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import invalid, read_recipe, to_toml
+from pgxport.exporter.recipes import RECIPE_NAMES, RECIPES
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "recipes.md"
 REST = '[[rule]]\nweights = "*"\ndtype = "float16"\n'
