@@ -59,6 +59,7 @@ OWN = sorted((ROOT / "benchmarks" / "recipes").glob("*.toml"))  # what shows wha
 TINY = tuple(f"tiny-{res}" for res in TINY_RESOLUTIONS)
 MODELS = (*TINY, *(f"{name}-outliers" for name in TINY))
 EXACT = "fp32"
+SAMPLES = 256  # of a calibration
 EVERY = 5  # questions between those whose KL is measured, which needs float32's logits too
 MORE = {"detect": ("box_iou",)}  # beside the metric that decides
 
@@ -242,7 +243,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=[*named(), *map(str, OWN)], help="names, or TOML files")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--questions", type=int, default=500, help="of each task")
-    parser.add_argument("--calibration-samples", type=int, default=256)
+    parser.add_argument("--calibration-samples", type=int, default=SAMPLES)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/accuracy"))
     parser.add_argument("--no-yardstick", action="store_true", help="leave out transformers in bfloat16")
@@ -284,6 +285,8 @@ def main() -> None:
 def command(args: argparse.Namespace) -> str:
     """The command line of a run, without what is as it is when it is not given."""
     text = f"python benchmarks/accuracy.py --questions {args.questions}"
+    if args.calibration_samples != SAMPLES:
+        text += f" --calibration-samples {args.calibration_samples}"
     if args.recipes != [*named(), *map(str, OWN)]:
         text += f" --recipes {' '.join(Path(r).name for r in args.recipes)}"
     return text if tuple(args.models) == MODELS else f"{text} --models {' '.join(args.models)}"
