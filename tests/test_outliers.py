@@ -15,8 +15,8 @@ pytest.importorskip("onnx_ir")
 outliers = pytest.importorskip("tools.tiny.outliers", reason="tools/ is not part of the wheel")
 
 from pgxport.bundle.manifest import Parity  # noqa: E402
+from pgxport.exporter.check.parity import scene  # noqa: E402
 from pgxport.exporter.export import export  # noqa: E402
-from pgxport.exporter.parity import scene  # noqa: E402
 from pgxport.exporter.prepare import ExportOptions  # noqa: E402
 from pgxport.exporter.recipe import Recipe, Rule, Scheme  # noqa: E402
 from pgxport.exporter.recipe_toml import to_toml  # noqa: E402

@@ -16,11 +16,11 @@ from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
 from pgxport.compile.lint import check
 from pgxport.errors import CheckpointError, GateError
-from pgxport.exporter.acceptance import answer_scene
+from pgxport.exporter.check.acceptance import answer_scene
+from pgxport.exporter.check.parity import FIRST_SCENE, EagerModel, StoredWeights, parity, scene
 from pgxport.exporter.equivalent import Equivalent, EquivalentStatistics, equivalent
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import Files, file_sizes, serialized, stored, token_table, write_graphs
-from pgxport.exporter.parity import FIRST_SCENE, EagerModel, StoredWeights, parity, scene
 from pgxport.exporter.prepare import ExportOptions, PreparedExport, open_checkpoint, prepare
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.scaling import InputStatistics
