@@ -37,7 +37,10 @@ class Scheme:
         symmetric: The grid is symmetric around zero; else each group has a zero point.
         method: How weights are rounded: "nearest"; "clip", nearest on the clipped range that loses least; "gptq", which
             needs second moments of the inputs.
-        scaling: How input channels are rescaled before rounding: "awq", or "smoothquant" where activations are rounded too.
+        scaling: How input channels are rescaled before rounding: "awq" or "smoothquant", one scale for all linears that share an input.
+        alpha: The exponent of SmoothQuant: how much of what makes activations hard to round moves to the weights, 0 to 1.
+        rotate: The largest block that inputs, and columns with them, are rotated in after that, a power of two; of columns that it
+            does not divide, the largest power of two that does. None: they are not.
         activations: What the products are made of: "float", or numbers like the weights' (int8, or FP8) with a scale measured at
             run time ("dynamic") or in calibration ("static").
         observer: How calibration's numbers become the range of static activations.
@@ -56,6 +59,8 @@ class Scheme:
     symmetric: bool = True
     method: Method = "nearest"
     scaling: Scaling = "none"
+    alpha: float = 0.5
+    rotate: int | None = None
     activations: Activations = "float"
     observer: Observer = "minmax"
     compensate: bool = False
