@@ -20,9 +20,9 @@ from reference import random_paligemma
 from scipy.linalg import hadamard
 from tokenizers import Tokenizer
 
+from pgxport.activations.calibration_file import Calibration
 from pgxport.bundle.reader import Bundle
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
-from pgxport.exporter.calibration_file import Calibration
 from pgxport.exporter.parity import scene
 from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipes import RECIPES

@@ -15,9 +15,9 @@ from gemma_tokenizer import build_tokenizer  # noqa: E402
 from reference import random_paligemma  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
+from pgxport.activations.ranges import FLOAT16_MAX, measure_ranges, residual_divisor  # noqa: E402
 from pgxport.bundle.reader import Bundle  # noqa: E402
 from pgxport.errors import CheckpointError, EngineError  # noqa: E402
-from pgxport.exporter.activation_ranges import FLOAT16_MAX, measure_ranges, residual_divisor  # noqa: E402
 from pgxport.exporter.export import export  # noqa: E402
 from pgxport.exporter.graph import GraphBuilder  # noqa: E402
 from pgxport.exporter.prepare import ExportOptions  # noqa: E402

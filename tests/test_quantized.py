@@ -34,10 +34,10 @@ from rounded import (
 )
 from safetensors.numpy import load_file, save_file
 
+from pgxport.activations import observe
+from pgxport.activations.calibration_file import Calibration
 from pgxport.bundle.reader import Bundle
-from pgxport.calib import observe
 from pgxport.errors import CheckpointError, PgxError, UsageError
-from pgxport.exporter.calibration_file import Calibration
 from pgxport.exporter.export import dry_run, export
 from pgxport.exporter.plan import PlanOptions, plan
 from pgxport.exporter.prepare import ExportOptions

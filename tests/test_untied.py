@@ -35,12 +35,12 @@ from rounded import (
 from safetensors.torch import load_file, save_file
 from tensorrt_engines import onnxruntime, openvino, reference, teacher_forced_logits
 
+from pgxport.activations import observe
+from pgxport.activations.calibration_file import Calibration
 from pgxport.bundle.reader import Bundle
-from pgxport.calib import observe
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.cli import cli
 from pgxport.errors import UsageError
-from pgxport.exporter.calibration_file import Calibration
 from pgxport.exporter.export import dry_run, export
 from pgxport.exporter.plan import PlanOptions, plan
 from pgxport.exporter.prepare import ExportOptions

@@ -11,9 +11,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from pgxport.activations.encoding import EncodedSample, token_weights
+from pgxport.activations.observe import InputObserver
 from pgxport.bundle.reader import Bundle
-from pgxport.calib.encoding import EncodedSample, token_weights
-from pgxport.calib.observe import InputObserver
 from pgxport.errors import NumericError, UsageError
 from pgxport.exporter.stream import Progress
 from pgxport.machine.memory import available_memory

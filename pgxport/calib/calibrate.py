@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgxport import __version__
+from pgxport.activations.calibration_file import About, Array, Calibration, checkpoint_sha256, write_calibration
+from pgxport.activations.encoding import EncodedSample, digest, encode
 from pgxport.bundle.manifest import MANIFEST
 from pgxport.bundle.reader import Bundle
-from pgxport.calib.encoding import EncodedSample, digest, encode
 from pgxport.data.loader import first_samples
 from pgxport.errors import EngineError, InputError, UsageError
-from pgxport.exporter.calibration_file import About, Array, Calibration, checkpoint_sha256, write_calibration
 from pgxport.exporter.stream import Progress
 from pgxport.files import check_output, disk_errors, locked
 from pgxport.hub.locate import ModelChoice, locate
@@ -155,8 +155,8 @@ def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None
 
 
 def _checkpoint(options: CalibrateOptions, progress: Progress | None, say: Say | None) -> Calibration:
-    from pgxport.calib.checkpoint_pass import observe_checkpoint, step_findings
-    from pgxport.exporter.activation_ranges import ActivationRanges
+    from pgxport.activations.checkpoint_pass import observe_checkpoint, step_findings
+    from pgxport.activations.ranges import ActivationRanges
     from pgxport.exporter.prepare import check_weights, open_checkpoint
     from pgxport.models.processor_config import pixels_of
     from pgxport.models.safetensors import read_header

@@ -22,8 +22,8 @@ from pgxport.terminal import Cost, detail, note, progress_bar, volume_options
 from pgxport.text import size, terminal_safe
 
 if TYPE_CHECKING:
+    from pgxport.activations.calibration_file import Calibration
     from pgxport.compile.options import Compiled
-    from pgxport.exporter.calibration_file import Calibration
     from pgxport.exporter.export import ExportedBundle
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import cast
 
 from pgxport import __version__
+from pgxport.activations.calibration_file import checkpoint_sha256
+from pgxport.activations.ranges import measure_ranges, residual_divisor
 from pgxport.bundle.manifest import CARD, Cache, CacheDtype, Manifest, Parity, Provenance, Ranges
 from pgxport.bundle.model_card import card
 from pgxport.bundle.reader import Bundle
@@ -15,8 +17,6 @@ from pgxport.bundle.writer import BundleWriter
 from pgxport.compile.lint import check
 from pgxport.errors import CheckpointError, GateError
 from pgxport.exporter.acceptance import answer_scene
-from pgxport.exporter.activation_ranges import measure_ranges, residual_divisor
-from pgxport.exporter.calibration_file import checkpoint_sha256
 from pgxport.exporter.equivalent import Equivalent, EquivalentStatistics, equivalent
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import Files, file_sizes, serialized, stored, token_table, write_graphs

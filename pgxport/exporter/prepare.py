@@ -4,10 +4,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pgxport.activations.calibration_file import Calibration
 from pgxport.bundle.manifest import Generation, Pixels
 from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import CheckpointError, UsageError
-from pgxport.exporter.calibration_file import Calibration
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.recipe_toml import read_recipe
 from pgxport.exporter.scaling import check_sites

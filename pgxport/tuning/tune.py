@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pgxport.activations.calibration_file import Calibration, checkpoint_sha256
 from pgxport.cluster.pool import Cluster
 from pgxport.data.loader import Accept, DataOptions, load
 from pgxport.errors import EngineError, NumericError, UsageError, choose
-from pgxport.exporter.calibration_file import Calibration, checkpoint_sha256
 from pgxport.exporter.prepare import ExportOptions, check_weights, context_length, open_checkpoint
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.recipes import RECIPE_NAMES

@@ -14,13 +14,13 @@ pytest.importorskip("onnxruntime")
 
 from click.testing import CliRunner
 
+from pgxport.activations.calibration_file import OBSERVERS, Calibration, checkpoint_sha256
+from pgxport.activations.ranges import measure_ranges
 from pgxport.bundle.reader import Bundle
 from pgxport.calib import bundle_pass
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.cli import cli
 from pgxport.errors import InputError, NumericError, UsageError
-from pgxport.exporter.activation_ranges import measure_ranges
-from pgxport.exporter.calibration_file import OBSERVERS, Calibration, checkpoint_sha256
 from pgxport.exporter.export import export
 from pgxport.exporter.prepare import ExportOptions
 from pgxport.models.checkpoint import Checkpoint

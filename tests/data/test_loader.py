@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pgxport.calib.encoding import answer_text
+from pgxport.activations.encoding import answer_text
 from pgxport.data import records
 from pgxport.data.formats import FORMATS
 from pgxport.data.loader import DataOptions, first_samples, load

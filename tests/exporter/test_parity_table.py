@@ -31,10 +31,10 @@ from rounded import (
     transformers_logits,
 )
 
+from pgxport.activations import observe
+from pgxport.activations.calibration_file import Calibration
 from pgxport.bundle.reader import Bundle
-from pgxport.calib import observe
 from pgxport.errors import GateError, UsageError
-from pgxport.exporter.calibration_file import Calibration
 from pgxport.exporter.export import export, fit
 from pgxport.exporter.graphs import write_graphs
 from pgxport.exporter.parity import FIRST_SCENE, EagerModel, StoredWeights, parity

@@ -25,9 +25,9 @@ from rounded import apart, make_calibration, sample, transformers_logits
 from tensorrt_engines import onnxruntime, openvino, reference, teacher_forced_logits
 from tokenizers import Tokenizer
 
+from pgxport.activations.calibration_file import Calibration
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import UsageError
-from pgxport.exporter.calibration_file import Calibration
 from pgxport.exporter.export import export
 from pgxport.exporter.prepare import ExportOptions
 from pgxport.exporter.recipe import Recipe, Rule, Scheme

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from pgxport.activations.calibration_file import OBSERVERS, pack, site_tensors
 from pgxport.errors import NumericError
-from pgxport.exporter.calibration_file import OBSERVERS, pack, site_tensors
 
 BINS = 4096  # of a histogram; a power of two, so that two bins become one exactly where the range doubles
 PERCENTILE = 99.99  # percent of the values that the observer `percentile` keeps

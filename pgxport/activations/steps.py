@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from pgxport.calib.encoding import EncodedSample
+from pgxport.activations.encoding import EncodedSample
 from pgxport.models import gemma, siglip
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.eager import Eager, inputs_embeds

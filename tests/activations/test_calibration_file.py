@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("onnx_ir")
 
+from pgxport.activations.calibration_file import OBSERVERS, About, Array, Calibration, site_tensors, write_calibration
 from pgxport.bundle.manifest import Ranges
 from pgxport.errors import IntegrityError, PgxError, UsageError
-from pgxport.exporter.calibration_file import OBSERVERS, About, Array, Calibration, site_tensors, write_calibration
 from pgxport.files import file_sha256
 
 RNG = np.random.default_rng(0)

@@ -29,7 +29,7 @@ SCENES = 2
 # What a float16 engine holds in float16 and no divisor reaches;
 # squares, variances and scores are summed in float32.
 HELD = ("vision residual", "MLP product", "linear output")
-# What an Eager shows besides, for calib/: each is counted as what it was made by.
+# What an Eager shows besides, for the statistics: each is counted as what it was made by.
 ELSEWHERE = ("linear input", "cache key", "cache value")
 
 

@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
-from pgxport.calib.observe import (
+from pgxport.activations.calibration_file import OBSERVERS
+from pgxport.activations.observe import (
     BINS,
     ENTROPY_BINS,
     ENTROPY_LEVELS,
@@ -21,7 +22,6 @@ from pgxport.calib.observe import (
     percentile,
 )
 from pgxport.errors import NumericError
-from pgxport.exporter.calibration_file import OBSERVERS
 
 RNG = np.random.default_rng(0)
 DATA = {

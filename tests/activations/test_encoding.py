@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pgxport.calib.encoding import answer_text, digest
+from pgxport.activations.encoding import answer_text, digest
 from pgxport.data.loader import first_samples
 from pgxport.metrics.sample import Region, Sample, Segmentation
 from pgxport.models.tiny.scenes import ask, draw, locations

@@ -7,24 +7,25 @@ wait in files.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
+from pgxport.activations.calibration_file import Array, read_metadata, write_tensors
+from pgxport.activations.encoding import EncodedSample, token_weights
+from pgxport.activations.observe import InputObserver
+from pgxport.activations.ranges import ActivationRanges
+from pgxport.activations.steps import PIXELS, ModelSteps, Step
 from pgxport.bundle.manifest import Pixels
-from pgxport.calib.encoding import EncodedSample, token_weights
-from pgxport.calib.observe import InputObserver
-from pgxport.calib.steps import PIXELS, ModelSteps, Step
-from pgxport.exporter.activation_ranges import ActivationRanges
-from pgxport.exporter.calibration_file import Array, read_metadata, write_tensors
-from pgxport.exporter.stream import Progress
 from pgxport.files import disk_errors
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.eager import Eager
 from pgxport.models.spec import ModelSpec
 from pgxport.runners.image import PALIGEMMA, pixel_values
+
+Progress = Callable[[str, int, int], None]  # the step, bytes of activations so far, bytes in all
 
 
 def observe_checkpoint(
