@@ -34,9 +34,9 @@ import torch
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from pgxport.calib.observe import InputObserver
+from pgxport.activations.calibration_file import About, Array, Calibration
+from pgxport.activations.observe import InputObserver
 from pgxport.errors import UsageError, require
-from pgxport.exporter.calibration_file import About, Array, Calibration
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.lower_onnxruntime import prefix_copy, uint8_grid
 from pgxport.exporter.recipe import DECODER, PREFILL, Recipe, Rule, Scheme
