@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from pgxport.activations.encoding import EncodedSample, token_weights
-from pgxport.activations.observe import InputObserver
+from pgxport.activations.observe import InputObserver, Needs
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import NumericError, UsageError
 from pgxport.exporter.stream import Progress
@@ -30,9 +30,7 @@ FOLDER = "session.model_external_initializers_file_folder_path"
 GRAPHS = ("vision_encoder", "projector", "decoder_step")
 
 
-def observe_bundle(
-    bundle: Bundle, samples: Sequence[EncodedSample], *, moments: bool, progress: Progress | None
-) -> InputObserver:
+def observe_bundle(bundle: Bundle, samples: Sequence[EncodedSample], needs: Needs, *, progress: Progress | None) -> InputObserver:
     """Run image, prefix and answer of every sample, the answer's tokens one by one as if generated.
 
     Raises:
@@ -43,8 +41,7 @@ def observe_bundle(
     if m.target != "cpu":
         raise UsageError(f"{bundle.path} is for target {m.target!r}; calibrate the checkpoint, or a bundle for target 'cpu'")
     shapes = _linears(bundle)
-    if moments:
-        _check_memory(bundle, shapes)
+    _check_memory(bundle, {path: s for path, s in shapes.items() if needs.moments is None or path in needs.moments})
     sessions = {name: _ObservedSession(bundle, name, shapes) for name in GRAPHS}
     observed = {path for session in sessions.values() for paths in session.observed.values() for path in paths}
     if hidden := sorted(shapes.keys() - observed):
@@ -52,9 +49,10 @@ def observe_bundle(
             f"{bundle.path} ({m.recipe}) does not multiply by {hidden[0]!r} in float, nor by {len(hidden) - 1} others; "
             f"calibrate the checkpoint, or a bundle of it with --precision fp32"
         )
-    statistics = InputObserver(moments=moments)
+    statistics = InputObserver(needs)
+    weights_of = token_weights(samples, [m.image_tokens] * len(samples))
     pipeline = Pipeline(bundle, low_memory=True)  # for embeddings: it loads no graph until one is run
-    for number, (sample, weights) in enumerate(zip(samples, token_weights(samples, m.image_tokens), strict=True), 1):
+    for number, (sample, weights) in enumerate(zip(samples, weights_of, strict=True), 1):
         pixels = pixel_values(sample.sample.open(), m.resolution, m.pixels)[None]
         hidden_states = sessions["vision_encoder"].run({"pixel_values": pixels})["image_hidden"]
         features = sessions["projector"].run({"image_hidden": hidden_states})["image_features"]
