@@ -28,8 +28,8 @@ from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.data.scenes import scene_samples
 from pgxport.exporter.export import export
 from pgxport.exporter.prepare import ExportOptions
-from pgxport.exporter.recipe import RECIPE_NAMES
 from pgxport.exporter.recipe_toml import read_recipe
+from pgxport.exporter.recipes import RECIPE_NAMES
 from pgxport.exporter.targets import CPU
 from pgxport.metrics.bootstrap import draw
 from pgxport.metrics.fidelity import kl_divergence, token_agreement

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pgxport.exporter.graphs import SpecSource, write_graphs
 from pgxport.exporter.plan import _computes
-from pgxport.exporter.recipe import RECIPES
+from pgxport.exporter.recipes import RECIPES
 from pgxport.exporter.targets import TARGETS
 from pgxport.models.spec import RESOLUTIONS, TEXT, published
 

@@ -17,13 +17,15 @@ import torch
 from gemma_tokenizer import build_tokenizer
 from in_memory import dequantized
 from reference import random_paligemma
+from scipy.linalg import hadamard
 from tokenizers import Tokenizer
 
 from pgxport.activations.calibration_file import Calibration
 from pgxport.bundle.reader import Bundle
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.exporter.parity import scene
-from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import Recipe, Rule, Scheme
+from pgxport.exporter.recipes import RECIPES
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.config import read_config
 from pgxport.models.eager import TokenizedSample
@@ -49,6 +51,10 @@ MIXED = {
     "zeros": recipe_of("zeros", replace(_INT4, symmetric=False), Scheme(bits=4, group_size=16), Scheme(bits=8, group_size=16, symmetric=False)),
     "static": recipe_of("static", _STATIC, _STATIC, _STATIC),
     "cached": recipe_of("cached", _INT4, Scheme(bits=8, group_size=64), Scheme(bits=8, group_size=64), "int8"),
+    "turned": recipe_of(
+        "turned", replace(_INT4, symmetric=False, scaling="smoothquant", alpha=0.7, rotate=16), Scheme(bits=8, group_size=32),
+        Scheme(bits=8, activations="dynamic", scaling="smoothquant", alpha=0.7, rotate=32),
+    ),
     "half cache": recipe_of("half", _INT4, Scheme(bits=8, group_size=64), Scheme(bits=8, group_size=64), "float16"),
     "everything": Recipe("everything", (
         Rule(NORMS, Scheme()), Rule(TABLE, Scheme(bits=8, group_size=32)), Rule("*.fc2.weight", replace(_STATIC, compensate=True)),
@@ -128,6 +134,7 @@ def rounded_as(
     """transformers with the weights that a bundle stores; and, where that is asked for, with inputs rounded as its kernels do."""
     before, parts, hooks = {name: p.detach().clone() for name, p in model.named_parameters()}, stored_arrays(bundle), []
     untied = any(name.startswith(LM_HEAD) for name in parts)
+    heads = {"o_proj": model.config.text_config.head_dim, "out_proj": _vision_head(model.config.vision_config)}
     with torch.no_grad():
         for name, p in model.named_parameters():
             path = canonical(name)
@@ -143,7 +150,14 @@ def rounded_as(
     for name, module in model.named_modules():
         path = canonical(f"{name}.weight")
         path = EMBEDDING if path == LM_HEAD and not untied else path
-        if inputs and isinstance(module, torch.nn.Linear) and recipe.scheme(path).bits:
+        if not isinstance(module, torch.nn.Linear) or not recipe.scheme(path).bits:
+            continue
+        # A rotation of whole blocks of a head is in the rows of v_proj.
+        block, head = _block(module, recipe.scheme(path)), heads.get(path.split(".")[-2])
+        block = 1 if head and head % block == 0 else block
+        if block > 1 or f"input.{path}.factor" in parts:
+            hooks.append(module.register_forward_pre_hook(_changing(parts.get(f"input.{path}.factor"), block)))
+        if inputs:
             hooks.append(module.register_forward_pre_hook(_rounding(recipe.scheme(path), path, calibration)))
     yield
     for hook in hooks:
@@ -151,6 +165,24 @@ def rounded_as(
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(before[name])
+
+
+def _vision_head(config: Any) -> int:
+    return config.hidden_size // config.num_attention_heads
+
+
+def _block(linear: torch.nn.Linear, scheme: Scheme) -> int:
+    """The largest power of two that divides a linear's inputs and is not above what the scheme asks for."""
+    return max(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if linear.in_features % n == 0 and n <= (scheme.rotate or 1))
+
+
+def _changing(factor: np.ndarray | None, block: int) -> Any:
+    def change(module: Any, given: tuple[torch.Tensor]) -> torch.Tensor:
+        x = given[0] if factor is None else given[0] * torch.from_numpy(factor.astype(np.float32))
+        turn = torch.from_numpy((hadamard(block) / block).astype(np.float32))
+        return (x.unflatten(-1, (-1, block)) @ turn).flatten(-2)
+
+    return change
 
 
 def _rounding(scheme: Scheme, path: str, calibration: Calibration | None) -> Any:

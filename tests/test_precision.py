@@ -21,7 +21,7 @@ from pgxport.errors import CheckpointError, EngineError  # noqa: E402
 from pgxport.exporter.export import export  # noqa: E402
 from pgxport.exporter.graph import GraphBuilder  # noqa: E402
 from pgxport.exporter.prepare import ExportOptions  # noqa: E402
-from pgxport.exporter.recipe import RECIPES  # noqa: E402
+from pgxport.exporter.recipes import RECIPES  # noqa: E402
 from pgxport.exporter.targets import TARGETS  # noqa: E402
 from pgxport.models.checkpoint import Checkpoint  # noqa: E402
 from pgxport.models.config import read_config  # noqa: E402

@@ -44,8 +44,9 @@ from pgxport.errors import UsageError
 from pgxport.exporter.export import dry_run, export
 from pgxport.exporter.plan import PlanOptions, plan
 from pgxport.exporter.prepare import ExportOptions
-from pgxport.exporter.recipe import OUTPUT, RECIPES, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import OUTPUT, Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import read_recipe, to_toml
+from pgxport.exporter.recipes import RECIPES
 from pgxport.exporter.targets import TARGETS, TENSORRT
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.weights import EMBEDDING, LM_HEAD, weight_shapes

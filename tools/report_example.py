@@ -24,7 +24,7 @@ from pgxport.data.loader import DataOptions
 from pgxport.errors import UsageError
 from pgxport.exporter.export import export
 from pgxport.exporter.prepare import ExportOptions
-from pgxport.exporter.recipe import RECIPE_NAMES
+from pgxport.exporter.recipes import RECIPE_NAMES
 from pgxport.exporter.targets import TARGETS
 from pgxport.hub.locate import TINY
 from pgxport.reporting.report import ReportOptions, report

@@ -17,12 +17,13 @@ from pgxport.bundle.writer import BundleWriter
 from pgxport.compile.lint import check
 from pgxport.errors import CheckpointError, GateError
 from pgxport.exporter.acceptance import answer_scene
+from pgxport.exporter.equivalent import Equivalent, EquivalentStatistics, equivalent
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import Files, file_sizes, serialized, stored, token_table, write_graphs
 from pgxport.exporter.parity import FIRST_SCENE, EagerModel, StoredWeights, parity, scene
 from pgxport.exporter.prepare import ExportOptions, PreparedExport, open_checkpoint, prepare
 from pgxport.exporter.recipe_toml import to_toml
-from pgxport.exporter.scaling import InputStatistics, Rescaled, RescaledStatistics, rescaled
+from pgxport.exporter.scaling import InputStatistics
 from pgxport.exporter.sketch import Sketch
 from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
 from pgxport.models.checkpoint import TensorSource
@@ -36,10 +37,10 @@ WINDOW_INPUTS = ("local_bias", "local_visible")  # decoder inputs that hide what
 
 @dataclass(frozen=True)
 class FittedModel:
-    """A model as its graphs compute it: rescaled for the recipe, its residual stream divided to fit float16.
+    """A model as its graphs compute it: scaled and rotated for the recipe, its residual stream divided to fit float16.
 
     Attributes:
-        statistics: Of the rescaled activations; None without calibration.
+        statistics: Of the changed activations; None without calibration.
         ranges: The activation ranges that the divisor was chosen by; None where activations are not float16.
     """
 
@@ -114,7 +115,7 @@ def dry_run(options: ExportOptions, *, progress: Progress | None = None) -> dict
 
 
 def fit(job: PreparedExport) -> FittedModel:
-    """Divide the residual stream where float16 would overflow, and rescale input channels as the recipe asks.
+    """Divide the residual stream where float16 would overflow, and scale and rotate inputs as the recipe asks.
 
     Raises:
         UsageError: the calibration file is of another model, or activations exceed float16 whatever the divisor.
@@ -128,11 +129,10 @@ def fit(job: PreparedExport) -> FittedModel:
             open_checkpoint(job.found, job.options), spec, job.tokenizer.words(), job.pixels
         )
         spec = shrunk(spec, residual_divisor(ranges))
-    if calibration is None:
-        return FittedModel(spec, job.checkpoint, None, ranges)
-    source = rescaled(job.checkpoint, spec, job.recipe.scheme, calibration)
-    statistics = RescaledStatistics(calibration, source) if isinstance(source, Rescaled) else calibration
-    return FittedModel(spec, source, statistics, ranges)
+    source = equivalent(job.checkpoint, spec, job.recipe.scheme, calibration)
+    if calibration and isinstance(source, Equivalent):
+        return FittedModel(spec, source, EquivalentStatistics(calibration, source), ranges)
+    return FittedModel(spec, source, calibration, ranges)
 
 
 def build(job: PreparedExport, model: FittedModel) -> BuiltGraphs:

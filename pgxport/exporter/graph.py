@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import ml_dtypes  # noqa: F401  before onnx_ir: it registers bfloat16 and int4 with numpy
@@ -19,6 +20,8 @@ from pgxport.bundle.manifest import GraphInfo, TensorInfo
 from pgxport.errors import UsageError
 from pgxport.exporter import lower_onnxruntime as lower
 from pgxport.exporter import lower_standard
+from pgxport.exporter.equivalent import InputChange
+from pgxport.exporter.lower_inputs import changed_input
 from pgxport.exporter.quantized_matrix import Layout, QuantizedMatrix, Renamed
 from pgxport.exporter.recipe import Recipe, Scheme
 from pgxport.exporter.stream import LazyTensor, narrow
@@ -66,6 +69,7 @@ class LayerOutput:
 
 
 Branch = Callable[["GraphBuilder"], Sequence[ir.Value]]  # writes nodes, and returns the values that leave the branch
+NOTHING: Mapping[str, InputChange] = MappingProxyType({})
 DIALECTS: Mapping[str, Dialect] = {"onnxruntime": lower, "standard": lower_standard}
 
 
@@ -81,10 +85,12 @@ class GraphBuilder:
         *,
         context_length: int = 0,
         statistics: InputStatistics | None = None,
+        changes: Mapping[str, InputChange] = NOTHING,
     ):
         self.name, self.source, self.recipe, self.target = name, source, recipe, target
         self.context_length = context_length  # the longest prefix and answer together that a decoder is written for
         self.statistics = statistics  # of activations, from calibration
+        self.changes = changes  # of the inputs of linears, by weight
         self.lazy_tensors: dict[str, LazyTensor] = {}
         self.matrices: dict[str, QuantizedMatrix] = {}  # by weight
         self.copies: set[str] = set()  # names of those that stand beside others for the same weight
@@ -335,8 +341,9 @@ class GraphBuilder:
 
     def linear(self, x: ir.Value, name: str, *, bias: bool = False, gain: float = 1.0) -> ir.Value:
         with self.scope(name):
-            y = self._lower.linear(self, x, self.path("weight"), gain)
-            return self.op("Add", y, self.weight("bias", self._bias(self.path("weight"), gain))) if bias else y
+            path = self.path("weight")
+            y = self._lower.linear(self, changed_input(self, x, path), path, gain)
+            return self.op("Add", y, self.weight("bias", self._bias(path, gain))) if bias else y
 
     def _bias(self, path: str, gain: float) -> Transform | None:
         """What a bias is multiplied by, and given back of what rounding the matrix took; the matrix is written before it."""

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from pgxport.bundle.manifest import CountedDtype, TokenTable
+from pgxport.exporter.equivalent import input_changes
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.stream import DataLayout, LazyTensor
@@ -42,9 +43,11 @@ def write_graphs(
     statistics: InputStatistics | None = None,
 ) -> tuple[dict[str, GraphBuilder], Files]:
     """The graphs by name, and the files of weights that are not a graph's own: the token table, and an untied output matrix."""
-    graphs = {}
+    graphs, changes = {}, input_changes(spec, recipe.scheme)
     for write in (vision_encoder, projector, decoder_step):
-        g = GraphBuilder(write.__name__, source, recipe, target, context_length=context_length, statistics=statistics)
+        g = GraphBuilder(
+            write.__name__, source, recipe, target, context_length=context_length, statistics=statistics, changes=changes
+        )
         write(g, spec)
         graphs[g.name] = g
     if masks:
@@ -94,8 +97,8 @@ def stored(graphs: dict[str, GraphBuilder], shared: Files) -> dict[str, dict[Cou
             _count(counts, PARTS.get(path, g.name), kind, matrix.shape)
         parts = {p.name for matrix in g.matrices.values() for p in matrix.lazy_tensors}
         for tensor in g.lazy_tensors.values():
-            # Tables that are worked out are no weights, nor are the scales of quantized matrices.
-            if tensor.name not in parts and not tensor.name.startswith(("rotary.", "cache.", "lm_head.")):
+            # Tables and factors that are worked out are no weights, nor are the scales of quantized matrices.
+            if tensor.name not in parts and not tensor.name.startswith(("rotary.", "cache.", "lm_head.", "input.")):
                 _count(counts, g.name, tensor.dtype.name, tensor.shape)
     for tensor in (t for layout in shared.values() for t in layout.lazy_tensors if t.name in PARTS):
         _count(counts, PARTS[tensor.name], tensor.dtype.name, tensor.shape)

@@ -8,7 +8,7 @@ Everything else in a graph is the same for every engine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ def linear(g: GraphBuilder, x: ir.Value, path: str, gain: float = 1.0) -> ir.Val
     """x [..., in] times the checkpoint's matrix [out, in] -> [..., out]"""
     scheme = g.recipe.scheme(path)
     if g.phase == "prefill":
-        return integer_product(g, x, g.copied(path, "columns", PREFILL, prefix_copy(path), gain))
+        return integer_product(g, x, g.copied(path, "columns", replace(PREFILL, rotate=scheme.rotate), prefix_copy(path), gain))
     if scheme.bits is None:
         # FusedMatMul reads [out, in] as the checkpoint has it: nothing is transposed
         # while writing, and the token table serves lookup and output from the same

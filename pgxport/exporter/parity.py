@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 
 from pgxport.bundle.manifest import Parity, Pixels
+from pgxport.exporter.equivalent import Equivalent
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.lower_onnxruntime import CANDIDATES, SHORTLIST_TABLE, prefix_copy, uint8_grid
-from pgxport.exporter.lower_standard import activation_scale
-from pgxport.exporter.quantize import to_float8
-from pgxport.exporter.recipe import Recipe, Scheme
+from pgxport.exporter.input_rounding import InputRounding
+from pgxport.exporter.lower_onnxruntime import CANDIDATES, SHORTLIST_TABLE, prefix_copy
+from pgxport.exporter.recipe import Recipe
+from pgxport.exporter.rotation import rotated_inputs
 from pgxport.exporter.scaling import InputStatistics
 from pgxport.exporter.stream import DataLayout, Progress
-from pgxport.exporter.targets import Target
+from pgxport.exporter.targets import CPU, Target
 from pgxport.metrics.fidelity import kl_divergence
 from pgxport.models.checkpoint import TensorSource, to_float32
 from pgxport.models.eager import Eager, TokenizedSample, teacher_forced_logits
@@ -45,6 +46,8 @@ class StoredWeights:
         self._source = source
         self.matrices = {path: matrix for g in graphs.values() for path, matrix in g.matrices.items()}
         self.copies = {name for g in graphs.values() for name in g.copies}
+        self._changes = {path: change for g in graphs.values() for path, change in g.changes.items()}
+        self._changes |= {prefix_copy(path): change for path, change in self._changes.items()}
         self._dtypes = {p.name: p.dtype for layout in layouts.values() for p in layout.lazy_tensors}
         # What rounding took from the mean output is in a bias's bytes alone.
         self._biases = {f"{path.removesuffix('weight')}bias": m for path, m in self.matrices.items() if m.scheme.compensate}
@@ -72,6 +75,16 @@ class StoredWeights:
             rounded = to_float32(exact.astype(self._dtypes[name]))
         return np.where(np.isfinite(rounded), rounded, exact)  # what is beyond float16 was divided with the stream it is added to
 
+    def changed(self, path: str, x: np.ndarray) -> np.ndarray:
+        """The input [..., K] of a linear as the bundle's graph divides and rotates it."""
+        change = self._changes.get(path)
+        if change is None:
+            return x
+        if change.divided:
+            assert isinstance(self._source, Equivalent), f"Bug: nothing says what the input of {path} is divided by"
+            x = x * (1 / self._source.column_factors[path])
+        return rotated_inputs(x, change.block)
+
 
 @dataclass(frozen=True)
 class EagerModel:
@@ -81,7 +94,7 @@ class EagerModel:
     spec: ModelSpec
     recipe: Recipe | None = None
     statistics: InputStatistics | None = None
-    target: Target | None = None
+    target: Target = CPU
 
     def logits(self, sample: TokenizedSample) -> np.ndarray:
         """Teacher-forced logits [answer tokens + 1, V]."""
@@ -90,53 +103,15 @@ class EagerModel:
         return teacher_forced_logits(self.weights, self.spec, sample, rounding=self._rounding, writer=_AsStored)
 
     def _rounding(self, kind: str, where: str, x: np.ndarray) -> np.ndarray:
-        """Returns x as the engine rounds it."""
+        """Returns x as the engine multiplies or caches it; `where` is a weight, or begins with a layer's path."""
         assert self.recipe is not None
-        if kind != "linear input":
-            return self._cached(kind.removeprefix("cache "), where, x)
         assert isinstance(self.weights, StoredWeights), "Bug: only a bundle's files are rounded"
-        scheme = self.weights.matrices[where].scheme if where in self.weights.copies else self.recipe.scheme(where)
-        if scheme.bits is None:
-            return x
-        if self.target is not None and self.target.dialect == "standard":
-            return self._around_zero(where, scheme, x)
-        if scheme.activations == "static":
-            assert self.statistics is not None, "Bug: static activations without calibration"
-            scale, zero = uint8_grid(*self.statistics.range(where, scheme.observer))
-            return (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale
-        if scheme.activations == "dynamic":
-            return _symmetric(x, np.abs(x).max(-1, keepdims=True))
-        # MatMulNBits rounds activations too, with a scale for each group of them.
-        assert scheme.group_size is not None, f"Bug: {where} has no group"
-        return np.concatenate(
-            [
-                _symmetric(g, np.abs(g).max(-1, keepdims=True))
-                for g in np.split(x, range(scheme.group_size, x.shape[-1], scheme.group_size), -1)
-            ],
-            -1,
-        )
-
-    def _around_zero(self, where: str, scheme: Scheme, x: np.ndarray) -> np.ndarray:
-        """Returns x after QuantizeLinear and DequantizeLinear."""
-        if scheme.activations == "float":
-            return x
-        assert self.statistics is not None, "Bug: static activations without calibration"
-        low, high = self.statistics.range(where, scheme.observer)
-        assert self.recipe is not None
-        assert self.target is not None
-        scale = np.float32(activation_scale(low, high, scheme, np.dtype(self.target.compute(self.recipe.rules[-1].scheme.dtype))))
-        if scheme.format == "e4m3":
-            return to_float8(x, scale).astype(np.float32) * scale
-        return np.clip(np.rint(x / scale), -128, 127) * scale
-
-    def _cached(self, part: str, where: str, x: np.ndarray) -> np.ndarray:
-        """Keys and values [B, K, T, D]; `where` begins with the layer's path."""
-        assert self.recipe is not None
-        if self.recipe.cache == "int8":
-            assert self.statistics is not None, "Bug: an int8 cache without calibration"
+        engine = InputRounding(self.recipe, self.target, self.statistics)
+        if kind != "linear input":
             layer = int(where.partition(".layers.")[2].partition(".")[0])
-            return _symmetric(x, self.statistics.cache(layer, part)[None, :, None])
-        return x.astype(self.recipe.cache or x.dtype).astype(x.dtype)
+            return engine.cached(x, kind.removeprefix("cache "), layer)
+        scheme = self.weights.matrices[where].scheme if where in self.weights.copies else self.recipe.scheme(where)
+        return engine.rounded(self.weights.changed(where, x), scheme, where)
 
 
 class _AsStored(Eager):
@@ -191,12 +166,6 @@ def parity(
         agreement=agreed / len(losses),
         sqnr=dict(sorted(sqnr.items(), key=lambda item: math.inf if item[1] is None else item[1])),
     )
-
-
-def _symmetric(x: np.ndarray, largest: np.ndarray) -> np.ndarray:
-    """x in int8, each row of it on the grid up to its largest, and back."""
-    scale = np.maximum(largest, np.float32(1e-30)) / np.float32(127)
-    return np.clip(np.rint(x / scale), -128, 127) * scale
 
 
 def scene(index: int, spec: ModelSpec, words: PromptTokenizer, pixels: Pixels = PALIGEMMA) -> TokenizedSample:

@@ -18,8 +18,9 @@ from pgxport.compile.memory import COPIES, WORKSPACE_BYTES, build_memory
 from pgxport.errors import UsageError, choose
 from pgxport.exporter.graphs import HEAD_FILE, TABLE_FILE, SpecSource
 from pgxport.exporter.prepare import context_length, find_recipe
-from pgxport.exporter.recipe import RECIPE_NAMES, Recipe
+from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.recipe_toml import to_toml
+from pgxport.exporter.recipes import RECIPE_NAMES
 from pgxport.exporter.sketch import RunMemory, collector_paused, export_memory, one_layer, sketch
 from pgxport.exporter.targets import TARGETS, Target, find_target
 from pgxport.hub.locate import TINY, ModelChoice, published_name

@@ -24,6 +24,7 @@ from pgxport.exporter.quantize import (
     unpack_zero_points,
 )
 from pgxport.exporter.recipe import Scheme
+from pgxport.exporter.rotation import block_size, rotated_columns
 from pgxport.exporter.stream import FLOAT8, INT4, LazyTensor, narrow
 from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
 
@@ -187,6 +188,7 @@ class QuantizedMatrix:
                 raise CheckpointError(
                     f"{self.path} holds {block[row, column]} at [{start + row}, {column}]; integers cannot stand for it"
                 )
+            block = rotated_columns(block, block_size(k, self.scheme.rotate))
             q, floats = rounded(block)
             error = floats - block
             self._signal += _energy(block, weight)

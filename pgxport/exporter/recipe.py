@@ -5,13 +5,18 @@ Knows no operators and no engine; `targets.py` says what an
 engine can run, and the files that lower are where the two meet.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from pgxport.errors import UsageError
 from pgxport.models.weights import EMBEDDING, LM_HEAD
+
+# Patterns of the matrices, in the order of their use; norms come first, for the third would match them.
+TABLE, DECODER = "*.embed_tokens.weight", "language_model.*_proj.weight"
+OUTPUT = "*.lm_head.weight"  # where it is not the table; a recipe without a rule for it has the table's
+VISION, PROJECTOR = "vision_tower.*.layers.*.weight", "multi_modal_projector.linear.weight"
 
 Method = Literal["nearest", "clip", "gptq"]
 Scaling = Literal["none", "awq", "smoothquant"]
@@ -32,7 +37,10 @@ class Scheme:
         symmetric: The grid is symmetric around zero; else each group has a zero point.
         method: How weights are rounded: "nearest"; "clip", nearest on the clipped range that loses least; "gptq", which
             needs second moments of the inputs.
-        scaling: How input channels are rescaled before rounding: "awq", or "smoothquant" where activations are rounded too.
+        scaling: How input channels are rescaled before rounding: "awq" or "smoothquant", one scale for all linears that share an input.
+        alpha: The exponent of SmoothQuant: how much of what makes activations hard to round moves to the weights, 0 to 1.
+        rotate: The largest block that inputs, and columns with them, are rotated in after that, a power of two; of columns that it
+            does not divide, the largest power of two that does. None: they are not.
         activations: What the products are made of: "float", or numbers like the weights' (int8, or FP8) with a scale measured at
             run time ("dynamic") or in calibration ("static").
         observer: How calibration's numbers become the range of static activations.
@@ -51,6 +59,8 @@ class Scheme:
     symmetric: bool = True
     method: Method = "nearest"
     scaling: Scaling = "none"
+    alpha: float = 0.5
+    rotate: int | None = None
     activations: Activations = "float"
     observer: Observer = "minmax"
     compensate: bool = False
@@ -174,102 +184,8 @@ class Recipe:
         return self.cache == "int8" or any(rule.scheme.bits for rule in self.rules)
 
 
-# Gemma's norms multiply by 1 + weight, of which half precision
-# keeps too few digits. They are a few kilobytes a layer.
-NORMS = Rule("*norm*", Scheme())
-REST = Rule("*", Scheme("float16"))
-# Patterns of the matrices, in the order of their use; norms come first, for the third would match them.
-TABLE, DECODER = "*.embed_tokens.weight", "language_model.*_proj.weight"
-OUTPUT = "*.lm_head.weight"  # where it is not the table; a recipe without a rule for it has the table's
-VISION, PROJECTOR = "vision_tower.*.layers.*.weight", "multi_modal_projector.linear.weight"
 # The copy of the token table that finds the likeliest tokens. With
 # groups of 128 a step takes least; the candidates are computed anew.
 SHORTLIST = Scheme(bits=4, group_size=128)
 # And the copies that prefixes are multiplied by.
 PREFILL = Scheme(bits=8, activations="dynamic")
-VISION_FC2 = "vision_tower.*.fc2.weight"
-# Activations in int8 too: with a scale for each token, or with
-# scales from calibration, which want outliers moved to the weights.
-TOKEN = Scheme(bits=8, activations="dynamic")
-STATIC = Scheme(bits=8, activations="static")
-SMOOTH = replace(STATIC, scaling="smoothquant")
-# The table is the output matrix too, where 4 bits would change every logit.
-GROUPS_8 = Scheme(bits=8, group_size=128)
-TABLE_8 = Rule(TABLE, GROUPS_8)
-TABLE_8_SHORTLIST = Rule(TABLE, replace(GROUPS_8, shortlist=True))
-GROUPS_32 = Scheme(bits=4, group_size=32, symmetric=False)
-GROUPS_128 = replace(GROUPS_32, group_size=128)  # these decode fastest
-# Where integer products are fast, the vision encoder has them.
-FAST_VISION = (Rule(VISION, TOKEN), Rule(PROJECTOR, TOKEN), REST)
-# The table alone in 4 bits costs a KL of 0.0047 rounded to nearest, 0.0033 clipped, and 0.0050
-# by GPTQ (tiny-112), which minimises a norm of all logits, not of those that are likely.
-SMALL_TABLE = Rule(TABLE, Scheme(bits=4, group_size=32, method="clip"))
-SMALL = replace(GROUPS_32, group_size=64)
-SMALL_REST = (Rule(PROJECTOR, GROUPS_8), REST)
-
-
-def _recipe(name: str, *rules: Rule, cache: str | None = None) -> Recipe:
-    """A recipe whose norms stay in float32."""
-    return Recipe(name, (NORMS, *rules), cache)
-
-
-def _all(scheme: Scheme) -> tuple[Rule, ...]:
-    """One scheme for every matrix, and float16 for the rest."""
-    return (*(Rule(pattern, scheme) for pattern in (TABLE, DECODER, VISION, PROJECTOR)), REST)
-
-
-FP32 = Recipe("fp32", (Rule("*", Scheme()),))
-FLOATS = (FP32, _recipe("fp16", REST), _recipe("bf16", Rule("*", Scheme("bfloat16"))))
-INT8 = _recipe("int8", *_all(GROUPS_8))
-# FC2 reads what GELU gives, which nothing before it can rescale.
-_STATIC_LINEARS = (Rule(DECODER, SMOOTH), Rule(VISION_FC2, STATIC), Rule(VISION, SMOOTH), Rule(PROJECTOR, STATIC), REST)
-W8A8 = _recipe("w8a8", *_all(TOKEN))
-W8A8_STATIC = _recipe("w8a8-static", Rule(TABLE, TOKEN), *_STATIC_LINEARS)
-INT4_GPTQ = _recipe(
-    "int4-gptq", Rule(TABLE, replace(GROUPS_8, method="gptq")), Rule(DECODER, replace(GROUPS_32, method="gptq")), *FAST_VISION
-)
-INT4_FAST = _recipe("int4-fast", TABLE_8_SHORTLIST, Rule(DECODER, GROUPS_128), *FAST_VISION)
-# The fastest: a long answer's steps read the cache as often as the weights, here a quarter of it.
-INT4_FAST_KV8 = replace(INT4_FAST, name="int4-fast-kv8", cache="int8")
-# The first token as soon as w8a8 has it, the others as fast as int4-fast, for twice the memory.
-MIXED = _recipe("mixed", TABLE_8_SHORTLIST, Rule(DECODER, replace(GROUPS_128, prefill8=True)), *FAST_VISION)
-# The smallest: the table and the vision encoder in 4 bits too.
-INT4_SMALL = _recipe("int4-small", SMALL_TABLE, Rule(DECODER, SMALL), Rule(VISION, GROUPS_32), *SMALL_REST)
-INT4_SMALL_GPTQ = _recipe(
-    "int4-small-gptq",
-    SMALL_TABLE,
-    Rule(DECODER, replace(SMALL, method="gptq", scaling="awq")),
-    Rule(VISION, replace(GROUPS_32, method="gptq")),
-    *SMALL_REST,
-)
-# TensorRT multiplies by symmetric weights: of 8 bits with a scale for each row,
-# of 4 in groups; and activations in int8 have the scale of their calibration. The
-# runner looks the table's rows up, so that they are integers in every recipe.
-ROWS = Scheme(bits=8)
-ROWS_8 = Rule(TABLE, ROWS)
-FLOAT8 = Scheme(bits=8, format="e4m3", activations="static")
-FP8 = _recipe("fp8", ROWS_8, *(Rule(pattern, FLOAT8) for pattern in (DECODER, VISION, PROJECTOR)), REST)
-_SYMMETRIC = Scheme(bits=4, group_size=128)
-
-
-def _by_name(*recipes: Recipe) -> dict[str, Recipe]:
-    return {recipe.name: recipe for recipe in recipes}
-
-
-_COMMON = (W8A8, W8A8_STATIC, INT4_GPTQ, INT4_FAST, INT4_FAST_KV8, MIXED, INT4_SMALL, INT4_SMALL_GPTQ, FP8)
-# Target -> name -> recipe. Every target knows every name: a target
-# that cannot run a recipe says which rule it has no kernels for.
-RECIPES: Mapping[str, Mapping[str, Recipe]] = {
-    "cpu": _by_name(*FLOATS, INT8, _recipe("int4", TABLE_8, Rule(DECODER, GROUPS_32), *FAST_VISION), *_COMMON),
-    "cuda": _by_name(*FLOATS, INT8, _recipe("int4", TABLE_8, Rule(DECODER, GROUPS_32), REST), *_COMMON),
-    "tensorrt": _by_name(
-        *FLOATS,
-        _recipe("int8", *_all(ROWS)),
-        _recipe("int4", ROWS_8, Rule(DECODER, _SYMMETRIC), REST),
-        _recipe("w8a8", ROWS_8, *_STATIC_LINEARS),
-        _recipe("w8a8-static", ROWS_8, *_STATIC_LINEARS),
-        _recipe("int4-gptq", ROWS_8, Rule(DECODER, replace(_SYMMETRIC, method="gptq")), REST),
-        *_COMMON[3:],
-    ),
-}
-RECIPE_NAMES = tuple(RECIPES["cpu"])

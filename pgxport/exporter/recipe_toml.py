@@ -16,7 +16,8 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pgxport.errors import DiskError, UsageError
-from pgxport.exporter.recipe import RECIPE_NAMES, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import Recipe, Rule, Scheme
+from pgxport.exporter.recipes import RECIPE_NAMES
 
 MAX_BYTES = 1_000_000
 HEADER = """\
@@ -54,6 +55,7 @@ VALUES = {KEYS.get(name, name): _alternatives(hint) for name, hint in get_type_h
     "dtype": ("float32", "float16", "bfloat16"),
     "bits": (4, 8),
     "group": (16, 32, 64, 128, 256),
+    "rotate": (16, 32, 64, 128),
 }
 TOP_KEYS = ("name", "cache", "rule")
 RULE_KEYS = ("weights", *VALUES)
@@ -92,8 +94,12 @@ CLASHES: tuple[tuple[Callable[[Scheme], bool], str], ...] = (
         'prefill8 = true multiplies a prefix by integer products, and activations = "{s.activations}" does already; take prefill8 out',
     ),
     (
-        lambda s: s.scaling == "smoothquant" and s.activations == "float",
-        'scaling = "smoothquant" is for activations that are rounded; write activations = "dynamic" or "static", or scaling = "awq"',
+        lambda s: s.alpha != Scheme.alpha and s.scaling != "smoothquant",
+        'alpha = {s.alpha} is the exponent of SmoothQuant, and scaling is "{s.scaling}"; write scaling = "smoothquant", or take alpha out',
+    ),
+    (
+        lambda s: not 0 <= s.alpha <= 1,
+        "alpha = {s.alpha} is not between 0, scales by weights alone, and 1, by activations alone; write one like 0.5",
     ),
     (
         lambda s: s.observer != Scheme.observer and s.activations != "static",

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Divide a linear's inputs and multiply its columns before rounding, by SmoothQuant or AWQ, as a checkpoint that computes the same.
+"""The scale of each input channel that makes a linear easier to round, by SmoothQuant or AWQ, and the places that can be scaled.
 
-The division is folded into what makes the input, so that no operator is added.
+`equivalent.py` divides by it what makes the input, and multiplies the columns that read it.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from pgxport.errors import NumericError, UsageError
+from pgxport.errors import UsageError
 from pgxport.exporter.quantize import Grid, hessian_error, nearest
-from pgxport.exporter.recipe import Scheme
+from pgxport.exporter.recipe import PROJECTOR, Scheme
+from pgxport.exporter.rotation import block_size, rotated_columns, unrotated_columns
 from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
 from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
 from pgxport.models.weights import weight_shapes
@@ -25,16 +26,10 @@ WEAKEST = 1e-4
 
 
 class InputStatistics(Protocol):
-    """Statistics of the input x [K] of each linear, by the name of its weight; a calibration file provides them."""
-
-    def absmax(self, path: str) -> np.ndarray:
-        """[K], the largest |x|."""
+    """Statistics of the input x [K] of each linear, by the name of its weight, for those who round."""
 
     def mean(self, path: str) -> np.ndarray:
         """[K], E[x]."""
-
-    def mean_abs(self, path: str) -> np.ndarray:
-        """[K], E|x|."""
 
     def square(self, path: str) -> np.ndarray:
         """[K], E[x²]."""
@@ -49,16 +44,26 @@ class InputStatistics(Protocol):
         """[K, D], the largest |x| of each channel of a decoder layer's keys after rotation, or of its values."""
 
 
+class ChannelStatistics(InputStatistics, Protocol):
+    """The same and what scales are worked out from; a calibration file provides them."""
+
+    def absmax(self, path: str) -> np.ndarray:
+        """[K], the largest |x|."""
+
+    def mean_abs(self, path: str) -> np.ndarray:
+        """[K], E|x|."""
+
+
 @dataclass(frozen=True)
 class ScalingSite:
     """An input that some linears share, and what makes it: dividing that and multiplying their columns changes nothing.
 
     Attributes:
-        before: The tensors whose rows are divided: a norm's, or those of the linear before.
+        before: The tensors whose rows are divided: a norm's, or those of the linear before. None: the graph divides.
         linears: The weights whose columns are multiplied.
         less_one: The tensors before are stored minus one, as Gemma's norms are.
         share: Query heads that read the same value head. Their columns are multiplied by the same numbers.
-        head: Width of a head, where heads share.
+        head: Width of a head, where the rows before are the values of attention's heads.
     """
 
     before: tuple[str, ...]
@@ -78,8 +83,10 @@ class ScalingSite:
 
 
 def sites(spec: ModelSpec) -> list[ScalingSite]:
-    """Every place of a model that can be rescaled. SigLIP's fc2 has none: a GELU stands before it."""
-    return [*_vision(spec.vision), *_text(spec.text)]
+    """Every input of a model that can be scaled. What stands before SigLIP's fc2, a GELU, cannot be divided; the projector's
+    is an output of the vision encoder.
+    """
+    return [*_vision(spec.vision), ScalingSite((), (PROJECTOR,)), *_text(spec.text)]
 
 
 def _vision(v: VisionSpec) -> Iterator[ScalingSite]:
@@ -88,7 +95,8 @@ def _vision(v: VisionSpec) -> Iterator[ScalingSite]:
         for norm, linears in (("layer_norm1", _qkv(f"{layer}.self_attn")), ("layer_norm2", (f"{layer}.mlp.fc1.weight",))):
             yield ScalingSite((f"{layer}.{norm}.weight", f"{layer}.{norm}.bias"), linears)
         value = f"{layer}.self_attn.v_proj"
-        yield ScalingSite((f"{value}.weight", f"{value}.bias"), (f"{layer}.self_attn.out_proj.weight",))
+        yield ScalingSite((f"{value}.weight", f"{value}.bias"), (f"{layer}.self_attn.out_proj.weight",), head=v.width // v.heads)
+        yield ScalingSite((), (f"{layer}.mlp.fc2.weight",))
 
 
 def _text(t: TextSpec) -> Iterator[ScalingSite]:
@@ -96,7 +104,7 @@ def _text(t: TextSpec) -> Iterator[ScalingSite]:
     before_mlp = "pre_feedforward_layernorm" if t.post_norms else "post_attention_layernorm"
     for i in range(t.depth):
         layer = f"language_model.model.layers.{i}"
-        attention, (gate, up, down) = _attention(i), (f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
+        attention, (gate, up, down) = attention_of(i), (f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
         yield ScalingSite((f"{layer}.input_layernorm.weight",), _qkv(attention), less_one=True)
         yield ScalingSite(
             (f"{attention}.v_proj.weight",), (f"{attention}.o_proj.weight",), share=t.heads // t.kv_heads, head=t.head_dim
@@ -105,7 +113,8 @@ def _text(t: TextSpec) -> Iterator[ScalingSite]:
         yield ScalingSite((up,), (down,))  # gelu(gate) * up is linear in up
 
 
-def _attention(layer: int) -> str:
+def attention_of(layer: int) -> str:
+    """The name that a decoder layer's attention weights begin with."""
     return f"language_model.model.layers.{layer}.self_attn"
 
 
@@ -113,105 +122,14 @@ def _qkv(attention: str) -> tuple[str, ...]:
     return tuple(f"{attention}.{part}_proj.weight" for part in "qkv")
 
 
-class Rescaled:
-    """A checkpoint whose weights are multiplied, row by row and column by column, so that the model computes the same.
-
-    Attributes:
-        row_factors: Name -> [rows], what the rows of a tensor, and so the outputs of a linear, are multiplied by.
-        column_factors: Name -> [columns], what the columns are multiplied by, and so the inputs of a linear divided.
-    """
-
-    def __init__(
-        self,
-        source: TensorSource,
-        rows: Mapping[str, np.ndarray],
-        columns: Mapping[str, np.ndarray],
-        less_one: Collection[str] = (),
-    ):
-        """
-        Args:
-            less_one: The tensors among `rows` that are stored minus one.
-        """
-        self._source, self._less_one = source, frozenset(less_one)
-        self.row_factors, self.column_factors = dict(rows), dict(columns)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._source.shape(name)
-
-    def dtype(self, name: str) -> np.dtype[Any]:
-        """float32 for what is multiplied."""
-        return np.dtype(np.float32) if name in self.row_factors or name in self.column_factors else self._source.dtype(name)
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        block = self._source.rows(name, start, stop)
-        if name in self.row_factors:
-            factor = self.row_factors[name][start:stop].reshape(-1, *[1] * (block.ndim - 1))
-            offset = float(name in self._less_one)
-            # In float64 in between: 1 + w and the 1 taken off again would each cost digits.
-            block = ((block.astype(np.float64) + offset) * factor - offset).astype(np.float32)
-        if name in self.column_factors:
-            block = to_float32(block) * self.column_factors[name].astype(np.float32)
-        return block
-
-
-class RescaledStatistics:
-    """Statistics of a rescaled checkpoint: those of x / s, from those measured of x."""
-
-    def __init__(self, statistics: InputStatistics, rescaled: Rescaled):
-        self._statistics, self._rescaled = statistics, rescaled
-
-    def scale_of(self, path: str) -> np.ndarray | None:
-        """[K], what the input of that linear is divided by; None where it is as it was."""
-        return self._rescaled.column_factors.get(path)
-
-    def absmax(self, path: str) -> np.ndarray:
-        return self._statistics.absmax(path) / self._scale(path)
-
-    def mean(self, path: str) -> np.ndarray:
-        return self._statistics.mean(path) / self._scale(path)
-
-    def mean_abs(self, path: str) -> np.ndarray:
-        return self._statistics.mean_abs(path) / self._scale(path)
-
-    def square(self, path: str) -> np.ndarray:
-        return self._statistics.square(path) / self._scale(path) ** 2
-
-    def moment(self, path: str) -> np.ndarray | None:
-        moment, scale = self._statistics.moment(path), self.scale_of(path)
-        if moment is None or scale is None:
-            return moment
-        moment = moment / scale[:, None]
-        moment /= scale
-        return moment
-
-    def range(self, path: str, observer: str) -> tuple[float, float]:
-        """The range that was measured, times what the largest |x| of all channels changes by.
-
-        That keeps the part of the range that the observer cut off, and how much
-        of it is below zero. It is exact for no observer: a range says nothing
-        about single channels. Calibrating the rescaled checkpoint again does.
-        """
-        low, high = self._statistics.range(path, observer)
-        before = float(self._statistics.absmax(path).max())
-        factor = float(self.absmax(path).max()) / before if before else 1.0
-        return low * factor, high * factor
-
-    def cache(self, layer: int, part: str) -> np.ndarray:
-        largest = self._statistics.cache(layer, part)
-        factor = self._rescaled.row_factors.get(f"{_attention(layer)}.v_proj.weight") if part == "value" else None
-        return largest if factor is None else (largest * factor.reshape(largest.shape)).astype(np.float32)
-
-    def _scale(self, path: str) -> Any:
-        return self._rescaled.column_factors.get(path, np.float32(1))
-
-
 @dataclass(frozen=True)
 class SampledRows:
-    """Some rows [n, K] of a linear, the grid they go to, and how many rows of the linear each stands for."""
+    """Some rows [n, K] of a linear, the grid they go to, how many rows of the linear each stands for, and the blocks of its rotation."""
 
     rows: np.ndarray
     grid: Grid
     stands_for: float = 1.0
+    block: int = 1
 
 
 def smoothquant_scale(input_absmax: np.ndarray, weight_absmax: np.ndarray, alpha: float = 0.5) -> np.ndarray:
@@ -250,72 +168,53 @@ def awq_scale(mean_abs: np.ndarray, samples: Sequence[SampledRows], moment: np.n
 
 def _loss(sample: SampledRows, scale: np.ndarray, moment: np.ndarray) -> float:
     """Returns the error that rounding w * s causes in the outputs for x / s."""
-    delta = nearest(sample.rows * scale, sample.grid).dequantized()
+    rounded = nearest(rotated_columns(sample.rows * scale, sample.block), sample.grid).dequantized()
+    delta = unrotated_columns(rounded, sample.block)
     delta /= scale
     delta -= sample.rows
     errors = hessian_error(delta, moment) if moment.ndim == 2 else (delta * delta) @ moment
     return sample.stands_for * float(errors.sum(dtype=np.float64))
 
 
-def rescaled(
-    source: TensorSource, spec: ModelSpec, scheme_of: Callable[[str], Scheme], statistics: InputStatistics
-) -> TensorSource:
-    """The checkpoint with every site rescaled as the schemes of its linears ask; the source itself where none asks.
-
-    A search reads weights, which `Checkpoint.unread` counts as read.
-
-    Raises:
-        UsageError: linears that share an input ask for different scalings, or one asks that has nothing before it to divide.
-        NumericError: a scale is not a finite, positive number.
-    """
-    rows: dict[str, np.ndarray] = {}
-    columns: dict[str, np.ndarray] = {}
-    less_one: set[str] = set()
-    check_sites(spec, scheme_of)
-    for site in sites(spec):
-        if scheme_of(site.linears[0]).scaling == "none":
-            continue
-        scale = _scale(source, site, scheme_of, statistics)
-        if not (np.isfinite(scale) & (scale > 0)).all():
-            raise NumericError(f"{site.linears[0]}: its inputs cannot be rescaled, for what calibration measured is not finite")
-        columns |= dict.fromkeys(site.linears, scale)
-        rows |= dict.fromkeys(site.before, 1 / site.rows(scale).astype(np.float64))
-        less_one |= set(site.before) if site.less_one else set()
-    return Rescaled(source, rows, columns, less_one) if columns else source
-
-
 def check_sites(spec: ModelSpec, scheme_of: Callable[[str], Scheme]) -> None:
-    """Every linear that asks to be rescaled can be.
+    """Every linear that asks to be scaled or rotated can be.
 
     Raises:
-        UsageError: linears that share an input ask for different scalings, or one asks that has nothing before it to divide.
+        UsageError: linears that share an input ask for different scalings, or something else than a linear asks.
     """
     places = sites(spec)
     for site in places:
         first = site.linears[0]
         for other in site.linears[1:]:
-            if scheme_of(other).scaling != scheme_of(first).scaling:
+            asked, others = ((scheme_of(path).scaling, scheme_of(path).alpha) for path in (first, other))
+            if asked != others:
                 raise UsageError(
-                    f"{first} asks for scaling {scheme_of(first).scaling!r} and {other} for {scheme_of(other).scaling!r}, "
+                    f"{first} asks for scaling {_described(*asked)} and {other} for {_described(*others)}, "
                     "and they have one input; give them the same"
                 )
     served = {linear for site in places for linear in site.linears}
     for name in weight_shapes(spec):
-        if name not in served and scheme_of(name).scaling != "none":
+        scheme = scheme_of(name)
+        if name not in served and (scheme.scaling != "none" or scheme.rotate):
+            key = f"scaling {scheme.scaling!r}" if scheme.scaling != "none" else f"rotate {scheme.rotate}"
             raise UsageError(
-                f"{name} asks for scaling {scheme_of(name).scaling!r}, and what makes its input cannot be divided; "
-                "give it a rule with scaling 'none'"
+                f"{name} asks for {key}, which is for the linears of a layer and the projector; give it a rule without"
             )
 
 
-def _scale(
-    source: TensorSource, site: ScalingSite, scheme_of: Callable[[str], Scheme], statistics: InputStatistics
+def _described(scaling: str, alpha: float) -> str:
+    return f"{scaling!r}" if alpha == Scheme.alpha else f"{scaling!r} with alpha {alpha:g}"
+
+
+def input_scale(
+    source: TensorSource, site: ScalingSite, scheme_of: Callable[[str], Scheme], statistics: ChannelStatistics
 ) -> np.ndarray:
-    """[K], float32"""
+    """What the input of a site's linears is divided by, float32 [K], as their schemes ask; reads their weights."""
     path = site.linears[0]
     if scheme_of(path).scaling == "smoothquant":
         largest = np.max([_absmax(source, linear) for linear in site.linears], 0)
-        return smoothquant_scale(site.shared(statistics.absmax(path), np.max), site.shared(largest, np.max))
+        x, w = site.shared(statistics.absmax(path), np.max), site.shared(largest, np.max)
+        return smoothquant_scale(x, w, scheme_of(path).alpha)
     samples = [_sample(source, linear, scheme_of(linear)) for linear in site.linears]
     moment = statistics.moment(path)
     moment = statistics.square(path) if moment is None else moment
@@ -337,4 +236,5 @@ def _sample(source: TensorSource, path: str, scheme: Scheme) -> SampledRows:
     rows = source.shape(path)[0]
     chosen = np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).round().astype(int)
     block = np.concatenate([to_float32(source.rows(path, row, row + 1)) for row in chosen.tolist()])
-    return SampledRows(block, Grid(scheme.bits, scheme.group_size, scheme.symmetric), rows / len(chosen))
+    grid = Grid(scheme.bits, scheme.group_size, scheme.symmetric)
+    return SampledRows(block, grid, rows / len(chosen), block_size(source.shape(path)[1], scheme.rotate))

@@ -8,7 +8,8 @@ from typing import Literal
 
 from pgxport.bundle.manifest import CacheKind, TrtVersion
 from pgxport.errors import UsageError, choose
-from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import Recipe, Rule, Scheme
+from pgxport.exporter.recipes import RECIPES
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from pgxport.bundle.reader import Bundle
 from pgxport.cluster.pool import Cluster
 from pgxport.exporter.export import export
 from pgxport.exporter.prepare import ExportOptions
-from pgxport.exporter.recipe import FP32, Recipe
+from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.recipe_toml import HEADER, to_toml
+from pgxport.exporter.recipes import FP32
 from pgxport.files import disk_errors
 from pgxport.metrics.sample import Sample
 from pgxport.models.spec import ModelSpec

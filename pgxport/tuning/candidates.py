@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pgxport.errors import choose
-from pgxport.exporter.recipe import NORMS, OUTPUT, PROJECTOR, REST, TABLE, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import OUTPUT, PROJECTOR, TABLE, Recipe, Rule, Scheme
+from pgxport.exporter.recipes import NORMS, REST
 from pgxport.models.spec import ModelSpec
 
 FLOAT = "float16"

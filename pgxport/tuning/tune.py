@@ -14,7 +14,8 @@ from pgxport.cluster.pool import Cluster
 from pgxport.data.loader import Accept, DataOptions, load
 from pgxport.errors import EngineError, NumericError, UsageError, choose
 from pgxport.exporter.prepare import ExportOptions, check_weights, context_length, open_checkpoint
-from pgxport.exporter.recipe import RECIPE_NAMES, Recipe
+from pgxport.exporter.recipe import Recipe
+from pgxport.exporter.recipes import RECIPE_NAMES
 from pgxport.exporter.targets import TARGETS, Target
 from pgxport.files import check_output, disk_errors, write_whole
 from pgxport.hub.locate import ModelChoice, locate

@@ -14,7 +14,7 @@ from pgxport.exporter.export import dry_run, export
 from pgxport.exporter.graphs import NoStatistics, SpecSource, write_graphs
 from pgxport.exporter.plan import runs_on
 from pgxport.exporter.prepare import ExportOptions
-from pgxport.exporter.recipe import RECIPE_NAMES
+from pgxport.exporter.recipes import RECIPE_NAMES
 from pgxport.exporter.targets import TARGETS
 from pgxport.models.spec import RESOLUTIONS, TEXT, published
 from pgxport.models.weights import weight_shapes

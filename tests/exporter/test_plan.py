@@ -13,7 +13,7 @@ pytest.importorskip("onnx_ir")
 
 from pgxport.errors import UsageError
 from pgxport.exporter.plan import PlanOptions, plan, render, runs_on
-from pgxport.exporter.recipe import RECIPE_NAMES
+from pgxport.exporter.recipes import RECIPE_NAMES
 from pgxport.exporter.targets import TARGETS
 from pgxport.machine.board import BOARDS, GIB
 from pgxport.models.spec import RESOLUTIONS, TEXT

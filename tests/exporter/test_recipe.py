@@ -4,7 +4,8 @@
 import pytest
 
 from pgxport.errors import UsageError
-from pgxport.exporter.recipe import RECIPES, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import Recipe, Rule, Scheme
+from pgxport.exporter.recipes import RECIPES
 from pgxport.exporter.targets import TARGETS
 
 TOWERS = Recipe(

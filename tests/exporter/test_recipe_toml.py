@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from pgxport.errors import UsageError
 from pgxport.exporter import recipe_toml
-from pgxport.exporter.recipe import RECIPE_NAMES, RECIPES, Recipe, Rule, Scheme
+from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import invalid, read_recipe, to_toml
+from pgxport.exporter.recipes import RECIPE_NAMES, RECIPES
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "recipes.md"
 REST = '[[rule]]\nweights = "*"\ndtype = "float16"\n'
@@ -31,6 +32,7 @@ ALONE = {
     "scaling": ("none", "awq", "smoothquant"),
     "activations": ("float", "dynamic", "static"),
     "observer": ("minmax", "percentile", "entropy", "mse"),
+    "rotate": (None, 32),
 }
 SCHEMES = [Scheme(**dict(zip(ALONE, values, strict=True))) for values in product(*ALONE.values())]
 
@@ -40,7 +42,7 @@ def makes_sense(s: Scheme) -> bool:
         return s == Scheme(s.dtype)
     if s.activations == "float":
         rounding = s.bits == 8 or s.group_size is not None
-        return rounding and s.dtype == "float32" and s.scaling != "smoothquant" and s.observer == "minmax"
+        return rounding and s.dtype == "float32" and s.observer == "minmax"
     return s.bits == 8 and s.group_size is None and s.dtype == "float32" and (s.observer == "minmax" or s.activations == "static")
 
 
@@ -213,10 +215,17 @@ MISTAKES = [
     ),
     (rule("bits = 4", "group = 32", "screen = true"), 'rule 1 ("*_proj.weight")', ["screen = true", "bits is 4; write bits = 8"]),
     (
-        rule("bits = 8", 'scaling = "smoothquant"'),
+        rule("bits = 8", 'scaling = "awq"', "alpha = 0.7"),
         'rule 1 ("*_proj.weight")',
-        ["smoothquant", 'activations = "dynamic" or "static"'],
+        ["alpha = 0.7", 'scaling is "awq"', 'scaling = "smoothquant"'],
     ),
+    (
+        rule("bits = 8", 'scaling = "smoothquant"', "alpha = 1.5"),
+        'rule 1 ("*_proj.weight")',
+        ["alpha = 1.5 is not between 0", "0.5"],
+    ),
+    (rule("bits = 8", "rotate = 33"), 'rule 1 ("*_proj.weight")', ["rotate = 33", "16, 32, 64 or 128"]),
+    (rule("rotate = 32"), 'rule 1 ("*_proj.weight")', ["rotate", "bits = 8 or 4"]),
     (
         rule("bits = 8", 'observer = "mse"', 'activations = "dynamic"'),
         'rule 1 ("*_proj.weight")',

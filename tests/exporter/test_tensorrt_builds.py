@@ -23,7 +23,7 @@ from pgxport.errors import InputError, UsageError
 from pgxport.exporter.export import export
 from pgxport.exporter.graphs import serialized, write_graphs
 from pgxport.exporter.prepare import ExportOptions, find_recipe
-from pgxport.exporter.recipe import RECIPES
+from pgxport.exporter.recipes import RECIPES
 from pgxport.exporter.stream import DataLayout
 from pgxport.exporter.targets import TARGETS, TENSORRT, find_target
 from pgxport.hub.locate import TINY
