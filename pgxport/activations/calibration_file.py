@@ -7,7 +7,7 @@ is read when it is asked for, and no two are held at once.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -157,6 +157,15 @@ def write_calibration(path: Path, about: About, tensors: Mapping[str, Tensor], *
     metadata = {"format": FORMAT, "format_version": VERSION, "sha256": UNSIGNED, "about": about.model_dump_json()}
     write_tensors(path, tensors, metadata)
     return Calibration.open(path)
+
+
+def contents(inputs: Mapping[str, str], tensors: Collection[str], *, layers: int, moments: bool) -> dict[str, Any]:
+    """What a file of these tensors says of them, as fields of `About`."""
+    sites, kinds = dict.fromkeys(inputs.values()), ("inputs", "range", *(("moment",) if moments else ()))
+    whole = [f"{kind}/{site}" for site in sites for kind in kinds]
+    whole += [f"cache/{layer}/{part}" for layer in range(layers) for part in PARTS]
+    lacks, changed = [n for n in whole if n not in tensors], [n for n in tensors if n.startswith("changed/")]
+    return {"inputs": dict(inputs), "lacks": lacks, "changed": changed}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

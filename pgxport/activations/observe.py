@@ -93,6 +93,11 @@ class Needs:
     changed: frozenset[str] = frozenset()
     changed_values: bool = False
 
+    @property
+    def changes(self) -> bool:
+        """Whether changed inputs or values are wanted."""
+        return bool(self.changed) or self.changed_values
+
     def __bool__(self) -> bool:
         """Whether anything is to be gathered."""
         return self.caches or any(wanted is None or wanted for wanted in (self.channels, self.ranges, self.moments))

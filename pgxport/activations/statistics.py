@@ -69,22 +69,18 @@ class Statistics:
         """
         return self._range(f"range/{self._site(path)}", observer)
 
-    def changed_range(self, path: str, observer: str) -> tuple[float, float]:
-        """The same, of the input as the recipe changes it that the file was made for.
-
-        Raises:
-            UsageError: that was not gathered.
-        """
-        return self._range(f"changed/{path}", observer)
+    def changed_range(self, path: str, observer: str) -> tuple[float, float] | None:
+        """The same, of the input as the recipe changes it that they were gathered for; None where it was not"""
+        return self._range(f"changed/{path}", observer) if f"changed/{path}" in self._tensors else None
 
     def cache(self, layer: int, part: str) -> np.ndarray:
         """[K, D] the largest |x| of each channel of a layer's keys after rotation, or of its values"""
         assert part in PARTS, f"Bug: a cache has no {part!r}"
         return self._whole(f"cache/{layer}/{part}")
 
-    def changed_values(self, layer: int) -> np.ndarray:
-        """[K, D] the largest |x| of each channel of a layer's values, as the recipe changes them that the file was made for"""
-        return self._whole(f"changed/{layer}/value")
+    def changed_values(self, layer: int) -> np.ndarray | None:
+        """[K, D] the largest |x| of each channel of a layer's values, as the recipe changes them; None where it was not gathered"""
+        return self._whole(f"changed/{layer}/value") if f"changed/{layer}/value" in self._tensors else None
 
     def lacking(self, tensors: Iterable[str]) -> list[str]:
         """Those of the tensors that the file does not hold: of a linear's input under the linear's own name."""

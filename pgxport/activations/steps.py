@@ -19,7 +19,7 @@ from pgxport.models.eager import Eager, Segment, inputs_embeds
 from pgxport.models.layers import layer_norm, softcap
 from pgxport.models.projector import projector
 from pgxport.models.spec import ModelSpec
-from pgxport.models.weights import output_matrix
+from pgxport.models.weights import EMBEDDING, output_matrix, weight_shapes
 
 VISION, TEXT = "vision_tower.vision_model", "language_model.model"
 PIXELS = "image patches"  # the first step
@@ -105,8 +105,7 @@ class ModelSteps:
         return Segment(len(kept_patches(self.spec.image_tokens, sample.every)))
 
     def text_segment(self, sample: StepSample) -> Segment:
-        prefix = self.image_segment(sample).tokens + len(sample.prompt)
-        return Segment(prefix + len(sample.answer), prefix)
+        return text_segment(self.spec, sample)
 
     def packs(self, samples: Iterable[StepSample]) -> list[list[StepSample]]:
         """The samples in packs of at most PACK activations of the wider MLP, in order; a larger sample is a pack of its own."""
@@ -163,6 +162,22 @@ class ModelSteps:
             g.observe("linear input", output_matrix(text), h)  # the product would cost more than a layer
             return None
         return np.asarray(softcap(g, g.lm_head(h, output_matrix(text)), text.logit_softcap))
+
+
+def text_segment(spec: ModelSpec, sample: StepSample) -> Segment:
+    """The tokens of a sample in the decoder."""
+    prefix = len(kept_patches(spec.image_tokens, sample.every)) + len(sample.prompt)
+    return Segment(prefix + len(sample.answer), prefix)
+
+
+def linears(spec: ModelSpec) -> dict[str, Shape]:
+    """The matrices [out, in] that inputs are multiplied by, by name: all but what only is looked up or added."""
+    looked_up = {EMBEDDING} - {output_matrix(spec.text)}
+    return {
+        name: shape
+        for name, shape in weight_shapes(spec).items()
+        if len(shape) == 2 and name not in looked_up and "position_embedding" not in name
+    }
 
 
 def kept_patches(patches: int, every: int) -> np.ndarray:

@@ -53,6 +53,12 @@ class ChannelStatistics(InputStatistics, Protocol):
     def mean_abs(self, path: str) -> np.ndarray:
         """[K], E|x|."""
 
+    def changed_range(self, path: str, observer: str) -> tuple[float, float] | None:
+        """The range of the input as a recipe scales and rotates it, where that was observed."""
+
+    def changed_values(self, layer: int) -> np.ndarray | None:
+        """[K, D], the largest |x| of each channel of a decoder layer's values as a recipe changes them, where that was observed."""
+
 
 @dataclass(frozen=True)
 class ScalingSite:

@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
-from pgxport.activations.statistics import OBSERVERS
 from pgxport.activations.observe import (
     BINS,
     ENTROPY_BINS,
@@ -15,13 +14,14 @@ from pgxport.activations.observe import (
     LEVELS,
     PERCENTILE,
     InputObserver,
-    Needs,
     LinearInput,
+    Needs,
     RangeHistogram,
     entropy,
     mse,
     percentile,
 )
+from pgxport.activations.statistics import OBSERVERS
 from pgxport.errors import NumericError
 
 RNG = np.random.default_rng(0)
