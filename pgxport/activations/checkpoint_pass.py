@@ -85,7 +85,7 @@ def observe_checkpoint(
         with disk_errors(f"cannot write {leaving}"), open(leaving, "wb") as out:
             for pack, x, w in zip(packs, _arrivals(arriving, steps[i], packs), _weights(model, packs), strict=True):
                 observer = _Observer(statistics, activation_ranges, steps[i], pack, w)
-                y = steps[i].run(Eager(source, {}, segments=steps[i].segments(pack), observe=observer), pack, x)
+                y = steps[i].run(Eager(source, {}, prefix=steps[i].segments(pack), observe=observer), pack, x)
                 observer.flush()
                 if y is not None:
                     out.write(np.ascontiguousarray(y, np.float32).data)

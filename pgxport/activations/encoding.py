@@ -12,9 +12,13 @@ from typing import Protocol
 
 import numpy as np
 
+from pgxport.activations.steps import StepSample
+from pgxport.bundle.manifest import Pixels
 from pgxport.errors import InputError
 from pgxport.metrics.sample import BoxEdges, Sample
+from pgxport.models.spec import ModelSpec
 from pgxport.models.tiny.scenes import locations
+from pgxport.runners.image import pixel_values
 from pgxport.runners.tokenizer import PromptTokenizer
 
 
@@ -41,6 +45,15 @@ def encode(sample: Sample, tokenizer: PromptTokenizer) -> EncodedSample:
     except InputError as error:
         raise InputError(f"sample {sample.id}: {error}") from error
     return EncodedSample(sample, tuple(prompt_ids), tuple(answer_ids))
+
+
+def step_sample(encoded: EncodedSample, spec: ModelSpec, pixels: Pixels, every: int = 1) -> StepSample:
+    """A sample as the steps of a model take it; its picture is opened when the first step wants it."""
+
+    def opened() -> np.ndarray:
+        return pixel_values(encoded.sample.open(), spec.resolution, pixels)[None]
+
+    return StepSample(opened, encoded.prompt, encoded.answer, every)
 
 
 def answer_text(sample: Sample) -> str | None:

@@ -13,9 +13,8 @@ from typing import Any
 from pgxport import __version__
 from pgxport.activations.calibration_file import About, Array, Calibration, checkpoint_sha256, contents, write_calibration
 from pgxport.activations.checkpoint_pass import observe_checkpoint
-from pgxport.activations.encoding import EncodedSample, digest, encode
+from pgxport.activations.encoding import EncodedSample, digest, encode, step_sample
 from pgxport.activations.observe import EVERYTHING, Needs
-from pgxport.activations.steps import StepSample
 from pgxport.bundle.manifest import MANIFEST
 from pgxport.bundle.reader import Bundle
 from pgxport.data.loader import first_samples
@@ -33,7 +32,6 @@ from pgxport.models.processor_config import pixels_of
 from pgxport.models.safetensors import Tensor
 from pgxport.models.spec import ModelSpec
 from pgxport.models.weights import weight_shapes
-from pgxport.runners.image import pixel_values
 from pgxport.runners.saved_tokenizer import find_tokenizer
 from pgxport.runners.tokenizer import PromptTokenizer
 
@@ -237,10 +235,7 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None, say: Say |
     pixels = pixels_of(checkpoint, spec)
     key = job.about(engine="numpy", inputs={}, ranges=None).model_dump_json() + pixels.model_dump_json()
     output = Path(options.output)
-    fed = [
-        StepSample(lambda s=s: pixel_values(s.sample.open(), spec.resolution, pixels)[None], s.prompt, s.answer)
-        for s in job.samples
-    ]
+    fed = [step_sample(sample, spec, pixels) for sample in job.samples]
     changes = partial(changes_of, checkpoint, spec, job.recipe) if job.recipe else None
     with _workplace(output.with_name(output.name + ".work"), key) as work:
         found = observe_checkpoint(checkpoint, spec, fed, work, job.needs, changes=changes, progress=progress)

@@ -31,7 +31,7 @@ def _tokens(context: click.Context, option: click.Parameter, given: str | None) 
     """A number of image tokens, 0 for all; None where it was not given."""
     if given is None or given == "all":
         return None if given is None else 0
-    return click.IntRange(1).convert(given, option, context)
+    return int(click.IntRange(1)(given, option, context))
 
 
 @click.command()

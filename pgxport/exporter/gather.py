@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pgxport.activations.checkpoint_pass import observe_checkpoint
-from pgxport.activations.encoding import encode
+from pgxport.activations.encoding import encode, step_sample
 from pgxport.activations.observe import NOTHING, Changes, Needs
 from pgxport.activations.statistics import Statistics
 from pgxport.activations.steps import StepSample, every_for, kept_patches, text_segment
@@ -23,9 +23,9 @@ from pgxport.exporter.prepare import PreparedExport, open_checkpoint
 from pgxport.exporter.recipe import Recipe, Scheme
 from pgxport.exporter.stream import Progress
 from pgxport.models.checkpoint import TensorSource
+from pgxport.models.eager import TokenizedSample
 from pgxport.models.spec import ModelSpec
 from pgxport.models.weights import parameters
-from pgxport.runners.image import pixel_values
 from pgxport.text import duration
 
 Say = Callable[[str], None]
@@ -109,19 +109,18 @@ def changes_of(source: TensorSource, spec: ModelSpec, recipe: Recipe, known: Sta
 def embedded_scenes(job: PreparedExport, count: int) -> list[StepSample]:
     """The first scenes of the embedded calibration split, with an even subset of their patches."""
     words, every = job.tokenizer.words(), every_for(job.spec.image_tokens, SCENE_TOKENS)
-    encoded = [encode(sample, words) for sample in first_samples(None, count).samples]
-    return [
-        StepSample(lambda s=s: pixel_values(s.sample.open(), job.spec.resolution, job.pixels)[None], s.prompt, s.answer, every)
-        for s in encoded
-    ]
+    encoded = (encode(sample, words) for sample in first_samples(None, count).samples)
+    return [step_sample(sample, job.spec, job.pixels, every) for sample in encoded]
 
 
 def check_scenes(job: PreparedExport) -> list[StepSample]:
     """The scenes of the check, which calibration does not use, with an even subset of their patches."""
-    words = job.tokenizer.words()
-    samples = (scene(FIRST_SCENE + i, job.spec, words, job.pixels) for i in range(job.options.parity))
-    every = every_for(job.spec.image_tokens, check_tokens(job.spec, job.options.parity_tokens))
-    return [StepSample(lambda s=s: s.pixels, tuple(s.prompt), tuple(s.answer), every, scored=True) for s in samples]
+    words, every = job.tokenizer.words(), every_for(job.spec.image_tokens, check_tokens(job.spec, job.options.parity_tokens))
+
+    def fed(sample: TokenizedSample) -> StepSample:
+        return StepSample(lambda: sample.pixels, tuple(sample.prompt), tuple(sample.answer), every, scored=True)
+
+    return [fed(scene(FIRST_SCENE + i, job.spec, words, job.pixels)) for i in range(job.options.parity)]
 
 
 def check_tokens(spec: ModelSpec, asked: int | None) -> int:

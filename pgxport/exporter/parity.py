@@ -106,7 +106,7 @@ class EagerModel:
 
     def eager(self, segments: list[Segment]) -> Eager:
         """What computes a pack of samples with the bundle's files."""
-        return _AsStored(self.weights, {}, segments=segments, rounding=self._rounding)
+        return _AsStored(self.weights, {}, prefix=segments, rounding=self._rounding)
 
     def _rounding(self, kind: str, where: str, x: np.ndarray) -> np.ndarray:
         """Returns x as the engine multiplies or caches it; `where` is a weight, or begins with a layer's path."""

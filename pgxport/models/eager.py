@@ -39,8 +39,8 @@ class Eager:
 
     Args:
         feeds: The model's inputs by name.
-        prefix: The number of tokens that see each other; those after them are causal.
-        segments: The samples that lie one after another along T, and see nothing of each other; None: there is one.
+        prefix: The number of tokens that see each other; those after them are causal. Or the samples that lie one after another
+            along T, and see nothing of each other.
         observe: Receives each activation.
         rounding: Replaces inputs of linears, and the cache's keys and values.
         last: The number of last tokens whose logits are computed; a graph computes one.
@@ -51,15 +51,13 @@ class Eager:
         source: TensorSource,
         feeds: dict[str, np.ndarray],
         *,
-        prefix: int = 0,
-        segments: Sequence[Segment] | None = None,
+        prefix: int | Sequence[Segment] = 0,
         dtype: Any = np.float32,
         observe: Observe | None = None,
         rounding: Rounding | None = None,
         last: int = 1,
     ):
-        self.source, self.feeds, self.prefix, self.dtype, self.last = source, feeds, prefix, np.dtype(dtype), last
-        self._segments = segments
+        self.source, self.feeds, self._prefix, self.dtype, self.last = source, feeds, prefix, np.dtype(dtype), last
         self.outputs: dict[str, np.ndarray] = {}
         self.observe = observe or (lambda kind, where, values: None)
         self._rounding = rounding or (lambda kind, where, values: values)
@@ -116,7 +114,7 @@ class Eager:
 
     def segments(self, tokens: int) -> Sequence[Segment]:
         """Returns the samples that so many tokens are of."""
-        segments = self._segments or [Segment(tokens, self.prefix)]
+        segments = [Segment(tokens, self._prefix)] if isinstance(self._prefix, int) else self._prefix
         assert sum(s.tokens for s in segments) == tokens, f"Bug: {tokens} tokens are not those of {segments}"
         return segments
 
@@ -128,7 +126,7 @@ class Eager:
 
     def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, *, heads: int, scale: float) -> np.ndarray:
         q, k, v = (x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2) for x in (q, k, v))
-        return self._each(q, k, v, lambda part, segment: self._attend(*part, scale, None, None))
+        return self._each(q, k, v, lambda q, k, v, segment: self._attend(q, k, v, scale, None, None))
 
     def cached_attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, *, layer: int, text: TextSpec) -> np.ndarray:
         tokens = q.shape[1]
@@ -148,20 +146,24 @@ class Eager:
         k, v = (np.repeat(x, text.heads // text.kv_heads, 1) for x in (k, v))
         window = text.window if layer in text.local_layers else None
 
-        def attend(part: list[np.ndarray], segment: Segment) -> np.ndarray:
+        def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, segment: Segment) -> np.ndarray:
             mask = visible(segment.prefix, segment.tokens, window)
-            return self._attend(*part, text.query_scale, text.attn_softcap, mask)
+            return self._attend(q, k, v, text.query_scale, text.attn_softcap, mask)
 
         return self._each(rotate(q), k, v, attend)
 
     def _each(
-        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, attend: Callable[[list[np.ndarray], Segment], np.ndarray]
+        self,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        attend: Callable[[np.ndarray, np.ndarray, np.ndarray, Segment], np.ndarray],
     ) -> np.ndarray:
         """Attends within each sample: q, k, v [B, N, T, D] -> [B, T, N*D]."""
         parts, start = [], 0
         for segment in self.segments(q.shape[2]):
-            parts.append(attend([x[:, :, start : start + segment.tokens] for x in (q, k, v)], segment))
-            start += segment.tokens
+            of_one = slice(start, start := start + segment.tokens)
+            parts.append(attend(q[:, :, of_one], k[:, :, of_one], v[:, :, of_one], segment))
         return parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
 
     def _attend(
