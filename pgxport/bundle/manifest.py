@@ -170,6 +170,9 @@ class Parity(_Frozen):
     """What quantization cost against the checkpoint, teacher-forced, at every token of the answers."""
 
     scenes: int
+    image_tokens: int | None = (
+        None  # of each scene that were compared, an even subset where it is less than the model's; None: all
+    )
     positions: int
     kl: float  # mean Kullback-Leibler divergence from the checkpoint's next-token distribution, in nats
     kl_worst: float
@@ -206,6 +209,7 @@ class Provenance(_Frozen):
     remarks: tuple[str, ...] = ()  # what someone should know about how the checkpoint was read
     tokenizer: str | None = None  # how it differs from the checkpoint's, where it is an adapter's own
     checkpoint_sha256: str
+    calibration: str | None = None  # where statistics come from if not from a file, as in "embedded scenes (2)"
     calibration_sha256: str | None = None
     versions: dict[str, str]
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from pgxport.errors import NumericError, UsageError
+from pgxport.exporter.inputs.rotation import block_size, rotate_moment, rotated_inputs
+from pgxport.exporter.inputs.scaling import ChannelStatistics, ScalingSite, attention_of, check_sites, input_scale, sites
 from pgxport.exporter.recipe import Scheme
-from pgxport.exporter.rotation import block_size, rotate_moment, rotated_inputs
-from pgxport.exporter.scaling import ChannelStatistics, ScalingSite, attention_of, check_sites, input_scale, sites
 from pgxport.models.checkpoint import TensorSource, to_float32
 from pgxport.models.spec import ModelSpec
 from pgxport.models.weights import weight_shapes
@@ -143,15 +143,17 @@ class EquivalentStatistics:
         return moment
 
     def range(self, path: str, observer: str) -> tuple[float, float]:
-        """The range that was measured, times what the largest |x| of all channels changes by.
+        """The range of the changed input where that was observed; else the one of the input, times what its largest |x| changes by.
 
         That keeps the part of the range that the observer cut off, and how much
         of it is below zero. It is exact for no observer: a range says nothing
-        about single channels. Calibrating the rescaled checkpoint again does.
+        about single channels.
 
         Raises:
-            UsageError: the input is rotated, of which a range says nothing.
+            UsageError: the input is rotated, of which a range says nothing, and the changed one was not observed.
         """
+        if (observed := self._statistics.changed_range(path, observer)) is not None:
+            return observed
         if self._block(path) > 1:
             raise UsageError(f"{path} has static activations that are rotated, whose range was not measured")
         low, high = self._statistics.range(path, observer)
@@ -164,6 +166,8 @@ class EquivalentStatistics:
         largest, name = self._statistics.cache(layer, part), f"{attention_of(layer)}.v_proj.weight"
         if part != "value":
             return largest
+        if (observed := self._statistics.changed_values(layer)) is not None:
+            return observed
         if name in self._equivalent.row_blocks:
             raise UsageError(f"layer {layer} caches values that are rotated, whose range was not measured")
         return np.abs(self._equivalent.changed_values(layer, largest[None, :, None])[0, :, 0])
