@@ -3,6 +3,7 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,19 @@ def tiny_112(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_224(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _tiny(224, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_outliers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Resolution -> the embedded checkpoint with outlier channels, as a folder in hub layout: float32's answers are the same."""
+    outliers = pytest.importorskip("tools.tiny.outliers", reason="tools/ is not part of the wheel")
+    folder = tmp_path_factory.mktemp("outliers")
+
+    def made(res: int) -> Path:
+        output = folder / f"tiny-{res}-outliers"
+        return output if output.exists() else outliers.write_outliers(output, res)
+
+    return made
 
 
 def _tiny(res: int, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from math import prod
@@ -19,6 +20,8 @@ if not (ROOT / "benchmarks").exists():
 pytest.importorskip("onnx_ir")
 
 from pgxport.benchmarking.worker import Measurement  # noqa: E402
+from pgxport.bundle.reader import Bundle  # noqa: E402
+from pgxport.machine.cpu import vectors  # noqa: E402
 from pgxport.models.spec import TEXT, published  # noqa: E402
 from pgxport.models.weights import weight_shapes  # noqa: E402
 
@@ -83,6 +86,86 @@ def test_the_cost_of_a_layer_is_the_difference_between_two_depths():
     few, many = ({"layers": n, "lengths": [{"length": 256, "prefill": 3.0 + n, "step": 0.5 + 0.1 * n}]} for n in (2, 4))
     (row,) = curves.per_layer(few, many)
     assert row == pytest.approx({"length": 256, "prefill_layer": 1, "prefill_rest": 3, "step_layer": 0.1, "step_rest": 0.5})
+
+
+# Accuracy of recipes
+
+
+def test_a_stopped_run_of_accuracies_goes_on_and_gives_the_same(tmp_path: Path):
+    recipe, models = "w8a8-plain", ("tiny-112", "tiny-112-outliers")
+
+    def run(output: Path) -> dict[str, Any]:
+        file = ROOT / "benchmarks" / "recipes" / f"{recipe}.toml"
+        given = [
+            "--recipes",
+            str(file),
+            "--models",
+            *models,
+            "--questions",
+            "2",
+            "--no-yardstick",
+            "--work",
+            str(tmp_path / "work"),
+        ]
+        command = [sys.executable, str(ROOT / "benchmarks" / "accuracy.py"), *given, "--json", str(output)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(output.read_text())
+
+    whole, answers = run(tmp_path / "whole.json"), sorted((tmp_path / "work" / "answers").iterdir())
+    kept = {file: file.read_text().splitlines() for file in answers}
+    assert [len(lines) for lines in kept.values()] == [2 * 5] * 4
+    for file, lines in kept.items():
+        file.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])  # stopped while it wrote the fourth
+    again = run(tmp_path / "again.json")
+    assert again["results"] == whole["results"]
+    assert (list(again["results"]), again["questions"], again["machine"]["vectors"]) == (list(models), 2, vectors())
+
+    def ids(lines: list[str]) -> list[list[int]]:
+        return [json.loads(line)["ids"] for line in lines]
+
+    for model in models:
+        (exact,) = (ids(lines) for file, lines in kept.items() if file.name.startswith(f"{model}-fp32-"))
+        (rounded,) = (ids(lines) for file, lines in kept.items() if file.name.startswith(f"{model}-{recipe}-"))
+        of = again["results"][model][recipe]
+        assert of["identical_answers"] == np.mean([a == b for a, b in zip(exact, rounded, strict=True)])
+    fp32 = [ids(lines) for file, lines in kept.items() if "-fp32-" in file.name]
+    assert fp32[0] == fp32[1], "outliers change no answer of float32"
+    plain, outliers = (again["results"][model][recipe]["kl"] for model in models)
+    assert outliers > 5 * plain
+
+
+def test_empty_and_malformed_answers_are_counted(tiny_112: Path, tmp_path: Path):
+    path = list(sys.path)
+    accuracy = script("accuracy")
+    sys.path[:] = path
+    samples = accuracy.scene_samples(1)
+    ids = Bundle.open(tiny_112).manifest.token_ids
+    box = [ids.loc_first + at for at in (10, 20, 300, 400)]
+    exact = [{"ids": box if sample.task in ("detect", "segment") else [5, 6]} for sample in samples]
+    broken = {"detect": box[:3], "ocr": []}  # three numbers are no box
+    rows = [
+        {"ids": broken.get(sample.task, row["ids"]), "agreed": 1, "positions": 2, "kl": 0.5}
+        for sample, row in zip(samples, exact, strict=True)
+    ]
+    one, reference = accuracy.Exported(tiny_112, tmp_path / "a"), accuracy.Exported(tiny_112, tmp_path / "b")
+    of, float32 = (
+        accuracy.compared(samples, one, rows, reference, exact),
+        accuracy.compared(samples, reference, exact, reference, exact),
+    )
+    assert [(x["empty"], x["malformed"]) for x in (of, float32)] == [(1, 1), (0, 0)]
+    assert (of["identical_answers"], of["top1_agreement"], of["kl"]) == (3 / 5, 1 / 2, 1 / 4)
+
+
+def test_a_real_gemmas_rows_are_those_of_every_recipe_they_stand_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    figures = script("../tools/figures")
+    rows = {"w8a8, mixed, its prefixes": {"kl": 0.03, "same": 0.88}, "int4-fast, mixed": {"kl": 0.46, "same": 0.68}}
+    (tmp_path / "real-gemma.json").write_text(json.dumps({"results": rows}))
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    real = figures._real_gemma()
+    assert figures._real_cells(real, "w8a8") == ["0.03", "88.0%"]
+    assert figures._real_cells(real, "mixed") == ["0.03 and 0.46", "88.0% and 68.0%"]
+    assert figures._real_cells(real, "fp16") == ["–", "–"]
 
 
 # On a GPU: what is worked out from what would be measured there

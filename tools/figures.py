@@ -62,63 +62,112 @@ def _interval(row: dict[str, float]) -> str:
     return f"{row['mean'] * 100:.1f} % ({row['low'] * 100:.1f}–{row['high'] * 100:.1f})"
 
 
-def recipes(file: str = "recipes-tiny.json") -> str:
-    """What each recipe costs the embedded checkpoints, in points of every task's metric."""
-    record = json.loads((RESULTS / file).read_text())
-    results, lines = record["results"], []
-    for res in results["fp32"]:
-        exact = results["fp32"][res]["metrics"]
+def recipes() -> str:
+    """What each recipe costs: the KL of all models beside each other, then a table of each model with all its figures."""
+    record = json.loads((RESULTS / "recipes-tiny.json").read_text())
+    results, lines = record["results"], _divergences(record["results"])
+    for model, rows in results.items():
+        exact = rows["fp32"]["metrics"]
         names = [name.replace("exact match", "exact").replace("boxes found at IoU 0.5", "found") for name in exact]
-        lines += [f"| tiny-{res} | MB | {' | '.join(names)} | next token | answers |", "|---" * (len(names) + 4) + "|"]
-        for name, of in results.items():
-            of = of[res]
-            cells = [
-                f"{100 * m['value']:.1f} %"
-                if name == "fp32"
-                else f"{_points(m['difference'])} ({_points(m['difference_low'])} … {_points(m['difference_high'])})"
-                for m in of["metrics"].values()
-            ]
-            same = f"{of.get('top1_agreement', 1):.1%} | {of['identical_answers']:.1%}"
-            lines.append(f"| {name} | {of['bytes'] / 1e6:.2f} | {' | '.join(cells)} | {same} |")
-        lines.append("")
-    count = next(iter(exact.values()))["questions"]
-    if yardstick := record.get("transformers_bfloat16"):
-        found = " and ".join(f"{of['top1_agreement']:.1%} at {res} px (KL {of['kl']:.5f})" for res, of in yardstick.items())
+        head = [model, "MB", *names, "next token", "answers", "KL", "empty", "malformed"]
+        lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for name, of in rows.items():
+            lines.append(f"| {name} | {of['bytes'] / 1e6:.2f} | {' | '.join([*_metrics(name, of), *_fidelity(name, of)])} |")
+    if yardstick := record["transformers_bfloat16"]:
+        found = " and ".join(f"{of['top1_agreement']:.1%} of {model} (KL {of['kl']:.5f})" for model, of in yardstick.items())
         lines += [
+            "",
             f"A yardstick: transformers itself, computing in bfloat16, finds the next token of its float32 likeliest on {found}. Many tokens of these "
             "answers are places among 1,024, of which two neighbours are often as likely.",
-            "",
         ]
-    lines.append(
-        f"{count} test questions of each task, greedy, ONNX Runtime on the CPU. Float32's metrics, and the others' paired differences to it in points "
-        "with their 95 % bootstrap intervals; then the next tokens along float32's answers that are the same, and the whole answers. "
-        f"`{record['command']} --json benchmarks/results/{file}` measures it again."
-    )
+    machine = record["machine"]
+    lines += [
+        "",
+        f"{record['questions']} test questions of each task, greedy, ONNX Runtime on the CPU ({machine['processor']} with {machine['vectors']}), all in one run. Float32's "
+        "metrics, and the others' paired differences to it in points with their 95 % bootstrap intervals; then the next tokens along float32's answers that are "
+        "the same, the whole answers, the KL divergence of the next token in nats on every fifth question, and how many answers are empty or malformed. "
+        f"`{record['command']} --json benchmarks/results/recipes-tiny.json` measures it again.",
+    ]
     return "\n".join(lines)
 
 
-def recipes_small() -> str:
-    """The same for the smallest recipes, on fewer questions."""
-    return recipes("recipes-tiny-small.json")
+def _divergences(results: dict[str, Any]) -> list[str]:
+    """A table of the KL of each recipe on each model."""
+    real = _real_gemma()
+    head = ["KL, nats", *results, *(["Gemma 3 270M", "same token"] if real else [])]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name in (name for name in next(iter(results.values())) if name != "fp32"):
+        cells = [_kl(rows[name]["kl"]) for rows in results.values()]
+        lines.append(f"| {' | '.join([name, *cells, *(_real_cells(real, name) if real else [])])} |")
+    return lines
+
+
+def _metrics(name: str, of: dict[str, Any]) -> list[str]:
+    """Float32's metrics, or a recipe's differences to them."""
+    if name == "fp32":
+        return [f"{100 * m['value']:.1f} %" for m in of["metrics"].values()]
+    return [f"{_points(m['difference'])} {_span(m)}" for m in of["metrics"].values()]
+
+
+def _fidelity(name: str, of: dict[str, Any]) -> list[str]:
+    same = [] if name == "fp32" else [f"{of['top1_agreement']:.1%}", f"{of['identical_answers']:.1%}", _kl(of["kl"])]
+    return [*(same or ["", "", ""]), str(of["empty"]), str(of["malformed"])]
+
+
+def _real_gemma() -> dict[str, dict[str, float]]:
+    """Recipe -> what it costs a real Gemma, by benchmarks/real_gemma.py, which has one row for decoders that are stored alike."""
+    file = RESULTS / "real-gemma.json"
+    rows = json.loads(file.read_text())["results"] if file.exists() else {}
+    return {name: of for names, of in rows.items() for name in re.split(r", (?!its prefixes)", names)}
+
+
+def _real_cells(real: dict[str, dict[str, float]], name: str) -> list[str]:
+    """KL and the share of likeliest tokens that stay; of prefixes too, where they are multiplied by a copy of their own."""
+    of = [row for row in (real.get(f"{name}, its prefixes"), real.get(name)) if row]
+    return [" and ".join(_kl(row["kl"]) for row in of) or "–", " and ".join(f"{row['same']:.1%}" for row in of) or "–"]
 
 
 def recipes_short() -> str:
-    """The least that a reader wants of `recipes`: the task that lost most, and next tokens, at both resolutions."""
-    results = json.loads((RESULTS / "recipes-tiny.json").read_text())["results"]
-    sizes = list(results["fp32"])
-    head = " | ".join(f"worst task at {r} px | next token | answers" for r in sizes)
-    lines = [f"| recipe | {head} |", "|---" * (3 * len(sizes) + 1) + "|"]
-    for name, by_size in results.items():
-        if name == "fp32":
-            continue
-        cells = []
-        for of in (by_size[r] for r in sizes):
-            task, worst = min(of["metrics"].items(), key=lambda item: item[1]["difference"])
-            span = f"{_points(worst['difference_low'])} … {_points(worst['difference_high'])}"
-            lost = "none lost" if worst["difference"] >= 0 else f"{task.split()[0]} {_points(worst['difference'])} ({span})"
-            cells.append(f"{lost} | {of['top1_agreement']:.1%} | {of['identical_answers']:.1%}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    """The least that a reader wants of `recipes`: the worse of both resolutions, plain and with outliers, and a real Gemma."""
+    record, real = json.loads((RESULTS / "recipes-tiny.json").read_text()), _real_gemma()
+    results = record["results"]
+    kinds = {
+        "tiny": [rows for model, rows in results.items() if not model.endswith("-outliers")],
+        "with outliers": [rows for model, rows in results.items() if model.endswith("-outliers")],
+    }
+    head = ["recipe", *(f"{kind}: {column}" for kind in kinds for column in ("worst task", "next token"))]
+    head += ["Gemma 3 270M: KL", "same token"] if real else []
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name in (name for name in kinds["tiny"][0] if name != "fp32"):
+        cells = [cell for models in kinds.values() for cell in _worst([rows[name] for rows in models])]
+        lines.append(f"| {' | '.join([name, *cells, *(_real_cells(real, name) if real else [])])} |")
+    lines += [
+        "",
+        f"Each against float32 on the same {record['questions']} questions a task of tiny-112 and tiny-224, whichever lost more: the task that lost most, in points with the "
+        "95 % interval, and the share of next tokens that stayed the same; the same on the checkpoints to which "
+        "[outlier channels](docs/tiny.md#with-outlier-channels) were given.",
+    ]
     return "\n".join(lines)
+
+
+def _worst(models: list[dict[str, Any]]) -> list[str]:
+    """The task that lost most on any of the models, and the least agreement of next tokens."""
+    metrics = [item for of in models for item in of["metrics"].items()]
+    task, worst = min(metrics, key=lambda item: item[1]["difference"])
+    lost = "none lost" if worst["difference"] >= 0 else f"{task.split()[0]} {_points(worst['difference'])} {_span(worst)}"
+    return [lost, f"{min(of['top1_agreement'] for of in models):.1%}"]
+
+
+def _span(m: dict[str, float]) -> str:
+    return f"({_points(m['difference_low'])} … {_points(m['difference_high'])})"
+
+
+def _kl(value: float) -> str:
+    """
+    >>> _kl(0.000263), _kl(3e-8)
+    ('0.00026', '< 0.00001')
+    """
+    return f"{value:.2g}" if value >= 1e-4 else f"{value:.5f}" if value >= 1e-5 else "< 0.00001"
 
 
 def peers() -> str:
@@ -266,7 +315,6 @@ def _points(value: float) -> str:
 
 
 TABLES = {"tiny": tiny, "true_shapes": true_shapes, "recipes": recipes, "recipes_short": recipes_short, "peers": peers}
-TABLES |= {"recipes_small": recipes_small}
 TABLES |= {"peers_elsewhere": peers_elsewhere, "packed": packed, "curves": curves}
 TABLES |= {"boards": boards, "gpus": gpus}  # planned
 

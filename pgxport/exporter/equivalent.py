@@ -5,7 +5,7 @@ What is done to the input of a linear is folded into what makes it where that is
 `input_changes` says which. The columns of the matrix take the inverse: its scale here, its rotation where it is quantized.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,7 +180,12 @@ class EquivalentStatistics:
 
 
 def equivalent(
-    source: TensorSource, spec: ModelSpec, scheme_of: SchemeOf, statistics: ChannelStatistics | None = None
+    source: TensorSource,
+    spec: ModelSpec,
+    scheme_of: SchemeOf,
+    statistics: ChannelStatistics | None = None,
+    *,
+    only: Container[str] | None = None,
 ) -> TensorSource:
     """The checkpoint with every site scaled and rotated as the schemes of its linears ask; the source itself where none asks.
 
@@ -188,6 +193,7 @@ def equivalent(
 
     Args:
         statistics: What scales are worked out from; they have to be known where a scheme asks for scales.
+        only: The weights whose inputs alone are changed, as those of a layer; None: all.
 
     Raises:
         UsageError: linears that share an input ask for different scalings, or one asks that has none.
@@ -201,6 +207,8 @@ def equivalent(
     blocks: dict[str, int] = {}
     for site in sites(spec):
         first = site.linears[0]
+        if only is not None and first not in only:
+            continue
         blocks |= {path: n for path in site.linears if (n := _block(spec, path, scheme_of(path))) > 1}
         if first in blocks and _folds(site, blocks[first]):
             row_blocks |= dict.fromkeys(site.before, blocks[first])

@@ -17,12 +17,12 @@ from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
 from pgxport.compile.lint import check
 from pgxport.errors import CheckpointError, GateError
-from pgxport.exporter.acceptance import answer_scene
+from pgxport.exporter.check.acceptance import answer_scene
+from pgxport.exporter.check.parity import EagerModel, StoredWeights, parity
 from pgxport.exporter.equivalent import Equivalent, EquivalentStatistics, equivalent
 from pgxport.exporter.gather import Gathered, Say, gather, price
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import Files, NoStatistics, file_sizes, serialized, stored, token_table, write_graphs
-from pgxport.exporter.parity import EagerModel, StoredWeights, parity
 from pgxport.exporter.prepare import ExportOptions, PreparedExport, prepare
 from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.scaling import InputStatistics

@@ -16,9 +16,9 @@ from pgxport.activations.statistics import Statistics
 from pgxport.activations.steps import StepSample, every_for, kept_patches, text_segment
 from pgxport.bundle.manifest import Ranges
 from pgxport.data.loader import first_samples
+from pgxport.exporter.check.parity import FIRST_SCENE, scene
 from pgxport.exporter.equivalent import Equivalent, equivalent
 from pgxport.exporter.needs import needs_of
-from pgxport.exporter.parity import FIRST_SCENE, scene
 from pgxport.exporter.prepare import PreparedExport, open_checkpoint
 from pgxport.exporter.recipe import Recipe, Scheme
 from pgxport.exporter.stream import Progress

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from math import prod
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import ml_dtypes  # noqa: F401  before onnx_ir: it registers bfloat16 and int4 with numpy
@@ -69,7 +68,6 @@ class LayerOutput:
 
 
 Branch = Callable[["GraphBuilder"], Sequence[ir.Value]]  # writes nodes, and returns the values that leave the branch
-NOTHING: Mapping[str, InputChange] = MappingProxyType({})
 DIALECTS: Mapping[str, Dialect] = {"onnxruntime": lower, "standard": lower_standard}
 
 
@@ -85,12 +83,12 @@ class GraphBuilder:
         *,
         context_length: int = 0,
         statistics: InputStatistics | None = None,
-        changes: Mapping[str, InputChange] = NOTHING,
+        changes: Mapping[str, InputChange] | None = None,
     ):
         self.name, self.source, self.recipe, self.target = name, source, recipe, target
         self.context_length = context_length  # the longest prefix and answer together that a decoder is written for
         self.statistics = statistics  # of activations, from calibration
-        self.changes = changes  # of the inputs of linears, by weight
+        self.changes = changes or {}  # of the inputs of linears, by weight
         self.lazy_tensors: dict[str, LazyTensor] = {}
         self.matrices: dict[str, QuantizedMatrix] = {}  # by weight
         self.copies: set[str] = set()  # names of those that stand beside others for the same weight
@@ -110,8 +108,6 @@ class GraphBuilder:
         self._inputs: dict[str, ir.Value] = {}
         self._weights: dict[str, ir.Value] = {}
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
-
-    # Names --------------------------------------------------------------------------------------------------
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -273,10 +269,9 @@ class GraphBuilder:
         if lazy.name in self.lazy_tensors:
             return self._initializers[lazy.name]
         self.lazy_tensors[lazy.name] = lazy
-        dtype = ir.DataType.from_numpy(lazy.dtype)
-        tensor = ir.LazyTensor(_unwritten, dtype=dtype, shape=ir.Shape(lazy.shape), name=lazy.name)
         value = _value(lazy.name, lazy.dtype, lazy.shape)
-        value.const_value = tensor
+        dtype, shape = ir.DataType.from_numpy(lazy.dtype), ir.Shape(lazy.shape)
+        value.const_value = ir.LazyTensor(_unwritten, dtype=dtype, shape=shape, name=lazy.name)
         self.body.register_initializer(value)
         self._initializers[lazy.name] = value
         return value

@@ -35,10 +35,10 @@ from pgxport.activations import observe
 from pgxport.activations.calibration_file import Calibration
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import GateError, UsageError
+from pgxport.exporter.check.parity import FIRST_SCENE, EagerModel, StoredWeights, parity
 from pgxport.exporter.export import export, fit
 from pgxport.exporter.gather import Gathered
 from pgxport.exporter.graphs import write_graphs
-from pgxport.exporter.parity import FIRST_SCENE, EagerModel, StoredWeights, parity
 from pgxport.exporter.prepare import ExportOptions, PreparedExport, prepare
 from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import to_toml

@@ -380,4 +380,7 @@ def test_the_page_has_every_key_with_its_default_and_its_values():
         values, default, _ = (cell.strip() for cell in rows[key].split("|"))
         assert default == ("" if field.default is None else f"`{recipe_toml._toml(field.default)}`")
         for value in recipe_toml.VALUES[key]:
+            if value is float:
+                assert "decimal number" in values
+                continue
             assert f"`{'true' if value is bool else recipe_toml._toml(value)}`" in values

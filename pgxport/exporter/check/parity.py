@@ -17,9 +17,9 @@ import numpy as np
 from pgxport.activations.checkpoint_pass import scored_logits
 from pgxport.activations.steps import ModelSteps, StepSample
 from pgxport.bundle.manifest import Parity, Pixels
+from pgxport.exporter.check.input_rounding import InputRounding
 from pgxport.exporter.equivalent import Equivalent
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.input_rounding import InputRounding
 from pgxport.exporter.lower_onnxruntime import CANDIDATES, SHORTLIST_TABLE, prefix_copy
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.rotation import rotated_inputs
