@@ -111,8 +111,9 @@ class Statistics:
         return self._tensors[name]
 
     def _gather(self) -> str:
-        made = f"it was made for the recipe {shown(self.recipe)}" if self.recipe else "it is of all recipes"
-        return f"{made}: make one with `pgx calibrate --for` and the recipe that is exported"
+        if self.recipe is None:
+            return "it may be of another model"
+        return f"it was made for the recipe {shown(self.recipe)}; pgx calibrate --for another makes one for that"
 
     def _site(self, path: str) -> str:
         if path not in self.inputs:
