@@ -94,7 +94,7 @@ def test_what_the_file_does_not_know_is_named(made):
             ask("layers.7.fc1")
     with pytest.raises(UsageError, match="observer 'best' does not exist; choose minmax"):
         calibration.range("layers.0.q_proj.weight", "best")
-    with pytest.raises(UsageError, match="without .cache/1/key."):
+    with pytest.raises(UsageError, match=r"without .cache/1/key."):
         calibration.cache(1, "key")
 
 
