@@ -71,7 +71,7 @@ def test_an_export_gathers_what_calibrate_writes_for_the_recipe_on_the_same_scen
     for path in needs.channels:
         for part in ("absmax", "mean", "mean_abs", "square"):
             got, expected = (getattr(s, part)(path) for s in (found.statistics, calibration))
-            assert got == pytest.approx(expected, rel=1e-4, abs=1e-5 * np.abs(expected).max()), path
+            assert got == pytest.approx(expected, rel=1e-4, abs=1e-5 * float(np.abs(expected).max())), path
     for path in needs.moments:
         assert found.statistics.moment(path) == pytest.approx(calibration.moment(path), abs=1e-4)
     for path in needs.ranges:
@@ -168,9 +168,9 @@ def test_a_recipe_that_cannot_be_calibrated_for_is_refused(folder, tmp_path, rec
 
 def test_the_check_compares_an_even_subset_and_all_where_asked(tmp_path, folder):
     """256 of a picture's patches at most, fewer of the largest model; what was compared is in the manifest."""
-    assert check_tokens(published("paligemma2-3b", 448), None) == CHECK_TOKENS[0] == 256
-    assert check_tokens(published("paligemma2-28b", 896), None) == CHECK_TOKENS[1]
-    assert check_tokens(published("paligemma2-28b", 896), 0) == 4096
+    assert check_tokens(published("paligemma2", "3b", 448), None) == CHECK_TOKENS[0] == 256
+    assert check_tokens(published("paligemma2", "28b", 896), None) == CHECK_TOKENS[1]
+    assert check_tokens(published("paligemma2", "28b", 896), 0) == 4096
     tables = {}
     for asked in (None, 4, 0):
         tables[asked] = export(options(folder, "cache", tmp_path, parity=1, parity_tokens=asked, overwrite=True)).manifest.parity
