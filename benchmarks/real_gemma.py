@@ -38,10 +38,10 @@ from pgxport.activations.calibration_file import About, Array, Calibration
 from pgxport.activations.observe import InputObserver
 from pgxport.errors import UsageError, require
 from pgxport.exporter.graph import GraphBuilder
+from pgxport.exporter.inputs.scaling import InputStatistics, Rescaled, RescaledStatistics, rescaled
 from pgxport.exporter.lower_onnxruntime import prefix_copy, uint8_grid
 from pgxport.exporter.recipe import DECODER, PREFILL, Recipe, Rule, Scheme
 from pgxport.exporter.recipes import NORMS, RECIPES
-from pgxport.exporter.scaling import InputStatistics, Rescaled, RescaledStatistics, rescaled
 from pgxport.exporter.targets import CPU
 from pgxport.machine.cpu import processor_name, usable_cores, vectors
 from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec

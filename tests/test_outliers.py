@@ -17,10 +17,10 @@ outliers = pytest.importorskip("tools.tiny.outliers", reason="tools/ is not part
 from pgxport.bundle.manifest import Parity  # noqa: E402
 from pgxport.exporter.check.parity import scene  # noqa: E402
 from pgxport.exporter.export import export  # noqa: E402
+from pgxport.exporter.inputs.scaling import sites  # noqa: E402
 from pgxport.exporter.prepare import ExportOptions  # noqa: E402
 from pgxport.exporter.recipe import Recipe, Rule, Scheme  # noqa: E402
 from pgxport.exporter.recipe_toml import to_toml  # noqa: E402
-from pgxport.exporter.scaling import sites  # noqa: E402
 from pgxport.hub.locate import TINY  # noqa: E402
 from pgxport.models.checkpoint import Checkpoint  # noqa: E402
 from pgxport.models.eager import TokenizedSample, teacher_forced_logits  # noqa: E402

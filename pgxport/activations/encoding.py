@@ -74,7 +74,7 @@ def answer_text(sample: Sample) -> str | None:
     return " ; ".join(f"{_location(region.box, width, height)} {region.label}" for region in objects)
 
 
-class EncodedText(Protocol):
+class TokenizedText(Protocol):
     """A prompt's token ids, the image's before them, and its answer's."""
 
     @property
@@ -84,7 +84,7 @@ class EncodedText(Protocol):
     def answer(self) -> tuple[int, ...]: ...
 
 
-def token_weights(samples: Sequence[EncodedText], image_tokens: Sequence[int]) -> list[np.ndarray]:
+def token_weights(samples: Sequence[TokenizedText], image_tokens: Sequence[int]) -> list[np.ndarray]:
     """The weight of each token of each sample, float32 [T]; those that an answer is read from sum to half.
 
     An image has hundreds of tokens and an answer a few, so that without weights a method that minimises the

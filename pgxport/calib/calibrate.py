@@ -19,10 +19,10 @@ from pgxport.bundle.manifest import MANIFEST
 from pgxport.bundle.reader import Bundle
 from pgxport.data.loader import first_samples
 from pgxport.errors import EngineError, InputError, UsageError
+from pgxport.exporter.gather import changes_of
+from pgxport.exporter.inputs.needs import changes_sha256, needs_of
 from pgxport.exporter.prepare import ExportOptions, check_weights, find_recipe, open_checkpoint
 from pgxport.exporter.recipe import Recipe
-from pgxport.exporter.statistics.gather import changes_of
-from pgxport.exporter.statistics.needs import changes_sha256, needs_of
 from pgxport.exporter.stream import Progress
 from pgxport.exporter.targets import find_target
 from pgxport.files import check_output, disk_errors, locked

@@ -19,14 +19,14 @@ from pgxport.compile.lint import check
 from pgxport.errors import CheckpointError, GateError
 from pgxport.exporter.check.acceptance import answer_scene
 from pgxport.exporter.check.parity import EagerModel, StoredWeights, parity
-from pgxport.exporter.equivalent import Equivalent, EquivalentStatistics, equivalent
+from pgxport.exporter.gather import Gathered, Say, gather, price
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import Files, NoStatistics, file_sizes, serialized, stored, token_table, write_graphs
+from pgxport.exporter.inputs.equivalent import Equivalent, EquivalentStatistics, equivalent
+from pgxport.exporter.inputs.scaling import InputStatistics
 from pgxport.exporter.prepare import ExportOptions, PreparedExport, prepare
 from pgxport.exporter.recipe_toml import to_toml
-from pgxport.exporter.scaling import InputStatistics
 from pgxport.exporter.sketch import Sketch
-from pgxport.exporter.statistics.gather import Gathered, Say, gather, price
 from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.generation_config import unheeded

@@ -8,10 +8,10 @@ from pgxport.activations.calibration_file import Calibration
 from pgxport.bundle.manifest import Generation, Pixels
 from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import CheckpointError, UsageError
+from pgxport.exporter.inputs.needs import check_gathered
+from pgxport.exporter.inputs.scaling import check_sites
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.recipe_toml import read_recipe
-from pgxport.exporter.scaling import check_sites
-from pgxport.exporter.statistics.needs import check_gathered
 from pgxport.exporter.stream import Progress
 from pgxport.exporter.targets import Target, find_target
 from pgxport.hub.locate import Located, ModelChoice, locate

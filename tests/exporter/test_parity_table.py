@@ -38,11 +38,11 @@ from pgxport.bundle.reader import Bundle
 from pgxport.errors import GateError, UsageError
 from pgxport.exporter.check.parity import FIRST_SCENE, EagerModel, StoredWeights, parity
 from pgxport.exporter.export import export, fit
+from pgxport.exporter.gather import Gathered
 from pgxport.exporter.graphs import write_graphs
 from pgxport.exporter.prepare import ExportOptions, PreparedExport, prepare
 from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import to_toml
-from pgxport.exporter.statistics.gather import Gathered
 from pgxport.exporter.stream import DataLayout
 from pgxport.metrics.fidelity import kl_divergence
 from pgxport.models.checkpoint import Checkpoint

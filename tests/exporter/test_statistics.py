@@ -20,13 +20,13 @@ from pgxport.bundle.reader import Bundle
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.cli import cli
 from pgxport.errors import UsageError
+from pgxport.exporter import gather as gathering
 from pgxport.exporter.export import export
+from pgxport.exporter.gather import CHECK_TOKENS, check_tokens, gather
+from pgxport.exporter.inputs.needs import needs_of
 from pgxport.exporter.prepare import ExportOptions, prepare
 from pgxport.exporter.recipe import Scheme
 from pgxport.exporter.recipe_toml import to_toml
-from pgxport.exporter.statistics import gather as gathering
-from pgxport.exporter.statistics.gather import CHECK_TOKENS, check_tokens, gather
-from pgxport.exporter.statistics.needs import needs_of
 from pgxport.models.spec import published
 
 EIGHT, STATIC = Scheme(bits=8, group_size=32), Scheme(bits=8, activations="static", observer="percentile")

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from pgxport.exporter.equivalent import Equivalent
-from pgxport.exporter.scaling import ScalingSite, sites
+from pgxport.exporter.inputs.equivalent import Equivalent
+from pgxport.exporter.inputs.scaling import ScalingSite, sites
 from pgxport.models.checkpoint import Checkpoint, TensorSource, to_float32
 from pgxport.models.spec import TINY_RESOLUTIONS, ModelSpec
 

@@ -18,12 +18,12 @@ from pgxport.activations.checkpoint_pass import scored_logits
 from pgxport.activations.steps import ModelSteps, StepSample
 from pgxport.bundle.manifest import Parity, Pixels
 from pgxport.exporter.check.input_rounding import InputRounding
-from pgxport.exporter.equivalent import Equivalent
 from pgxport.exporter.graph import GraphBuilder
+from pgxport.exporter.inputs.equivalent import Equivalent
+from pgxport.exporter.inputs.rotation import rotated_inputs
+from pgxport.exporter.inputs.scaling import InputStatistics
 from pgxport.exporter.lower_onnxruntime import CANDIDATES, SHORTLIST_TABLE, prefix_copy
 from pgxport.exporter.recipe import Recipe
-from pgxport.exporter.rotation import rotated_inputs
-from pgxport.exporter.scaling import InputStatistics
 from pgxport.exporter.stream import DataLayout, Progress
 from pgxport.exporter.targets import CPU, Target
 from pgxport.metrics.fidelity import kl_divergence

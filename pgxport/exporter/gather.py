@@ -17,10 +17,10 @@ from pgxport.activations.steps import StepSample, every_for, kept_patches, text_
 from pgxport.bundle.manifest import Ranges
 from pgxport.data.loader import first_samples
 from pgxport.exporter.check.parity import FIRST_SCENE, scene
-from pgxport.exporter.equivalent import Equivalent, equivalent
+from pgxport.exporter.inputs.equivalent import Equivalent, equivalent
+from pgxport.exporter.inputs.needs import needs_of
 from pgxport.exporter.prepare import PreparedExport, open_checkpoint
 from pgxport.exporter.recipe import Recipe, Scheme
-from pgxport.exporter.statistics.needs import needs_of
 from pgxport.exporter.stream import Progress
 from pgxport.models.checkpoint import TensorSource
 from pgxport.models.eager import TokenizedSample

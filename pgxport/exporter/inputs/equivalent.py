@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from pgxport.errors import NumericError, UsageError
+from pgxport.exporter.inputs.rotation import block_size, rotate_moment, rotated_inputs
+from pgxport.exporter.inputs.scaling import ChannelStatistics, ScalingSite, attention_of, check_sites, input_scale, sites
 from pgxport.exporter.recipe import Scheme
-from pgxport.exporter.rotation import block_size, rotate_moment, rotated_inputs
-from pgxport.exporter.scaling import ChannelStatistics, ScalingSite, attention_of, check_sites, input_scale, sites
 from pgxport.models.checkpoint import TensorSource, to_float32
 from pgxport.models.spec import ModelSpec
 from pgxport.models.weights import weight_shapes

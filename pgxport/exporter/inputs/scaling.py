@@ -11,9 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from pgxport.errors import UsageError
+from pgxport.exporter.inputs.rotation import block_size, rotated_columns, unrotated_columns
 from pgxport.exporter.quantize import Grid, hessian_error, nearest
 from pgxport.exporter.recipe import PROJECTOR, Scheme
-from pgxport.exporter.rotation import block_size, rotated_columns, unrotated_columns
 from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
 from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
 from pgxport.models.weights import weight_shapes
