@@ -23,8 +23,8 @@ from pgxport.models.weights import EMBEDDING, output_matrix, weight_shapes
 
 VISION, TEXT = "vision_tower.vision_model", "language_model.model"
 PIXELS = "image patches"  # the first step
-# Numbers of an MLP's activations in a pack: 64 MiB of them in float32, of which numpy holds some at a time.
-PACK = 1 << 24
+# Numbers of an MLP's activations in a pack: 32 MiB of them in float32, of which numpy holds some at a time.
+PACK = 1 << 23
 
 Shape = tuple[int, ...]
 
