@@ -161,7 +161,10 @@ class ModelSteps:
         if not any(sample.scored for sample in pack):
             g.observe("linear input", output_matrix(text), h)  # the product would cost more than a layer
             return None
-        return np.asarray(softcap(g, g.lm_head(h, output_matrix(text)), text.logit_softcap))
+        logits: np.ndarray = g.lm_head(h, output_matrix(text))
+        for i in range(logits.shape[1]):  # a row is wide, and a cap makes several of it
+            logits[:, i] = softcap(g, logits[:, i], text.logit_softcap)
+        return logits
 
 
 def text_segment(spec: ModelSpec, sample: StepSample) -> Segment:
