@@ -3,6 +3,7 @@
 
 python tools/make_checkpoint.py --size 3b --res 448 ck
 python benchmarks/export.py ck --precision fp16 --repeat 3 --json benchmarks/results/export-3b-448-fp16.json
+python benchmarks/export.py ck --precision int4 --no-copy --json benchmarks/results/export-3b-448-int4.json     # statistics and check included
 python benchmarks/export.py ck28 --precision fp16 --limit-data 1024 --no-copy     # MiB of private memory; sparse checkpoints
 
 Export and copy run in turn. Private memory is RssAnon of /proc, sampled 50 times a second; --limit-data sets RLIMIT_DATA, which
@@ -31,10 +32,11 @@ from pgxport.machine.cpu import processor_name  # noqa: E402
 from pgxport.machine.memory import process_memory  # noqa: E402
 
 
-def export(checkpoint: Path, precision: str, target: str, out: Path, *, limit: int | None, parity: int) -> dict:
+def export(checkpoint: Path, precision: str, target: str, out: Path, *, limit: int | None, parity: int | None) -> dict:
     """Run the command once, and watch its memory."""
     command = [sys.executable, "-m", "pgxport", "export", "--checkpoint", str(checkpoint), "--precision", precision]
-    command += ["--target", target, "-o", str(out), "--parity", str(parity), "--json"]
+    command += ["--target", target, "-o", str(out), "--json"]
+    command += [] if parity is None else ["--parity", str(parity)]
 
     def confine() -> None:
         if limit:
@@ -51,7 +53,12 @@ def export(checkpoint: Path, precision: str, target: str, out: Path, *, limit: i
     stdout, stderr = process.communicate()
     if process.returncode:
         raise SystemExit(f"export ended with {process.returncode}: {stderr}")
-    return {"seconds": seconds, "private": private, "resident": resident, "bytes": json.loads(stdout)["bytes"]}
+    found = json.loads(stdout)
+    measured = {"seconds": seconds, "private": private, "resident": resident, "bytes": found["bytes"]}
+    return measured | {
+        "parity": found["parity"] and {k: v for k, v in found["parity"].items() if k != "sqnr"},
+        "said": stderr.splitlines(),
+    }
 
 
 def copy(files: list[Path], out: Path) -> float:
@@ -72,7 +79,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--precision", default="fp16")
-    parser.add_argument("--parity", type=int, default=0, help="scenes to compare a rounded bundle on at its end")
+    parser.add_argument(
+        "--parity", type=int, help="scenes to compare a rounded bundle on at its end; 0: none [the command's default]"
+    )
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--limit-data", type=int, help="MiB")
@@ -92,18 +101,24 @@ def main() -> None:
             out = args.keep if args.keep and i + 1 == args.repeat else scratch / "bundle"
             runs.append(export(args.checkpoint, args.precision, args.target, out, limit=args.limit_data, parity=args.parity))
             shutil.rmtree(scratch / "bundle", ignore_errors=True)
-            print({k: round(v, 2) for k, v in runs[-1].items()}, f"copy {copies[-1]:.1f} s" if copies else "", flush=True)
+            print(
+                {k: round(v, 2) if isinstance(v, float) else v for k, v in runs[-1].items()},
+                f"copy {copies[-1]:.1f} s" if copies else "",
+                flush=True,
+            )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     seconds = [r["seconds"] for r in runs]
     record = {
         "what": f"pgx export of {args.checkpoint.name} to {args.precision} for {args.target}"
-        + (f", compared on {args.parity} scenes" if args.parity else ""),
+        + (", compared as by default" if args.parity is None else f", compared on {args.parity} scenes"),
         "command": "python benchmarks/export.py " + " ".join(a for a in sys.argv[1:] if not a.startswith("/")),
         "machine": {"cores": os.cpu_count(), "processor": processor_name(), "system": platform.platform()},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("pgxport", "numpy", "onnx-ir")}},
         "checkpoint_bytes": sum(f.stat().st_size for f in files),
         "bundle_bytes": runs[-1]["bytes"],
+        "parity": runs[-1]["parity"],
+        "said": runs[-1]["said"],  # what the pass and the check were announced to take
         "seconds": {"median": round(statistics.median(seconds), 2), "all": [round(s, 2) for s in seconds]},
         "peak_private_bytes": max(r["private"] for r in runs),
         "peak_resident_bytes": max(r["resident"] for r in runs),

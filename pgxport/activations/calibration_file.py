@@ -165,7 +165,7 @@ def contents(inputs: Mapping[str, str], tensors: Collection[str], *, layers: int
     whole = [f"{kind}/{site}" for site in sites for kind in kinds]
     whole += [f"cache/{layer}/{part}" for layer in range(layers) for part in PARTS]
     lacks, changed = [n for n in whole if n not in tensors], [n for n in tensors if n.startswith("changed/")]
-    return {"inputs": dict(inputs), "lacks": lacks, "changed": changed}
+    return {"inputs": dict(inputs), "lacks": tuple(lacks), "changed": tuple(changed)}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -5,7 +5,6 @@ Knows no model: arrays come in under the name of a weight.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -14,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pgxport.activations.statistics import OBSERVERS, pack
+from pgxport.activations.statistics import NOT_ASKED, OBSERVERS, pack
 from pgxport.errors import NumericError
 from pgxport.files import disk_errors
 from pgxport.models.checkpoint import row_blocks
@@ -270,9 +269,8 @@ class KeptInputs:
 
 
 def observed_ranges(histogram: RangeHistogram, observers: Sequence[str]) -> np.ndarray:
-    """[observers, 2] lowest and highest number that each keeps; NaN where one is not among the observers wanted."""
-    unknown = (math.nan, math.nan)
-    ranges = [OBSERVER[name](histogram) if name in observers else unknown for name in OBSERVERS]
+    """[observers, 2] lowest and highest number that each keeps; NOT_ASKED where one is not among the observers wanted."""
+    ranges = [OBSERVER[name](histogram) if name in observers else NOT_ASKED for name in OBSERVERS]
     return np.array(ranges, np.float32)
 
 

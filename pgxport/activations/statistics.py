@@ -13,6 +13,7 @@ from pgxport.models.safetensors import Tensor, listed, shown
 CHANNELS = ("absmax", "mean", "mean_abs", "square")  # rows of inputs/PATH
 OBSERVERS = ("minmax", "percentile", "entropy", "mse")  # rows of range/PATH
 PARTS = ("key", "value")
+NOT_ASKED = (1.0, -1.0)  # what stands for the range of an observer that was not asked
 
 
 class Statistics:
@@ -101,7 +102,7 @@ class Statistics:
     def _range(self, name: str, observer: str) -> tuple[float, float]:
         row = choose("observer", observer, {name: i for i, name in enumerate(OBSERVERS)})
         low, high = self._tensor(name).rows(row, row + 1)[0]
-        if np.isnan(low):
+        if (low, high) == NOT_ASKED:
             raise UsageError(f"{self.name} has {shown(name)} without what the observer {observer!r} keeps; {self._gather()}")
         return float(low), float(high)
 

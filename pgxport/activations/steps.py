@@ -23,8 +23,8 @@ from pgxport.models.weights import EMBEDDING, output_matrix, weight_shapes
 
 VISION, TEXT = "vision_tower.vision_model", "language_model.model"
 PIXELS = "image patches"  # the first step
-# Numbers of an MLP's activations in a pack: 64 MiB of them in float32, of which numpy holds some at a time.
-PACK = 1 << 24
+# Numbers of an MLP's activations in a pack: 32 MiB of them in float32, of which numpy holds some at a time.
+PACK = 1 << 23
 
 Shape = tuple[int, ...]
 
@@ -161,7 +161,10 @@ class ModelSteps:
         if not any(sample.scored for sample in pack):
             g.observe("linear input", output_matrix(text), h)  # the product would cost more than a layer
             return None
-        return np.asarray(softcap(g, g.lm_head(h, output_matrix(text)), text.logit_softcap))
+        logits: np.ndarray = g.lm_head(h, output_matrix(text))
+        for i in range(logits.shape[1]):  # a row is wide, and a cap makes several of it
+            logits[:, i] = softcap(g, logits[:, i], text.logit_softcap)
+        return logits
 
 
 def text_segment(spec: ModelSpec, sample: StepSample) -> Segment:

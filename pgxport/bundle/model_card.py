@@ -38,8 +38,8 @@ def card(m: Manifest, measured: CardResults | None = None) -> str:
     ]
     if m.provenance.adapters:
         about.insert(2, ("adapters", ", ".join(m.provenance.adapters)))
-    if m.provenance.calibration_sha256:
-        about.insert(3, ("calibration", f"sha256 {m.provenance.calibration_sha256}"))
+    if m.provenance.calibration_sha256 or m.provenance.calibration:
+        about.insert(3, ("calibration", m.provenance.calibration or f"sha256 {m.provenance.calibration_sha256}"))
     files = [(name, _bytes(info.size), info.sha256) for name, info in sorted(m.files.items()) if name != CARD]
     sections = [
         f"---\n{yaml(_metadata(m, measured))}---\n# {markdown(f'{m.name}, {m.recipe}, for {m.target}')}\n",
@@ -47,7 +47,7 @@ def card(m: Manifest, measured: CardResults | None = None) -> str:
         f'    pgx run . --image cat.jpg --prompt "detect cat" --save out.png\n',
         table(("", ""), about),
         measured.text if measured else "",
-        _parity(m.parity) if m.parity else "",
+        _parity(m.parity, m.image_tokens) if m.parity else "",
         "## Licence\n\n" + _licence(m),
         "## Files\n\n" + table(("file", "size", "sha256"), files),
     ]
@@ -89,12 +89,14 @@ def _stored(m: Manifest) -> str:
     return ", ".join(f"{count / total:.1%} of the weights in {dtype}" for dtype, count in counts.most_common())
 
 
-def _parity(p: Parity) -> str:
+def _parity(p: Parity, image_tokens: int) -> str:
+    part = p.image_tokens is not None and p.image_tokens < image_tokens
+    subset = f" with {p.image_tokens} of their {image_tokens} image tokens" if part else ""
     lost = [(path, f"{decibels:.1f}") for path, decibels in p.losses[:WORST]]
     worst = "\n" + table(("weight that rounding hurt most", "SQNR, dB"), lost) if lost else ""
     return (
-        f"## Against the checkpoint\n\nOn {p.positions} tokens of {p.scenes} drawn scenes, measured by the export in float32 "
-        f"arithmetic: both find the same next token likeliest on {p.agreement:.2%}; KL {p.kl:.2g} nats on average, "
+        f"## Against the checkpoint\n\nOn {p.positions} tokens of {p.scenes} drawn scene{'s' * (p.scenes > 1)}{subset}, measured by the "
+        f"export in float32 arithmetic: both find the same next token likeliest on {p.agreement:.2%}; KL {p.kl:.2g} nats on average, "
         f"{p.kl_worst:.2g} at worst.\n{worst}"
     )
 

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from pgxport.activations.steps import PACK
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import TABLE_FILE, Files, NoStatistics, file_sizes, write_graphs
 from pgxport.exporter.lower_onnxruntime import SHORTLIST_TABLE
@@ -30,9 +31,9 @@ from pgxport.models.spec import ModelSpec
 EXPORT_BASE, EXPORT_BLOCKS = 125_000_000, 4
 
 
-# Measuring ranges for float16 holds activations in float32: this many of the MLP's width for each
-# token of a scene. Measured: 194 MB with the true widths of PaliGemma 2 3B at 448 px, on one layer.
-RANGES_BUFFERS = 5.2
+# The pass over the checkpoint, and the check after it, hold activations in float32: this many of the MLP's width for each token
+# of a pack. Measured: 194 MB for 1,024 tokens with the true widths of PaliGemma 2 3B, on one layer.
+PASS_BUFFERS, PASS_TOKENS = 5.2, 512
 
 
 # What reading and building the tokenizer takes: measured with 257,000
@@ -162,10 +163,11 @@ def _held(tensor: LazyTensor, computed: np.dtype[Any]) -> tuple[int, int]:
     return tensor.nbytes, tensor.nbytes
 
 
-def _ranges_memory(spec: ModelSpec, recipe: Recipe, target: Target) -> int:
-    if target.compute(recipe.rules[-1].scheme.dtype) != "float16":
+def _pass_memory(spec: ModelSpec, recipe: Recipe, target: Target) -> int:
+    """The memory of a pass over the default scenes, second moments not counted."""
+    if target.compute(recipe.rules[-1].scheme.dtype) != "float16" and not recipe.lossy:
         return 0
-    return int(spec.image_tokens * RANGES_BUFFERS * max(spec.vision.mlp, spec.text.mlp) * 4)
+    return int(min(PACK, PASS_TOKENS * max(spec.vision.mlp, spec.text.mlp)) * PASS_BUFFERS * 4)
 
 
 def _tokenizer_memory(size: int) -> int:
@@ -183,7 +185,7 @@ def export_memory(spec: ModelSpec, recipe: Recipe, target: Target, tokenizer: in
     """The memory in bytes that an export takes, whatever the model's size; `tokenizer` is the size of tokenizer.json."""
     # Blocks of rows are on their way after the tokenizer was built and given up.
     blocks = max(EXPORT_BLOCKS * BLOCK_BYTES, _tokenizer_memory(tokenizer))
-    return EXPORT_BASE + blocks + 2 * tokenizer + _ranges_memory(spec, recipe, target)
+    return EXPORT_BASE + blocks + 2 * tokenizer + _pass_memory(spec, recipe, target)
 
 
 @contextmanager

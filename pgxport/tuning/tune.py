@@ -193,8 +193,8 @@ def _named(meter: RecipeMeter, target: Target, *, calibrated: bool) -> tuple[tup
         try:
             recipe = target.recipe(name)
             target.check(recipe)
-            if recipe.calibrated and not calibrated:
-                raise UsageError(f"recipe {name!r} needs --calibration")
+            if not calibrated and any(rule.scheme.method == "gptq" for rule in recipe.rules):
+                raise UsageError(f"recipe {name!r} rounds by second moments, which a --calibration holds")
             measured.append(meter(name, recipe, left=len(RECIPE_NAMES) - i))
         except (UsageError, NumericError) as error:
             skipped.append(f"{name}: {error}")

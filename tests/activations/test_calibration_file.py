@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("onnx_ir")
 
-from pgxport.activations.calibration_file import About, Array, Calibration, write_calibration
-from pgxport.activations.statistics import OBSERVERS, pack
+from pgxport.activations.calibration_file import About, Array, Calibration, contents, write_calibration, write_tensors
+from pgxport.activations.statistics import NOT_ASKED, OBSERVERS, pack
 from pgxport.bundle.manifest import Ranges
 from pgxport.errors import IntegrityError, PgxError, UsageError
 from pgxport.files import file_sha256
@@ -94,7 +94,7 @@ def test_what_the_file_does_not_know_is_named(made):
             ask("layers.7.fc1")
     with pytest.raises(UsageError, match="observer 'best' does not exist; choose minmax"):
         calibration.range("layers.0.q_proj.weight", "best")
-    with pytest.raises(UsageError, match=r"without .cache/1/key."):
+    with pytest.raises(UsageError, match=r"without 'cache/1/key'"):
         calibration.cache(1, "key")
 
 
@@ -127,8 +127,8 @@ def test_other_files_are_refused_with_what_they_are(made, tmp_path):
     with pytest.raises(IntegrityError, match="not one that pgx calibrate wrote"):
         Calibration.open(weights)
     other = tmp_path / "other"
-    other.write_bytes(made[0].path.read_bytes().replace(b'"format_version":"1"', b'"format_version":"2"', 1))
-    with pytest.raises(IntegrityError, match="version '2', and this pgx reads 1"):
+    other.write_bytes(made[0].path.read_bytes().replace(b'"format_version":"2"', b'"format_version":"3"', 1))
+    with pytest.raises(IntegrityError, match="version '3', and this pgx reads 2"):
         Calibration.open(other)
     other.write_text(json.dumps({"ranges": {}}))
     with pytest.raises(IntegrityError, match="not a sound calibration file"):
@@ -137,6 +137,45 @@ def test_other_files_are_refused_with_what_they_are(made, tmp_path):
         Calibration.open(tmp_path / "none")
     with pytest.raises(PgxError):
         Calibration.open(tmp_path)
+
+
+def test_a_file_of_the_version_before_is_read(made, tmp_path):
+    """As it was written: without the fields that say what it was gathered for."""
+    calibration, found = made
+    fields = {"recipe", "lacks", "changed", "changes_sha256"}
+    about = calibration.about.model_dump_json(exclude=fields)
+    metadata = {"format": "pgx calibration", "format_version": "1", "sha256": "0" * 64, "about": about}
+    tensors = {name: Array(values) for name, values in found.items() if not name.startswith("full ")}
+    write_tensors(tmp_path / "old", tensors, metadata)
+    old = Calibration.open(tmp_path / "old")
+    assert old.about == calibration.about
+    assert np.array_equal(old.absmax("layers.0.k_proj.weight"), calibration.absmax("layers.0.k_proj.weight"))
+
+
+def test_what_was_not_gathered_is_named_where_it_is_asked_for(tmp_path):
+    some = {n: v for n, v in findings().items() if not n.startswith(("range/", "moment/layers.0.o", "cache/"))}
+    tensors = [name for name in some if not name.startswith("full ")]
+    about = ABOUT.model_copy(update={"recipe": "int4-gptq", **contents(INPUTS, tensors, layers=1, moments=True)})
+    part = write(tmp_path / "part", some, about)
+    assert part.moment("layers.0.k_proj.weight") is not None
+    assert part.moment("layers.0.o_proj.weight") is None
+    with pytest.raises(UsageError, match=r"without 'range/layers\.0\.q_proj\.weight'; it was made for the recipe 'int4-gptq'"):
+        part.range("layers.0.k_proj.weight", "minmax")
+    with pytest.raises(UsageError, match=r"without 'cache/0/value'; .*pgx calibrate --for"):
+        part.cache(0, "value")
+    wanted = [f"range/{path}" for path in INPUTS] + ["moment/layers.0.k_proj.weight", "cache/0/key"]
+    assert part.lacking(wanted) == [*wanted[:3], "cache/0/key"]
+    with pytest.raises(IntegrityError, match="range/layers"):
+        write(tmp_path / "false", some)  # and does not say so
+
+
+def test_a_range_that_one_observer_has_no_number_for_is_named(tmp_path):
+    found = findings()
+    found["range/layers.0.q_proj.weight"][1:] = NOT_ASKED
+    made = write(tmp_path / "c", found)
+    assert made.range("layers.0.k_proj.weight", "minmax")
+    with pytest.raises(UsageError, match="without what the observer 'mse' keeps"):
+        made.range("layers.0.k_proj.weight", "mse")
 
 
 def test_a_file_that_lacks_or_adds_a_tensor_cannot_be_written(tmp_path):

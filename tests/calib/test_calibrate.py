@@ -15,7 +15,9 @@ pytest.importorskip("onnxruntime")
 from activation_ranges import ranges_of_whole_runs
 from click.testing import CliRunner
 
+from pgxport.activations import steps
 from pgxport.activations.calibration_file import Calibration, checkpoint_sha256
+from pgxport.activations.observe import NOTHING
 from pgxport.activations.statistics import OBSERVERS
 from pgxport.bundle.reader import Bundle
 from pgxport.calib import bundle_pass
@@ -196,7 +198,9 @@ def test_a_checkpoint_in_numpy_and_its_bundle_in_onnxruntime_give_the_same_stati
 
 @pytest.mark.usefixtures("no_entropy_search")
 @pytest.mark.parametrize("where", ["image patches", "vision layer 2 of 2", "projector", "text layer 2 of 3", "final norm"])
-def test_a_killed_run_goes_on_with_the_layer_it_was_in_and_gives_the_same_bytes(random_checkpoint, tmp_path, where):
+def test_a_killed_run_goes_on_with_the_layer_it_was_in_and_gives_the_same_bytes(random_checkpoint, tmp_path, monkeypatch, where):
+    monkeypatch.setattr(steps, "PACK", 1)  # a sample a pack
+
     def options(name: str) -> CalibrateOptions:
         return CalibrateOptions(tmp_path / name, checkpoint=random_checkpoint, samples=3)
 
@@ -252,10 +256,10 @@ def test_a_bundle_whose_products_are_not_in_float_is_refused(tiny_112, tmp_path)
     deeper = {**spec, "text": {**spec["text"], "depth": spec["text"]["depth"] + 1}}
     changed = replace(bundle, manifest=bundle.manifest.model_copy(update={"spec": deeper}))
     with pytest.raises(UsageError, match=r"does not multiply by 'language_model\.model\.layers\.4.*--precision fp32"):
-        bundle_pass.observe_bundle(changed, [], moments=False, progress=None)
+        bundle_pass.observe_bundle(changed, [], NOTHING, progress=None)
     for_cuda = replace(bundle, manifest=bundle.manifest.model_copy(update={"target": "cuda"}))
     with pytest.raises(UsageError, match="target 'cuda'; calibrate the checkpoint"):
-        bundle_pass.observe_bundle(for_cuda, [], moments=False, progress=None)
+        bundle_pass.observe_bundle(for_cuda, [], NOTHING, progress=None)
 
 
 @pytest.mark.usefixtures("no_entropy_search")

@@ -33,6 +33,7 @@ from rounded import (
 
 from pgxport.activations import observe
 from pgxport.activations.calibration_file import Calibration
+from pgxport.activations.steps import StepSample
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import GateError, UsageError
 from pgxport.exporter.check.parity import FIRST_SCENE, EagerModel, StoredWeights, parity
@@ -260,8 +261,11 @@ def test_a_bundle_compared_with_itself_differs_by_its_activations_alone(case, tm
     made = options(case, "int8", tmp_path)
     _, run = simulated(made, export(made))
     floats = Recipe("floats", (Rule("*", Scheme()),))
-    tables = [parity(replace(run, recipe=None), replace(run, recipe=r), [sample(case.folder)]) for r in (floats, run.recipe)]
-    assert (tables[0].kl, tables[0].kl_worst, tables[0].agreement) == (0, 0, 1)
+    given = sample(case.folder)
+    scene = StepSample(lambda: given.pixels, tuple(given.prompt), tuple(given.answer), scored=True)
+    reference = replace(run, recipe=None).logits(given)
+    tables = [parity([reference], replace(run, recipe=r), [scene]) for r in (floats, run.recipe)]
+    assert (tables[0].kl, tables[0].kl_worst, tables[0].agreement) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9), 1)
     assert tables[1].kl > 0
 
 
