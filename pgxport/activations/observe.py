@@ -5,7 +5,6 @@ Knows no model: arrays come in under the name of a weight.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -269,10 +268,14 @@ class KeptInputs:
         return self._folder / f"kept-{of}"
 
 
+# The range of an observer that was not wanted: no observer keeps a lowest above its
+# highest, and files of tensors hold finite numbers.
+UNKNOWN = (1.0, -1.0)
+
+
 def observed_ranges(histogram: RangeHistogram, observers: Sequence[str]) -> np.ndarray:
-    """[observers, 2] lowest and highest number that each keeps; NaN where one is not among the observers wanted."""
-    unknown = (math.nan, math.nan)
-    ranges = [OBSERVER[name](histogram) if name in observers else unknown for name in OBSERVERS]
+    """[observers, 2] lowest and highest number that each keeps; UNKNOWN where one is not among the observers wanted."""
+    ranges = [OBSERVER[name](histogram) if name in observers else UNKNOWN for name in OBSERVERS]
     return np.array(ranges, np.float32)
 
 

@@ -101,7 +101,7 @@ class Statistics:
     def _range(self, name: str, observer: str) -> tuple[float, float]:
         row = choose("observer", observer, {name: i for i, name in enumerate(OBSERVERS)})
         low, high = self._tensor(name).rows(row, row + 1)[0]
-        if np.isnan(low):
+        if low > high:
             raise UsageError(f"{self.name} has {shown(name)} without what the observer {observer!r} keeps; {self._gather()}")
         return float(low), float(high)
 
