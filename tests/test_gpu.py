@@ -20,8 +20,8 @@ from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.compile.compile import compile_bundle
 from pgxport.compile.options import CompileOptions
 from pgxport.errors import InputError
+from pgxport.exporter.check.parity import scene
 from pgxport.exporter.export import export
-from pgxport.exporter.parity import scene
 from pgxport.exporter.prepare import ExportOptions
 from pgxport.hub.locate import TINY
 from pgxport.machine.driver import ask_driver

@@ -268,7 +268,7 @@ def test_nobody_imports_what_the_table_forbids():
         ("exporter/export.py", "from pgxport.calib import ranges", "pgxport.calib.ranges"),
         ("exporter/export.py", "def f():\n    from transformers import AutoModel", "transformers"),
         ("reporting/asking.py", "class A:\n    import torch", "torch"),
-        ("exporter/parity.py", "try:\n    import torch\nexcept ImportError:\n    pass", "torch"),
+        ("exporter/check/parity.py", "try:\n    import torch\nexcept ImportError:\n    pass", "torch"),
         ("calib/ranges.py", "import importlib\nimportlib.import_module('torch')", "torch"),
         ("cli/run.py", "import numpy", "numpy"),
         ("terminal.py", "import rich", "rich"),
@@ -315,7 +315,7 @@ def test_every_path_that_a_law_or_pyproject_names_exists():
         ("runners/tensorrt_library.py", "import tensorrt\nfrom cuda import cudart"),
         ("models/checkpoint.py", "import ml_dtypes\nfrom safetensors import safe_open"),
         ("reporting/transformers_subject.py", "def f():\n    import torch\n    import transformers"),
-        ("exporter/parity.py", "from pgxport.metrics.fidelity import kl_divergence"),
+        ("exporter/check/parity.py", "from pgxport.metrics.fidelity import kl_divergence"),
         ("cli/run.py", "import click\nfrom pgxport.errors import PgxError\ndef f():\n    import onnx_ir"),
         (
             "__init__.py",

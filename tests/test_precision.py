@@ -11,11 +11,12 @@ pytest.importorskip("onnx_ir")
 torch = pytest.importorskip("torch")
 
 import onnxruntime as ort  # noqa: E402
+from activation_ranges import ranges_of_whole_runs  # noqa: E402
 from gemma_tokenizer import build_tokenizer  # noqa: E402
 from reference import random_paligemma  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
-from pgxport.activations.ranges import FLOAT16_MAX, measure_ranges, residual_divisor  # noqa: E402
+from pgxport.activations.ranges import FLOAT16_MAX, residual_divisor  # noqa: E402
 from pgxport.bundle.reader import Bundle  # noqa: E402
 from pgxport.errors import CheckpointError, EngineError  # noqa: E402
 from pgxport.exporter.export import export  # noqa: E402
@@ -31,7 +32,6 @@ from pgxport.models.projector import projector  # noqa: E402
 from pgxport.models.siglip import vision_encoder  # noqa: E402
 from pgxport.models.spec import shrunk  # noqa: E402
 from pgxport.runners.runner import Runner  # noqa: E402
-from pgxport.runners.saved_tokenizer import find_tokenizer  # noqa: E402
 
 LOUD = 3e5  # about what a residual stream reaches; float16 ends at 65,504
 FAMILIES = ("paligemma", "paligemma2")
@@ -136,9 +136,7 @@ def test_the_loud_checkpoint_is_beyond_float16_and_transformers_breaks_on_it(lou
 
 def test_the_measured_range_gives_a_divisor_that_makes_float16_match_float32(loud):
     folder, model = loud
-    checkpoint = Checkpoint.open(folder)
-    spec = read_config(checkpoint.config)
-    ranges = measure_ranges(checkpoint, spec, find_tokenizer(folder, checkpoint.config).words())
+    ranges = ranges_of_whole_runs(folder)
     assert ranges.largest["residual"] > FLOAT16_MAX
     assert {"residual", "norm square", "variance", "attention score", "MLP product", "linear output"} <= set(ranges.largest)
     divisor = residual_divisor(ranges)

@@ -205,15 +205,15 @@ def real_gemma() -> str:
     """What each recipe costs the decoder of a real Gemma, and by kind of linear."""
     r = json.loads((RESULTS / "real-gemma.json").read_text())
     results = r["results"]
-    kinds = list(next(of["kinds"] for of in results.values() if "kinds" in of))
+    kinds = list(next((of["kinds"] for of in results.values() if "kinds" in of), ()))
     lines = [
-        f"| decoder of Gemma 3 270M | KL | same token | perplexity | {' | '.join(f'KL, {kind} alone' for kind in kinds)} |",
+        f"| decoder of Gemma 3 270M | {' | '.join(['KL', 'same token', 'perplexity', *(f'KL, {kind} alone' for kind in kinds)])} |",
         "|---" * (len(kinds) + 4) + "|",
     ]
     for name, of in results.items():
         kl = "0" if name == "fp32" else f"{_digits(of['kl'])} ± {_digits(2 * of['kl_error'])}"
         alone = [_digits(of["kinds"][kind]["kl"]) if "kinds" in of else "" for kind in kinds]
-        lines.append(f"| {name} | {kl} | {of['same']:.1%} | {of['perplexity']:.2f} | {' | '.join(alone)} |")
+        lines.append(f"| {name} | {kl} | {of['same']:.1%} | {' | '.join([f'{of["perplexity"]:.2f}', *alone])} |")
     machine, versions = r["machine"], r["versions"]
     said = (
         f"KL to float32 in nats, ± two standard errors over tokens; {r['judging']['tokens']:,} tokens of the documentation of Python "

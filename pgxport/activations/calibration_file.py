@@ -7,25 +7,24 @@ is read when it is asked for, and no two are held at once.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from math import isqrt, prod
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from pgxport.activations.statistics import CHANNELS, OBSERVERS, PARTS, Statistics, area
 from pgxport.bundle.manifest import Ranges
-from pgxport.errors import CheckpointError, IntegrityError, UsageError, choose
+from pgxport.errors import CheckpointError, IntegrityError, UsageError
 from pgxport.files import check_output, disk_errors, file_sha256, writing
 from pgxport.models.checkpoint import row_blocks
 from pgxport.models.safetensors import Tensor, listed, opened, parse_json, read_exactly, read_header, shown
 
-FORMAT, VERSION = "pgx calibration", "1"
-CHANNELS = ("absmax", "mean", "mean_abs", "square")  # rows of inputs/PATH
-OBSERVERS = ("minmax", "percentile", "entropy", "mse")  # rows of range/PATH
-PARTS = ("key", "value")
+FORMAT, VERSION = "pgx calibration", "2"
+READABLE = ("1", VERSION)  # what was written before there was `recipe` is complete
 UNSIGNED = "0" * 64  # in the place of the digest while it is worked out
 AGAIN = "make it again with pgx calibrate"
 
@@ -44,6 +43,10 @@ class About(BaseModel):
     prefix_tokens: PositiveInt  # of all samples together, image tokens included
     suffix_tokens: int = Field(ge=0)
     moments: bool
+    recipe: str | None = None  # the recipe that it was gathered for, and no more than that needs; None: for all
+    lacks: tuple[str, ...] = ()  # tensors that were not gathered
+    changed: tuple[str, ...] = ()  # tensors of inputs as the recipe changes them,
+    changes_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")  # which it does by what this is the digest of
     layers: PositiveInt  # of the decoder, each with a cache of keys and values
     inputs: dict[str, str]  # a linear's weight, and the weight under whose name its input is stored: q, k and v share one
     ranges: Ranges | None  # of activations, for float16; None where a bundle was run
@@ -69,12 +72,12 @@ class Array:
         return self.values[start:stop]
 
 
-class Calibration:
+class Calibration(Statistics):
     """A calibration file, open. Paths are those of weights in the checkpoint."""
 
     def __init__(self, path: Path, about: About, tensors: Mapping[str, Tensor], digest: str):
+        super().__init__(str(path), about.inputs, tensors, about.recipe)
         self.path, self.about, self.digest = path, about, digest
-        self._tensors = tensors
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -94,7 +97,7 @@ class Calibration:
             raise IntegrityError(f"{path} is not a sound calibration file ({error}); {AGAIN}") from error
         if metadata.get("format") != FORMAT:
             raise IntegrityError(f"{path} is a safetensors file, and not one that pgx calibrate wrote; {AGAIN}")
-        if metadata.get("format_version") != VERSION:
+        if metadata.get("format_version") not in READABLE:
             version = shown(str(metadata.get("format_version")))
             raise IntegrityError(f"{path} is a calibration file of version {version}, and this pgx reads {VERSION}; {AGAIN}")
         plain, unsigned = _digests(path, metadata.get("sha256", ""))
@@ -129,58 +132,6 @@ class Calibration:
         """The ranges of all activations, as `measure_ranges` gives them; None where a bundle was run."""
         return self.about.ranges
 
-    def absmax(self, path: str) -> np.ndarray:
-        """[K] the largest |x| of each input channel of the linear whose weight is `path`"""
-        return self._channels(path, "absmax")
-
-    def mean(self, path: str) -> np.ndarray:
-        """[K] E[x]"""
-        return self._channels(path, "mean")
-
-    def mean_abs(self, path: str) -> np.ndarray:
-        """[K] E[|x|]"""
-        return self._channels(path, "mean_abs")
-
-    def square(self, path: str) -> np.ndarray:
-        """[K] E[x²]"""
-        return self._channels(path, "square")
-
-    def moment(self, path: str) -> np.ndarray | None:
-        """[K, K] E[x xᵀ] in float32, read now; None where the file was made without --moments"""
-        site = self._site(path)
-        if not self.about.moments:
-            return None
-        stored = self._tensors[f"moment/{site}"]
-        k = _side(stored.shape[0])
-        moment = np.empty((k, k), np.float32)
-        for start, stop in row_blocks(k, 4 * k):
-            triangle = stored.rows(_area(start), _area(stop))
-            for row in range(start, stop):
-                at = _area(row) - _area(start)
-                moment[row, : row + 1] = triangle[at : at + row + 1]
-            corner = moment[start:stop, start:stop]
-            corner[:] = np.tril(corner) + np.tril(corner, -1).T
-            moment[:start, start:stop] = moment[start:stop, :start].T
-        return moment
-
-    def range(self, path: str, observer: str) -> tuple[float, float]:
-        """The lowest and highest x that the observer keeps, over all channels of the linear's input.
-
-        Raises:
-            UsageError: there is no such observer.
-        """
-        row = choose("observer", observer, {name: i for i, name in enumerate(OBSERVERS)})
-        low, high = self._tensors[f"range/{self._site(path)}"].rows(row, row + 1)[0]
-        return float(low), float(high)
-
-    def cache(self, layer: int, part: str) -> np.ndarray:
-        """[K, D] the largest |x| of each channel of a layer's keys after rotation, or of its values"""
-        assert part in PARTS, f"Bug: a cache has no {part!r}"
-        if not 0 <= layer < self.about.layers:
-            raise UsageError(f"{self.path} knows the cache of {self.about.layers} layers, and layer {layer} was asked for")
-        tensor = self._tensors[f"cache/{layer}/{part}"]
-        return tensor.rows(0, tensor.shape[0])
-
     def check(self, model_sha256: str, name: str) -> None:
         """Refuse a file that was made from another model.
 
@@ -192,18 +143,6 @@ class Calibration:
                 f"{self.path} was made from {shown(self.about.model)} (sha256 {self.model_sha256[:12]}), "
                 f"and {name} is another model ({model_sha256[:12]}); run pgx calibrate on the checkpoint that is exported"
             )
-
-    def _channels(self, path: str, row: str) -> np.ndarray:
-        i = CHANNELS.index(row)
-        return self._tensors[f"inputs/{self._site(path)}"].rows(i, i + 1)[0]
-
-    def _site(self, path: str) -> str:
-        if path not in self.about.inputs:
-            raise UsageError(
-                f"{self.path} knows nothing about the input of {shown(path)}; it knows {listed(sorted(self.about.inputs))}. "
-                f"It may be of another model"
-            )
-        return self.about.inputs[path]
 
 
 def write_calibration(path: Path, about: About, tensors: Mapping[str, Tensor], *, overwrite: bool = False) -> Calibration:
@@ -218,6 +157,15 @@ def write_calibration(path: Path, about: About, tensors: Mapping[str, Tensor], *
     metadata = {"format": FORMAT, "format_version": VERSION, "sha256": UNSIGNED, "about": about.model_dump_json()}
     write_tensors(path, tensors, metadata)
     return Calibration.open(path)
+
+
+def contents(inputs: Mapping[str, str], tensors: Collection[str], *, layers: int, moments: bool) -> dict[str, Any]:
+    """What a file of these tensors says of them, as fields of `About`."""
+    sites, kinds = dict.fromkeys(inputs.values()), ("inputs", "range", *(("moment",) if moments else ()))
+    whole = [f"{kind}/{site}" for site in sites for kind in kinds]
+    whole += [f"cache/{layer}/{part}" for layer in range(layers) for part in PARTS]
+    lacks, changed = [n for n in whole if n not in tensors], [n for n in tensors if n.startswith("changed/")]
+    return {"inputs": dict(inputs), "lacks": lacks, "changed": changed}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -241,44 +189,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             file.write(digest.hexdigest().encode())
 
 
-def site_tensors(path: str, channels: np.ndarray, ranges: np.ndarray, moment: np.ndarray | None) -> dict[str, np.ndarray]:
-    """One linear's input under the names of the file: channels [4, K], ranges [4, 2], moment [K, K] or None."""
-    packed = {} if moment is None else {f"moment/{path}": pack(moment, len(moment))}
-    return {f"inputs/{path}": channels.astype(np.float32), f"range/{path}": ranges.astype(np.float32), **packed}
-
-
-def pack(rows: Iterable[np.ndarray], k: int) -> np.ndarray:
-    """The lower triangle of a symmetric [K, K], row after row: [K (K + 1) / 2]; of a row, what is right of it is not read.
-
-    >>> pack(np.array([[1, 2], [2, 3]], np.float32), 2).tolist()
-    [1.0, 2.0, 3.0]
-    """
-    packed = np.empty(_area(k), np.float32)
-    for i, row in enumerate(rows):
-        packed[_area(i) : _area(i + 1)] = row[: i + 1]
-    return packed
-
-
 def checkpoint_sha256(files: Iterable[Path]) -> str:
     """One digest of all files of a checkpoint, their names included."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _area(rows: int) -> int:
-    """Numbers in the first rows of a triangle."""
-    return rows * (rows + 1) // 2
-
-
-def _side(area: int) -> int:
-    """Rows of a triangle of so many numbers.
-
-    >>> _side(_area(7))
-    7
-    """
-    return (isqrt(8 * area + 1) - 1) // 2
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -322,11 +238,15 @@ def _check_tensors(path: Path, about: About, shapes: Mapping[str, tuple[int, ...
         k = shapes.get(f"inputs/{site}", (len(CHANNELS), 1))[-1]
         expected |= {f"inputs/{site}": (len(CHANNELS), k), f"range/{site}": (len(OBSERVERS), 2)}
         if about.moments:
-            expected[f"moment/{site}"] = (_area(k),)
+            expected[f"moment/{site}"] = (area(k),)
     for layer in range(about.layers):
         for part in PARTS:
             name = f"cache/{layer}/{part}"
             seen = shapes.get(name, ())
             expected[name] = seen if len(seen) == 2 else (1, 1)
+    for name in about.changed:
+        seen = shapes.get(name, ())
+        expected[name] = seen if len(seen) == 2 else (1, 1)
+    expected = {name: shape for name, shape in expected.items() if name not in about.lacks}
     if wrong := sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)):
         raise IntegrityError(f"{path}: {listed(wrong)} is missing, unknown, or of another shape than the file says; {AGAIN}")

@@ -8,12 +8,17 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
+from pgxport.activations.steps import StepSample
+from pgxport.bundle.manifest import Pixels
 from pgxport.errors import InputError
 from pgxport.metrics.sample import BoxEdges, Sample
+from pgxport.models.spec import ModelSpec
 from pgxport.models.tiny.scenes import locations
+from pgxport.runners.image import pixel_values
 from pgxport.runners.tokenizer import PromptTokenizer
 
 
@@ -42,6 +47,15 @@ def encode(sample: Sample, tokenizer: PromptTokenizer) -> EncodedSample:
     return EncodedSample(sample, tuple(prompt_ids), tuple(answer_ids))
 
 
+def step_sample(encoded: EncodedSample, spec: ModelSpec, pixels: Pixels, every: int = 1) -> StepSample:
+    """A sample as the steps of a model take it; its picture is opened when the first step wants it."""
+
+    def opened() -> np.ndarray:
+        return pixel_values(encoded.sample.open(), spec.resolution, pixels)[None]
+
+    return StepSample(opened, encoded.prompt, encoded.answer, every)
+
+
 def answer_text(sample: Sample) -> str | None:
     """The true answer as PaliGemma writes it: the first text, or the boxes; None where no answer is known.
 
@@ -60,18 +74,28 @@ def answer_text(sample: Sample) -> str | None:
     return " ; ".join(f"{_location(region.box, width, height)} {region.label}" for region in objects)
 
 
-def token_weights(samples: Sequence[EncodedSample], image_tokens: int) -> list[np.ndarray]:
+class TokenizedText(Protocol):
+    """A prompt's token ids, the image's before them, and its answer's."""
+
+    @property
+    def prompt(self) -> tuple[int, ...]: ...
+
+    @property
+    def answer(self) -> tuple[int, ...]: ...
+
+
+def token_weights(samples: Sequence[TokenizedText], image_tokens: Sequence[int]) -> list[np.ndarray]:
     """The weight of each token of each sample, float32 [T]; those that an answer is read from sum to half.
 
     An image has hundreds of tokens and an answer a few, so that without weights a method that minimises the
     mean error of a layer gives up the answer for the image. Measured in docs/decisions/0012.
     """
     reading = sum(len(s.answer) + 1 for s in samples)  # the last token of the prefix predicts the first of the answer
-    others = sum(image_tokens + len(s.prompt) - 1 for s in samples)
+    others = sum(n + len(s.prompt) - 1 for s, n in zip(samples, image_tokens, strict=True))
     weights = []
-    for sample in samples:
-        w = np.ones(image_tokens + len(sample.prompt) + len(sample.answer), np.float32)
-        w[image_tokens + len(sample.prompt) - 1 :] = others / reading
+    for sample, n in zip(samples, image_tokens, strict=True):
+        w = np.ones(n + len(sample.prompt) + len(sample.answer), np.float32)
+        w[n + len(sample.prompt) - 1 :] = others / reading
         weights.append(w)
     return weights
 

@@ -5,12 +5,19 @@ Knows no model: arrays come in under the name of a weight.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from pgxport.activations.calibration_file import OBSERVERS, pack, site_tensors
+from pgxport.activations.statistics import OBSERVERS, pack
 from pgxport.errors import NumericError
+from pgxport.files import disk_errors
+from pgxport.models.checkpoint import row_blocks
 
 BINS = 4096  # of a histogram; a power of two, so that two bins become one exactly where the range doubles
 PERCENTILE = 99.99  # percent of the values that the observer `percentile` keeps
@@ -21,6 +28,7 @@ MOMENT_ROWS = 512  # rows of a second moment that one product adds to
 
 Histogram = tuple[np.ndarray, np.ndarray]  # counts [BINS], edges [BINS + 1]
 Range = tuple[float, float]
+Shape = tuple[int, ...]
 
 
 class RangeHistogram:
@@ -63,12 +71,58 @@ class RangeHistogram:
             self._exponent += 1
 
 
-class LinearInput:
-    """Statistics of one linear's input: of each channel, of all together, and E[x xᵀ] if `moments`."""
+@dataclass(frozen=True)
+class Needs:
+    """The statistics that are gathered, by the names of linears' weights; None: of all linears.
 
-    def __init__(self, path: str, width: int, *, moments: bool):
+    Attributes:
+        channels: Linears of whose inputs each channel's absmax, mean, mean |x| and mean square are kept.
+        ranges: Linears whose inputs have a range over all channels.
+        moments: Linears whose inputs' second moments are kept.
+        observers: What gives a range.
+        caches: Whether the caches' absmax is kept.
+        changed: Linears whose ranges are wanted of their inputs as `Changes` makes them, too.
+        changed_values: Whether the cache's values are wanted as `Changes` makes them, too.
+    """
+
+    channels: frozenset[str] | None = None
+    ranges: frozenset[str] | None = None
+    moments: frozenset[str] | None = None
+    observers: tuple[str, ...] = OBSERVERS
+    caches: bool = True
+    changed: frozenset[str] = frozenset()
+    changed_values: bool = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether changed inputs or values are wanted."""
+        return bool(self.changed) or self.changed_values
+
+    def __bool__(self) -> bool:
+        """Whether anything is to be gathered."""
+        return self.caches or any(wanted is None or wanted for wanted in (self.channels, self.ranges, self.moments))
+
+
+EVERYTHING, NOTHING = Needs(), Needs(frozenset(), frozenset(), frozenset(), (), caches=False)
+
+
+class Changes(Protocol):
+    """What a recipe does to inputs before they are rounded, such as a rotation: of it no statistics of channels tell the range."""
+
+    def changed_input(self, path: str, x: np.ndarray) -> np.ndarray:
+        """The input x [..., K] of a linear as it is rounded."""
+
+    def changed_values(self, layer: int, v: np.ndarray) -> np.ndarray:
+        """A decoder layer's values v [B, K, S, D] as they are cached."""
+
+
+class LinearInput:
+    """Statistics of one linear's input: of each channel, of all together where `ranges`, and E[x xᵀ] where `moments`."""
+
+    def __init__(self, path: str, width: int, *, moments: bool, ranges: bool = True, observers: Sequence[str] = OBSERVERS):
         self.path, self.width, self.total = path, width, 0.0  # the sum of the tokens' weights
-        self.histogram = RangeHistogram()
+        self.histogram = RangeHistogram() if ranges else None
+        self._observers = observers
         self._absmax = np.zeros(width, np.float32)
         self._sums = np.zeros((3, width))  # of x, |x| and x²
         # The lower triangle in blocks of rows, each as wide as its last row: half of the square's memory.
@@ -93,7 +147,8 @@ class LinearInput:
         weighted = x if weights is None else x * w[:, None]
         for total, values in zip(self._sums, (x, size, np.square(x)), strict=True):
             total += w.astype(np.float64) @ values
-        self.histogram.add(x)
+        if self.histogram is not None:
+            self.histogram.add(x)
         self.total += float(w.sum(dtype=np.float64))
         for block in self._moment:
             rows, end = block.shape
@@ -101,8 +156,9 @@ class LinearInput:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return this input's tensors of the calibration file, once: it hands the second moment over."""
-        ranges = np.array([OBSERVER[name](self.histogram) for name in OBSERVERS])
-        tensors = site_tensors(self.path, np.stack([self._absmax, *(self._sums / self.total)]), ranges, None)
+        tensors = {f"inputs/{self.path}": np.stack([self._absmax, *(self._sums / self.total)]).astype(np.float32)}
+        if self.histogram is not None:
+            tensors[f"range/{self.path}"] = observed_ranges(self.histogram, self._observers)
         if self._moment:
             packed = pack((row for block in self._moment for row in block), self.width)
             tensors[f"moment/{self.path}"] = np.divide(packed, np.float32(self.total), out=packed)
@@ -111,26 +167,61 @@ class LinearInput:
 
 
 class InputObserver:
-    """Statistics of the inputs of all linears, and of the caches of all layers."""
+    """Statistics of the inputs of linears, and of the caches of all layers.
 
-    def __init__(self, *, moments: bool):
+    Args:
+        folder: Where inputs wait until `changed` is called, if some are wanted changed.
+    """
+
+    def __init__(self, needs: Needs = EVERYTHING, folder: Path | None = None):
         self.inputs: dict[str, str] = {}  # a linear's weight -> the weight whose `LinearInput` has its input
-        self._moments = moments
+        self.needs, self._kept = needs, KeptInputs(folder)
         self._linear_inputs: dict[str, LinearInput] = {}
         self._caches: dict[str, np.ndarray] = {}
 
     def add_input(self, paths: Sequence[str], x: np.ndarray, weights: np.ndarray | None = None) -> None:
         """Add x [..., K], the input of one linear or of several; each token counts by its weight [...]."""
+        channels, ranges, moments = (
+            wanted is None or not wanted.isdisjoint(paths)
+            for wanted in (self.needs.channels, self.needs.ranges, self.needs.moments)
+        )
+        if not (channels or ranges or moments):
+            return
         entry = self._linear_inputs.get(paths[0])
         if entry is None:
-            entry = self._linear_inputs[paths[0]] = LinearInput(paths[0], x.shape[-1], moments=self._moments)
+            entry = LinearInput(paths[0], x.shape[-1], moments=moments, ranges=ranges, observers=self.needs.observers)
+            self._linear_inputs[paths[0]] = entry
         self.inputs |= dict.fromkeys(paths, paths[0])
         entry.add(x, weights)
+        if not self.needs.changed.isdisjoint(paths):
+            self._kept.add(paths[0], x.reshape(-1, x.shape[-1]))
 
     def add_cache(self, layer: int, part: str, x: np.ndarray) -> None:
         """Add keys after rotation, or values, x [B, K, S, D]."""
-        name, top = f"cache/{layer}/{part}", np.abs(x).max((0, 2)).astype(np.float32)
-        self._caches[name] = np.maximum(self._caches.get(name, top), top)
+        if self.needs.caches:
+            name, top = f"cache/{layer}/{part}", np.abs(x).max((0, 2)).astype(np.float32)
+            self._caches[name] = np.maximum(self._caches.get(name, top), top)
+        if self.needs.changed_values and part == "value":
+            self._kept.add(layer, x.transpose(0, 2, 1, 3).reshape(-1, *x.shape[1::2]))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are inputs that are wanted changed."""
+        return bool(self._kept)
+
+    def changed(self, changes: Changes) -> dict[str, np.ndarray]:
+        """Return the tensors of the inputs that are wanted changed, and let go of these inputs."""
+        tensors: dict[str, np.ndarray] = {}
+        for layer in self._kept.layers():
+            values = (changes.changed_values(layer, v.transpose(1, 0, 2)[None]) for v in self._kept.blocks(layer))
+            tensors[f"changed/{layer}/value"] = np.max([np.abs(v).max((0, 2)) for v in values], 0).astype(np.float32)
+        for path in sorted(self.needs.changed & self.inputs.keys()):
+            histogram = RangeHistogram()
+            for x in self._kept.blocks(self.inputs[path]):
+                histogram.add(changes.changed_input(path, x))
+            tensors[f"changed/{path}"] = observed_ranges(histogram, self.needs.observers)
+        self._kept.clear()
+        return tensors
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return all tensors of the calibration file. Call it once: it hands the second moments over."""
@@ -138,6 +229,51 @@ class InputObserver:
         while self._linear_inputs:
             tensors |= self._linear_inputs.pop(next(iter(self._linear_inputs))).tensors()
         return tensors | self._caches
+
+
+class KeptInputs:
+    """Rows of inputs that wait in files, float32: of a linear by its weight's name, of a layer's values by its number."""
+
+    def __init__(self, folder: Path | None):
+        self._folder, self._shapes = folder, dict[str | int, Shape]()
+
+    def __bool__(self) -> bool:
+        return bool(self._shapes)
+
+    def layers(self) -> list[int]:
+        """The layers whose values wait."""
+        return [of for of in self._shapes if isinstance(of, int)]
+
+    def add(self, of: str | int, rows: np.ndarray) -> None:
+        """Add rows [n, ...]."""
+        file, mode = self._file(of), "ab" if of in self._shapes else "wb"  # a killed run may have left one
+        self._shapes[of] = rows.shape[1:]
+        with disk_errors(f"cannot write {file}"), open(file, mode) as out:
+            out.write(np.ascontiguousarray(rows, np.float32).data)
+
+    def blocks(self, of: str | int) -> Iterator[np.ndarray]:
+        """The rows, some at a time."""
+        shape = self._shapes[of]
+        rows = np.memmap(self._file(of), np.float32, "r").reshape(-1, *shape)
+        for start, stop in row_blocks(len(rows), 4 * prod(shape)):
+            yield np.array(rows[start:stop])
+
+    def clear(self) -> None:
+        """Delete the files."""
+        for of in self._shapes:
+            self._file(of).unlink()
+        self._shapes.clear()
+
+    def _file(self, of: str | int) -> Path:
+        assert self._folder is not None, f"Bug: there is no folder for the inputs of {of} to wait in"
+        return self._folder / f"kept-{of}"
+
+
+def observed_ranges(histogram: RangeHistogram, observers: Sequence[str]) -> np.ndarray:
+    """[observers, 2] lowest and highest number that each keeps; NaN where one is not among the observers wanted."""
+    unknown = (math.nan, math.nan)
+    ranges = [OBSERVER[name](histogram) if name in observers else unknown for name in OBSERVERS]
+    return np.array(ranges, np.float32)
 
 
 def minmax(histogram: RangeHistogram) -> Range:

@@ -9,11 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 from pgxport.errors import IntegrityError
 
 MANIFEST = "manifest.json"
-
-
 CARD = "README.md"  # the model card, for people and the hub
-
-
 MAX_MANIFEST_BYTES = 16 << 20
 
 
@@ -27,32 +23,14 @@ FileName = Annotated[str, AfterValidator(_plain)]
 
 
 TokenId = Annotated[int, Field(ge=0)]
-
-
 Float = Literal["float32", "float16", "bfloat16"]
-
-
 WeightDtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
-
-
 CountedDtype = Literal["float32", "float16", "bfloat16", "int8", "int4", "float8"]
-
-
 CacheDtype = Literal["float32", "float16", "bfloat16", "int8"]  # in a KV cache
-
-
 TrtVersion = Literal["10.3", "10.16", "11"]
-
-
 CacheKind = Literal["shared", "delta", "update"]
-
-
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}  # numpy alone does not know bfloat16
-
-
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]  # as Pillow calls them
-
-
 Level = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -192,6 +170,9 @@ class Parity(_Frozen):
     """What quantization cost against the checkpoint, teacher-forced, at every token of the answers."""
 
     scenes: int
+    image_tokens: int | None = (
+        None  # of each scene that were compared, an even subset where it is less than the model's; None: all
+    )
     positions: int
     kl: float  # mean Kullback-Leibler divergence from the checkpoint's next-token distribution, in nats
     kl_worst: float
@@ -202,6 +183,18 @@ class Parity(_Frozen):
     def losses(self) -> list[tuple[str, float]]:
         """The matrices that rounding changed and their SQNR in dB, worst first."""
         return sorted(((path, db) for path, db in self.sqnr.items() if db is not None), key=lambda item: item[1])
+
+
+class MeasuredAnswers(_Frozen):
+    """What a report measured of the bundle's own answers to samples, on one device; `pgx card --report` writes it."""
+
+    data: str  # what the samples are from, for people
+    samples: int
+    reference: str  # the bundle or checkpoint that its answers were compared with
+    agreement: float | None  # share of next tokens along the reference's answers that both find likeliest; None: not compared
+    kl: float | None  # mean over the same positions, in nats
+    empty: int
+    malformed: int  # answers of which a part could not be read, or that locate nothing where they should
 
 
 class Provenance(_Frozen):
@@ -216,6 +209,7 @@ class Provenance(_Frozen):
     remarks: tuple[str, ...] = ()  # what someone should know about how the checkpoint was read
     tokenizer: str | None = None  # how it differs from the checkpoint's, where it is an adapter's own
     checkpoint_sha256: str
+    calibration: str | None = None  # where statistics come from if not from a file, as in "embedded scenes (2)"
     calibration_sha256: str | None = None
     versions: dict[str, str]
 
@@ -234,6 +228,7 @@ class Manifest(_Frozen):
     residual_divisor: float = Field(ge=1)  # what the residual stream is divided by, to stay inside float16
     ranges: Ranges | None  # what that was chosen by; None where activations are not float16
     parity: Parity | None  # None where nothing is quantized, or the comparison was not asked for
+    measured: tuple[MeasuredAnswers, ...] = ()  # no part of the digest: it may be written again, as the card
     recipe: str  # its rules are in recipe.toml
     target: str
     tensorrt: TrtVersion | None = None  # the version that the graphs were written for; of target tensorrt alone

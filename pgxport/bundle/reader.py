@@ -45,10 +45,11 @@ class Bundle:
         return sum(f.size for f in self.manifest.files.values())
 
     def digest(self) -> str:
-        """The sha256 of what this bundle computes: of the manifest without the model card, which may be written again."""
+        """The sha256 of what this bundle computes: of the manifest without what a report puts there and into the card."""
         with disk_errors("cannot read", CHECK_DISK, path=self.path):
             manifest = json.loads((self.path / MANIFEST).read_bytes())
         manifest["files"].pop(CARD, None)
+        manifest.pop("measured", None)
         return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
     def graph(self, name: str) -> Path:

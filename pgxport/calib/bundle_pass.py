@@ -12,13 +12,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from pgxport.activations.encoding import EncodedSample, token_weights
-from pgxport.activations.observe import InputObserver
+from pgxport.activations.observe import InputObserver, Needs
+from pgxport.activations.steps import linears
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import NumericError, UsageError
 from pgxport.exporter.stream import Progress
 from pgxport.machine.memory import available_memory
 from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
-from pgxport.models.weights import EMBEDDING, output_matrix, weight_shapes
 from pgxport.runners.image import pixel_values
 from pgxport.runners.loop import Decoder
 from pgxport.runners.ort import OrtCache, refusals
@@ -30,9 +30,7 @@ FOLDER = "session.model_external_initializers_file_folder_path"
 GRAPHS = ("vision_encoder", "projector", "decoder_step")
 
 
-def observe_bundle(
-    bundle: Bundle, samples: Sequence[EncodedSample], *, moments: bool, progress: Progress | None
-) -> InputObserver:
+def observe_bundle(bundle: Bundle, samples: Sequence[EncodedSample], needs: Needs, *, progress: Progress | None) -> InputObserver:
     """Run image, prefix and answer of every sample, the answer's tokens one by one as if generated.
 
     Raises:
@@ -42,9 +40,8 @@ def observe_bundle(
     m = bundle.manifest
     if m.target != "cpu":
         raise UsageError(f"{bundle.path} is for target {m.target!r}; calibrate the checkpoint, or a bundle for target 'cpu'")
-    shapes = _linears(bundle)
-    if moments:
-        _check_memory(bundle, shapes)
+    shapes = linears(model_of(bundle))
+    _check_memory(bundle, {path: s for path, s in shapes.items() if needs.moments is None or path in needs.moments})
     sessions = {name: _ObservedSession(bundle, name, shapes) for name in GRAPHS}
     observed = {path for session in sessions.values() for paths in session.observed.values() for path in paths}
     if hidden := sorted(shapes.keys() - observed):
@@ -52,9 +49,10 @@ def observe_bundle(
             f"{bundle.path} ({m.recipe}) does not multiply by {hidden[0]!r} in float, nor by {len(hidden) - 1} others; "
             f"calibrate the checkpoint, or a bundle of it with --precision fp32"
         )
-    statistics = InputObserver(moments=moments)
+    statistics = InputObserver(needs)
+    weights_of = token_weights(samples, [m.image_tokens] * len(samples))
     pipeline = Pipeline(bundle, low_memory=True)  # for embeddings: it loads no graph until one is run
-    for number, (sample, weights) in enumerate(zip(samples, token_weights(samples, m.image_tokens), strict=True), 1):
+    for number, (sample, weights) in enumerate(zip(samples, weights_of, strict=True), 1):
         pixels = pixel_values(sample.sample.open(), m.resolution, m.pixels)[None]
         hidden_states = sessions["vision_encoder"].run({"pixel_values": pixels})["image_hidden"]
         features = sessions["projector"].run({"image_hidden": hidden_states})["image_features"]
@@ -75,10 +73,10 @@ def observe_bundle(
 class _ObservedSession:
     """A `Session` of a bundle's graph, with the inputs of its linears as further outputs."""
 
-    def __init__(self, bundle: Bundle, name: str, linears: Mapping[str, Any]):
+    def __init__(self, bundle: Bundle, name: str, weights: Mapping[str, Any]):
         self._file = bundle.graph(name)
         model = ir.load(self._file)
-        self.observed = _inputs_of(model.graph, linears)  # the weights that a value is multiplied by, by the value's name
+        self.observed = _inputs_of(model.graph, weights)  # the weights that a value is multiplied by, by the value's name
         known = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
         values = {value.name: value for node in model.graph for value in node.outputs}
         for value in (values[name] for name in self.observed if name not in known):
@@ -125,7 +123,7 @@ class _ObservedSession:
             arrays.clear()
 
 
-def _inputs_of(graph: ir.Graph, linears: Mapping[str, Any]) -> dict[str, list[str]]:
+def _inputs_of(graph: ir.Graph, weights: Mapping[str, Any]) -> dict[str, list[str]]:
     """The weights of the checkpoint that each value is multiplied by, by the value's name."""
     weights_of: dict[str, list[str]] = {}
     for node in graph:
@@ -136,24 +134,24 @@ def _inputs_of(graph: ir.Graph, linears: Mapping[str, Any]) -> dict[str, list[st
             weight = cast.inputs[0]
         if x is None or weight is None or not weight.is_initializer():
             continue
-        if x.name and weight.name and weight.name in linears:
+        if x.name and weight.name and weight.name in weights:
             weights_of.setdefault(x.name, []).append(weight.name)
     return weights_of
 
 
-def _linears(bundle: Bundle) -> dict[str, tuple[int, ...]]:
-    """The shapes [out, in] of the matrices that a bundle of this model multiplies by, by weight."""
+def model_of(bundle: Bundle) -> ModelSpec:
+    """The model that a bundle is of.
+
+    Raises:
+        UsageError: its manifest describes none that this pgx knows.
+    """
     spec = bundle.manifest.spec
     try:
-        model = ModelSpec(spec["family"], VisionSpec(**spec["vision"]), TextSpec(**spec["text"]))
+        return ModelSpec(spec["family"], VisionSpec(**spec["vision"]), TextSpec(**spec["text"]))
     except (KeyError, TypeError) as error:
         raise UsageError(
             f"{bundle.path}: its manifest describes no model that this pgx knows ({error}); export it again"
         ) from error
-    looked_up = {name for name in weight_shapes(model) if "position_embedding" in name} | (
-        {EMBEDDING} - {output_matrix(model.text)}
-    )
-    return {n: s for n, s in weight_shapes(model).items() if len(s) == 2 and n not in looked_up}
 
 
 def _check_memory(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -3,23 +3,35 @@
 
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pgxport import __version__
-from pgxport.activations.calibration_file import About, Array, Calibration, checkpoint_sha256, write_calibration
-from pgxport.activations.encoding import EncodedSample, digest, encode
+from pgxport.activations.calibration_file import About, Array, Calibration, checkpoint_sha256, contents, write_calibration
+from pgxport.activations.checkpoint_pass import observe_checkpoint
+from pgxport.activations.encoding import EncodedSample, digest, encode, step_sample
+from pgxport.activations.observe import EVERYTHING, Needs
 from pgxport.bundle.manifest import MANIFEST
 from pgxport.bundle.reader import Bundle
 from pgxport.data.loader import first_samples
 from pgxport.errors import EngineError, InputError, UsageError
+from pgxport.exporter.gather import changes_of
+from pgxport.exporter.inputs.needs import changes_sha256, needs_of
+from pgxport.exporter.prepare import ExportOptions, check_weights, find_recipe, open_checkpoint
+from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.stream import Progress
+from pgxport.exporter.targets import find_target
 from pgxport.files import check_output, disk_errors, locked
 from pgxport.hub.locate import ModelChoice, locate
 from pgxport.metrics.sample import Sample
+from pgxport.models.processor_config import pixels_of
 from pgxport.models.safetensors import Tensor
+from pgxport.models.spec import ModelSpec
+from pgxport.models.weights import weight_shapes
 from pgxport.runners.saved_tokenizer import find_tokenizer
 from pgxport.runners.tokenizer import PromptTokenizer
 
@@ -36,13 +48,17 @@ class CalibrateOptions(ModelChoice):
         checkpoint: A bundle, a checkpoint in hub layout, or a hub id; None where `size` says which.
         data: A data set's file or folder (docs/reference/data.md); None draws scenes.
         samples: How many samples to take, from the first on.
-        moments: Whether to keep the second moments E[x xᵀ], which GPTQ needs.
+        moments: Whether to keep the second moments E[x xᵀ], which GPTQ needs; None: where the recipe has a use for them.
+        recipe: A recipe's name, or its TOML file: gather what it needs and nothing else; None: what any needs.
+        target: What the recipe is for, where that is a name.
     """
 
     output: str | Path = "calibration.safetensors"
     data: str | Path | None = None
     samples: int = 32
-    moments: bool = True
+    moments: bool | None = None
+    recipe: str | Path | None = None
+    target: str = "cpu"
     overwrite: bool = False
 
 
@@ -62,9 +78,23 @@ class CalibrationJob:
     name: str
     model_sha256: str
     data: CalibrationData
-    image_tokens: int
-    layers: int
+    spec: ModelSpec
+    recipe: Recipe | None
     options: CalibrateOptions
+
+    @property
+    def image_tokens(self) -> int:
+        return self.spec.image_tokens
+
+    @property
+    def needs(self) -> Needs:
+        """What is gathered."""
+        needs = needs_of(self.recipe, self.spec) if self.recipe else EVERYTHING
+        return needs if self.options.moments is not False else replace(needs, moments=frozenset())
+
+    @property
+    def moments(self) -> bool:
+        return self.needs.moments is None or bool(self.needs.moments)
 
     @property
     def samples(self) -> list[EncodedSample]:
@@ -76,7 +106,10 @@ class CalibrationJob:
         command += [part for adapter in o.adapters for part in ("--adapter", adapter.name)]
         command += ["--res", o.res] if o.res else []
         command += ["--data", Path(o.data).name] if o.data else []
-        command += ["--samples", o.samples, "--moments" if o.moments else "--no-moments"]
+        command += ["--samples", o.samples]
+        command += ["--for", Path(o.recipe).name] if o.recipe else []
+        command += ["--target", o.target] if o.recipe and o.target != "cpu" else []
+        command += [] if o.moments is None else ["--moments" if o.moments else "--no-moments"]
         versions = {p: importlib.metadata.version(p) for p in ("numpy", "onnxruntime")}
         return About.model_validate(
             {
@@ -87,8 +120,10 @@ class CalibrationJob:
                 "samples_sha256": self.data.sha256,
                 "prefix_tokens": sum(self.image_tokens + len(s.prompt) for s in self.samples),
                 "suffix_tokens": sum(len(s.answer) for s in self.samples),
-                "moments": o.moments,
-                "layers": self.layers,
+                "moments": self.moments,
+                "recipe": self.recipe.name if self.recipe else None,
+                "changes_sha256": changes_sha256(self.recipe, self.spec) if self.recipe and self.needs.changes else None,
+                "layers": self.spec.text.depth,
                 "versions": {"pgxport": __version__, **versions},
                 "command": " ".join(map(str, command)),
                 **findings,
@@ -141,26 +176,51 @@ def _samples(
 
 
 def _bundle(bundle: Bundle, options: CalibrateOptions, progress: Progress | None, say: Say | None) -> Calibration:
-    from pgxport.calib.bundle_pass import observe_bundle
+    from pgxport.calib.bundle_pass import model_of, observe_bundle
 
     m = bundle.manifest
     tokenizer = PromptTokenizer(bundle.path / "tokenizer.json", m.token_ids)
     samples, checkpoint = _samples(options, tokenizer, m.image_tokens, m.context_length, say), m.provenance.checkpoint_sha256
-    job = CalibrationJob(m.name, checkpoint, samples, m.image_tokens, m.cache.layers, options)
-    statistics = observe_bundle(bundle, job.samples, moments=options.moments, progress=progress)
+    spec = model_of(bundle)
+    job = CalibrationJob(m.name, checkpoint, samples, spec, _recipe(options, spec), options)
+    if job.needs.changes:
+        raise UsageError(
+            f"the recipe {options.recipe} scales or rotates inputs before it rounds them to a static range, which a bundle does "
+            f"not show; calibrate the checkpoint"
+        )
+    statistics = observe_bundle(bundle, job.samples, job.needs, progress=progress)
     # Scores and variances are inside of fused operators, so activation ranges cannot be measured.
-    about = job.about(engine="onnxruntime", inputs=statistics.inputs, ranges=None)
     tensors = {name: Array(values) for name, values in statistics.tensors().items()}
+    about = job.about(engine="onnxruntime", ranges=None, **_contents(job, statistics.inputs, tensors))
     return write_calibration(Path(options.output), about, tensors, overwrite=options.overwrite)
 
 
-def _checkpoint(options: CalibrateOptions, progress: Progress | None, say: Say | None) -> Calibration:
-    from pgxport.activations.checkpoint_pass import observe_checkpoint, step_findings
-    from pgxport.activations.ranges import ActivationRanges
-    from pgxport.exporter.prepare import check_weights, open_checkpoint
-    from pgxport.models.processor_config import pixels_of
-    from pgxport.models.safetensors import read_header
+def _contents(job: CalibrationJob, inputs: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return contents(inputs, tensors, layers=job.spec.text.depth, moments=job.moments)
 
+
+def _recipe(options: CalibrateOptions, spec: ModelSpec) -> Recipe | None:
+    """The recipe that is calibrated for, as it fits the model.
+
+    Raises:
+        UsageError: there is none of that name, it needs no calibration, or what it needs was ruled out.
+    """
+    if options.recipe is None:
+        return None
+    target, shapes = find_target(options.target), weight_shapes(spec)
+    file = options.recipe if Path(options.recipe).suffix == ".toml" else None
+    recipe = find_recipe(ExportOptions.precision if file else str(options.recipe), file, target).fitted(shapes)
+    recipe.check(shapes)
+    needs = needs_of(recipe, spec)
+    if not needs:
+        raise UsageError(f"the recipe {options.recipe} needs nothing that a calibration measures; export with it as it is")
+    if options.moments is not None and bool(needs.moments) != options.moments:
+        state = "has a use for second moments" if needs.moments else "has no use for second moments"
+        raise UsageError(f"the recipe {options.recipe} {state}; leave {'--moments' if options.moments else '--no-moments'} away")
+    return recipe
+
+
+def _checkpoint(options: CalibrateOptions, progress: Progress | None, say: Say | None) -> Calibration:
     model = locate(options, progress=progress)
     if say:
         for sentence in model.notes:
@@ -170,20 +230,18 @@ def _checkpoint(options: CalibrateOptions, progress: Progress | None, say: Say |
     check_weights(checkpoint, spec)
     tokenizer = find_tokenizer(checkpoint.path, checkpoint.config, options.adapters).words()
     samples, sha256 = _samples(options, tokenizer, spec.image_tokens, LONGEST, say), checkpoint_sha256(checkpoint.files())
-    job = CalibrationJob(model.name, sha256, samples, spec.image_tokens, spec.text.depth, options)
+    job = CalibrationJob(model.name, sha256, samples, spec, _recipe(options, spec), options)
     # The key names versions: another pgx or numpy would have computed finished steps differently.
     pixels = pixels_of(checkpoint, spec)
     key = job.about(engine="numpy", inputs={}, ranges=None).model_dump_json() + pixels.model_dump_json()
-    output, activation_ranges = Path(options.output), ActivationRanges(spec)
-    inputs: dict[str, str] = {}
-    tensors: dict[str, Tensor] = {}
+    output = Path(options.output)
+    fed = [step_sample(sample, spec, pixels) for sample in job.samples]
+    changes = partial(changes_of, checkpoint, spec, job.recipe) if job.recipe else None
     with _workplace(output.with_name(output.name + ".work"), key) as work:
-        steps = observe_checkpoint(checkpoint, spec, job.samples, work, pixels, moments=options.moments, progress=progress)
-        for step in steps:
-            inputs |= step_findings(step, activation_ranges)
-            tensors |= read_header(step)
-        about = job.about(engine="numpy", inputs=inputs, ranges=activation_ranges.ranges(len(job.samples)))
-        made = write_calibration(output, about, tensors, overwrite=options.overwrite)
+        found = observe_checkpoint(checkpoint, spec, fed, work, job.needs, changes=changes, progress=progress)
+        ranges = found.activation_ranges.ranges(len(job.samples))
+        about = job.about(engine="numpy", ranges=ranges, **_contents(job, found.inputs, found.tensors))
+        made = write_calibration(output, about, found.tensors, overwrite=options.overwrite)
     shutil.rmtree(work)
     return made
 

@@ -27,13 +27,20 @@ if TYPE_CHECKING:
     from pgxport.exporter.export import ExportedBundle
 
 
+def _tokens(context: click.Context, option: click.Parameter, given: str | None) -> int | None:
+    """A number of image tokens, 0 for all; None where it was not given."""
+    if given is None or given == "all":
+        return None if given is None else 0
+    return int(click.IntRange(1)(given, option, context))
+
+
 @click.command()
 @model_options("size", "res", "family", "variant", "checkpoint", "adapter", "masks")
 @precision_option
 @click.option(
     "--recipe", type=click.Path(dir_okay=False), help="A TOML file that says it weight by weight (docs/reference/recipes.md)."
 )
-@click.option("--calibration", type=click.Path(dir_okay=False), help="What `pgx calibrate` wrote, for recipes that need it.")
+@click.option("--calibration", type=click.Path(dir_okay=False), help="What `pgx calibrate` wrote  [default: embedded scenes]")
 @target_option
 @click.option(
     "--trt", help="Of target tensorrt: the version to write for, 10.3 (JetPack 6), 10.16 (JetPack 7.2) or 11  [default: 11]"
@@ -42,7 +49,10 @@ if TYPE_CHECKING:
 @context_option
 @local_window_option
 @click.option(
-    "--parity", type=click.IntRange(0), default=2, show_default=True, help="Scenes to compare a rounded bundle on; 0: none."
+    "--parity", type=click.IntRange(0), default=1, show_default=True, help="Scenes to compare a rounded bundle on; 0: none."
+)
+@click.option(
+    "--parity-tokens", metavar="N|all", callback=_tokens, help="Image tokens of each, evenly spaced, or all  [default: by size]"
 )
 @click.option("--gate", type=click.FloatRange(0, 1), help="Write nothing if fewer tokens agree with the checkpoint, as 0.99.")
 @click.option(
@@ -72,7 +82,7 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
         return
     start = time.perf_counter()
     with progress_bar() as progress:
-        bundle = export(ExportOptions(**options), progress=progress)
+        bundle = export(ExportOptions(**options), progress=progress, say=lambda text: note(terminal_safe(text)))
     cost = Cost.since(start)
     for sentence in bundle.notes:
         note(sentence)
@@ -110,8 +120,11 @@ def render_export(bundle: "ExportedBundle", output: str, cost: Cost) -> str:
     if bundle.not_answered is not None:
         lines.append(f"not answered here: {bundle.not_answered}")
     if parity := bundle.manifest.parity:
+        scenes = f"{parity.scenes} scene{'s' if parity.scenes > 1 else ''}"
+        if parity.image_tokens is not None and parity.image_tokens < bundle.manifest.image_tokens:
+            scenes += f" ({parity.image_tokens} of {bundle.manifest.image_tokens} image tokens; --parity-tokens all)"
         lines.append(
-            f"against the checkpoint, {parity.positions} tokens of {parity.scenes} scenes: {parity.agreement:.1%} of the likeliest "
+            f"against the checkpoint, {parity.positions} tokens of {scenes}: {parity.agreement:.1%} of the likeliest "
             f"tokens the same, KL {parity.kl:.2g} nats (worst {parity.kl_worst:.2g})"
         )
         lines += [f"  {decibels:6.1f} dB  {path}" for path, decibels in parity.losses[:5]]
@@ -156,7 +169,11 @@ def plan(as_json: bool, **options: Any) -> None:
 @model_options("size", "res", "family", "variant", "adapter", **OF_SOURCE)
 @click.option("--data", type=click.Path(), help="A data set's file or folder (docs/reference/data.md)  [default: drawn scenes]")
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="How many to take, from the beginning.")
-@click.option("--moments/--no-moments", default=True, show_default=True, help="Keep the second moments, which GPTQ needs.")
+@click.option(
+    "--for", "recipe", metavar="RECIPE", help="Gather what this recipe needs, a name or a TOML file  [default: what any needs]"
+)
+@target_option
+@click.option("--moments/--no-moments", default=None, help="Keep the second moments, which GPTQ needs  [default: if of use]")
 @click.option(
     "-o", "--output", type=click.Path(), default="calibration.safetensors", show_default=True, help="The file to write."
 )
@@ -171,7 +188,7 @@ def calibrate(as_json: bool, **options: Any) -> None:
 
     \b
     pgx calibrate --size tiny --res 224 -o calibration.safetensors
-    pgx calibrate my-finetune/ --data samples.jsonl --samples 64
+    pgx calibrate my-finetune/ --data samples.jsonl --samples 64 --for int4-fast-kv8
     """
     with needs("export"):
         from pgxport.calib.calibrate import CalibrateOptions, calibrate
@@ -201,10 +218,12 @@ def render_calibration(calibration: "Calibration", options: dict[str, Any], cost
     named = [("checkpoint", checkpoint), ("size", options["size"]), ("res", options["res"])]
     named += [("adapter", adapter) for adapter in options["adapter"]]
     model = " ".join(f"--{option} {value}" for option, value in named if value)
+    recipe = options["recipe"] or "int4"
+    precision = f"--recipe {recipe}" if recipe.endswith(".toml") else f"--precision {recipe}"
     return (
         f"wrote {path}: {size(path.stat().st_size)} in {cost}\n"
         f"{about.samples} samples{skipped}: {about.prefix_tokens} tokens of prefix, {about.suffix_tokens} of suffix\n"
-        f"try: pgx export {model} --precision int4 --calibration {path}"
+        f"try: pgx export {model} {precision} --calibration {path}"
     )
 
 

@@ -5,25 +5,27 @@ import importlib.metadata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 from pgxport import __version__
 from pgxport.activations.calibration_file import checkpoint_sha256
-from pgxport.activations.ranges import measure_ranges, residual_divisor
+from pgxport.activations.ranges import residual_divisor
 from pgxport.bundle.manifest import CARD, Cache, CacheDtype, Manifest, Parity, Provenance, Ranges
 from pgxport.bundle.model_card import card
 from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
 from pgxport.compile.lint import check
 from pgxport.errors import CheckpointError, GateError
-from pgxport.exporter.acceptance import answer_scene
-from pgxport.exporter.equivalent import Equivalent, EquivalentStatistics, equivalent
+from pgxport.exporter.check.acceptance import answer_scene
+from pgxport.exporter.check.parity import EagerModel, StoredWeights, parity
+from pgxport.exporter.gather import Gathered, Say, gather, price
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.graphs import Files, file_sizes, serialized, stored, token_table, write_graphs
-from pgxport.exporter.parity import FIRST_SCENE, EagerModel, StoredWeights, parity, scene
-from pgxport.exporter.prepare import ExportOptions, PreparedExport, open_checkpoint, prepare
+from pgxport.exporter.graphs import Files, NoStatistics, file_sizes, serialized, stored, token_table, write_graphs
+from pgxport.exporter.inputs.equivalent import Equivalent, EquivalentStatistics, equivalent
+from pgxport.exporter.inputs.scaling import InputStatistics
+from pgxport.exporter.prepare import ExportOptions, PreparedExport, prepare
 from pgxport.exporter.recipe_toml import to_toml
-from pgxport.exporter.scaling import InputStatistics
 from pgxport.exporter.sketch import Sketch
 from pgxport.exporter.stream import Counter, DataLayout, Progress, ahead
 from pgxport.models.checkpoint import TensorSource
@@ -77,8 +79,11 @@ class ExportedBundle(Bundle):
     notes: tuple[str, ...] = ()
 
 
-def export(options: ExportOptions, *, progress: Progress | None = None) -> ExportedBundle:
+def export(options: ExportOptions, *, progress: Progress | None = None, say: Say | None = None) -> ExportedBundle:
     """Write a bundle from a checkpoint, open it, and answer a drawn scene with it where this machine can.
+
+    Args:
+        say: Is told what takes long before it begins.
 
     Raises:
         UsageError: an option names what does not exist, or the output is there already.
@@ -89,13 +94,17 @@ def export(options: ExportOptions, *, progress: Progress | None = None) -> Expor
         DiskError: the bundle cannot be written; nothing is left at its name.
     """
     job = prepare(options, progress=progress)
-    model = fit(job)
-    built = build(job, model)
     with BundleWriter(job.output, overwrite=options.overwrite) as writer, ThreadPoolExecutor(1) as beside:
         digest = beside.submit(checkpoint_sha256, job.checkpoint.files())
-        _write(job, built, writer, progress)
-        compared = _compare(job, model, built, writer.staging, progress)
-        manifest = _manifest(job, model, built, compared, digest.result())
+        if job.calibration:
+            job.calibration.check(digest.result(), job.found.name)
+        with TemporaryDirectory(dir=writer.staging) as work:
+            gathered = gather(job, Path(work), progress=progress, say=say)
+            model = fit(job, gathered)
+            built = build(job, model)
+            _write(job, built, writer, progress)
+            compared = _compare(job, model, built, writer.staging, gathered, progress, say)
+        manifest = _manifest(job, model, built, compared, _provenance(job, gathered.origin, digest.result()))
         writer.write(CARD, [card(manifest.model_copy(update={"files": writer.files})).encode()])
         staged = writer.complete(manifest.model_copy(update={"files": writer.files}))
         not_answered = _answer(job, model, built, staged, progress)
@@ -110,29 +119,23 @@ def dry_run(options: ExportOptions, *, progress: Progress | None = None) -> dict
         PgxError: as `export` would.
     """
     job = prepare(options, progress=progress)
-    built = build(job, FittedModel(job.spec, job.checkpoint, job.calibration, None))
+    statistics = job.calibration or (NoStatistics() if job.recipe.calibrated else None)
+    built = build(job, FittedModel(job.spec, job.checkpoint, statistics, None))
     return {**file_sizes(built.graphs, built.shared), "tokenizer.json": len(job.tokenizer.content)}
 
 
-def fit(job: PreparedExport) -> FittedModel:
+def fit(job: PreparedExport, gathered: Gathered) -> FittedModel:
     """Divide the residual stream where float16 would overflow, and scale and rotate inputs as the recipe asks.
 
     Raises:
-        UsageError: the calibration file is of another model, or activations exceed float16 whatever the divisor.
+        UsageError: activations exceed float16 whatever the divisor.
     """
-    spec, calibration, ranges = job.spec, job.calibration, None
-    if calibration:
-        calibration.check(checkpoint_sha256(job.checkpoint.files()), job.found.name)
-    if job.target.compute(job.recipe.rules[-1].scheme.dtype) == "float16":
-        # A checkpoint of its own: rows that the measurement reads do not count as exported.
-        ranges = (calibration and calibration.ranges) or measure_ranges(
-            open_checkpoint(job.found, job.options), spec, job.tokenizer.words(), job.pixels
-        )
-        spec = shrunk(spec, residual_divisor(ranges))
-    source = equivalent(job.checkpoint, spec, job.recipe.scheme, calibration)
-    if calibration and isinstance(source, Equivalent):
-        return FittedModel(spec, source, EquivalentStatistics(calibration, source), ranges)
-    return FittedModel(spec, source, calibration, ranges)
+    statistics, ranges = gathered.statistics, gathered.ranges
+    spec = shrunk(job.spec, residual_divisor(ranges)) if ranges else job.spec
+    source = equivalent(job.checkpoint, spec, job.recipe.scheme, statistics)
+    if statistics and isinstance(source, Equivalent):
+        return FittedModel(spec, source, EquivalentStatistics(statistics, source), ranges)
+    return FittedModel(spec, source, statistics, ranges)
 
 
 def build(job: PreparedExport, model: FittedModel) -> BuiltGraphs:
@@ -165,21 +168,27 @@ def _write(job: PreparedExport, built: BuiltGraphs, writer: BundleWriter, progre
 
 
 def _compare(
-    job: PreparedExport, model: FittedModel, built: BuiltGraphs, folder: Path, progress: Progress | None
+    job: PreparedExport,
+    model: FittedModel,
+    built: BuiltGraphs,
+    folder: Path,
+    gathered: Gathered,
+    progress: Progress | None,
+    say: Say | None,
 ) -> Parity | None:
     """Compare the written files with the checkpoint, teacher-forced on drawn scenes; None for floats without a gate.
 
     Raises:
         GateError: token agreement is below `gate`.
     """
-    if not job.options.parity or not (job.recipe.lossy or job.options.gate is not None):
+    if not gathered.checked:
         return None
     files = built.shared | {f"{name}.data": layout for name, layout in built.layouts.items()}
     weights = StoredWeights(model.source, built.graphs, {folder / name: layout for name, layout in files.items()})
     rounded = EagerModel(weights, model.spec, job.recipe, model.statistics, job.target)
-    words = job.tokenizer.words()
-    samples = [scene(FIRST_SCENE + i, job.spec, words, job.pixels) for i in range(job.options.parity)]
-    measured = parity(EagerModel(job.checkpoint, job.spec), rounded, samples, progress=progress)
+    if say:
+        say(price("the same scenes through the bundle's files", job.spec, gathered.checked))
+    measured = parity(gathered.reference, rounded, gathered.checked, progress=progress)
     least = job.options.gate
     if least is not None and measured.agreement < least:
         remedy = "Take a --precision with more bits"
@@ -214,7 +223,7 @@ def _notes(job: PreparedExport) -> tuple[str, ...]:
 
 
 def _manifest(
-    job: PreparedExport, model: FittedModel, built: BuiltGraphs, compared: Parity | None, checkpoint_digest: str
+    job: PreparedExport, model: FittedModel, built: BuiltGraphs, compared: Parity | None, provenance: Provenance
 ) -> Manifest:
     """The manifest of the bundle, its files not yet listed."""
     spec, infos = model.spec, {name: g.info() for name, g in built.graphs.items()}
@@ -249,11 +258,11 @@ def _manifest(
         ),
         graphs=infos,
         files={},
-        provenance=_provenance(job, checkpoint_digest),
+        provenance=provenance,
     )
 
 
-def _provenance(job: PreparedExport, checkpoint_digest: str) -> Provenance:
+def _provenance(job: PreparedExport, statistics: str | None, checkpoint_digest: str) -> Provenance:
     found, calibration = job.found, job.calibration
     packages = ("numpy", "onnx-ir", "ml-dtypes")
     versions = {"pgxport": __version__, **{p: importlib.metadata.version(p) for p in packages}}
@@ -267,6 +276,7 @@ def _provenance(job: PreparedExport, checkpoint_digest: str) -> Provenance:
         remarks=job.checkpoint.remarks,
         tokenizer=job.tokenizer.note,
         checkpoint_sha256=checkpoint_digest,
+        calibration=statistics,
         calibration_sha256=calibration.digest if calibration else None,
         versions=versions,
     )

@@ -19,8 +19,8 @@ from pgxport.bundle.manifest import GraphInfo, TensorInfo
 from pgxport.errors import UsageError
 from pgxport.exporter import lower_onnxruntime as lower
 from pgxport.exporter import lower_standard
-from pgxport.exporter.equivalent import InputChange
-from pgxport.exporter.lower_inputs import changed_input
+from pgxport.exporter.inputs.equivalent import InputChange
+from pgxport.exporter.inputs.lower_inputs import changed_input
 from pgxport.exporter.quantized_matrix import Layout, QuantizedMatrix, Renamed
 from pgxport.exporter.recipe import Recipe, Scheme
 from pgxport.exporter.stream import LazyTensor, narrow
@@ -30,7 +30,7 @@ from pgxport.models.layers import Transform, times
 from pgxport.models.spec import TextSpec
 
 if TYPE_CHECKING:
-    from pgxport.exporter.scaling import InputStatistics
+    from pgxport.exporter.inputs.scaling import InputStatistics
 
 Place = tuple[str, int, int]  # file, offset, length
 Phase = Literal["prefill", "step"]

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from pgxport.bundle.manifest import CountedDtype, TokenTable
-from pgxport.exporter.equivalent import input_changes
 from pgxport.exporter.graph import GraphBuilder
+from pgxport.exporter.inputs.equivalent import input_changes
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.stream import DataLayout, LazyTensor
 from pgxport.exporter.targets import Target
@@ -25,7 +25,7 @@ from pgxport.models.spec import ModelSpec
 from pgxport.models.weights import EMBEDDING, LM_HEAD, weight_shapes
 
 if TYPE_CHECKING:
-    from pgxport.exporter.scaling import InputStatistics
+    from pgxport.exporter.inputs.scaling import InputStatistics
 
 # Files of weights beside those of the graphs: the token table, which runners read too, and an output matrix that is not it.
 TABLE_FILE, HEAD_FILE = "token_table.bin", "lm_head.data"

@@ -8,9 +8,10 @@ from pgxport.activations.calibration_file import Calibration
 from pgxport.bundle.manifest import Generation, Pixels
 from pgxport.bundle.writer import BundleWriter
 from pgxport.errors import CheckpointError, UsageError
+from pgxport.exporter.inputs.needs import check_gathered
+from pgxport.exporter.inputs.scaling import check_sites
 from pgxport.exporter.recipe import Recipe
 from pgxport.exporter.recipe_toml import read_recipe
-from pgxport.exporter.scaling import check_sites
 from pgxport.exporter.stream import Progress
 from pgxport.exporter.targets import Target, find_target
 from pgxport.hub.locate import Located, ModelChoice, locate
@@ -34,13 +35,14 @@ class ExportOptions(ModelChoice):
         output: Folder to write; None names it after the model.
         precision: Name of a recipe.
         recipe: A TOML file in place of a named recipe.
-        calibration: A file of `pgx calibrate`, for the recipes that need it.
+        calibration: A file of `pgx calibrate`; None: recipes that need statistics take them of embedded scenes.
         trt: Version of TensorRT to write for, "10.3", "10.16" or "11"; None: 11.
         sm: Compute capability of the GPU, as "8.7"; the graphs then keep to its precisions.
         context: Longest prefix and answer together, in tokens; None leaves room for a long prompt and answer.
         local_window: "hf": generated tokens see a window of the prefix in Gemma 2's local layers, as in transformers;
             "none": they see all of it, as in the training code. Both are the same below 4,096 tokens.
         parity: Scenes on which a quantized bundle is compared with the checkpoint before it gets its name; 0: none.
+        parity_tokens: Image tokens of each that are compared at most, an even subset; 0: all; None: by the model's size.
         gate: Least token agreement with the checkpoint, 0 to 1; below it nothing is written.
         answer: Answer a drawn scene with the bundle before it gets its name, where this machine can.
     """
@@ -54,7 +56,8 @@ class ExportOptions(ModelChoice):
     sm: str | None = None
     context: int | None = None
     local_window: str = "hf"
-    parity: int = 2
+    parity: int = 1
+    parity_tokens: int | None = None
     gate: float | None = None
     answer: bool = True
     overwrite: bool = False
@@ -94,7 +97,7 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Prep
     target = find_target(options.target, options.trt)
     recipe = find_recipe(options.precision, options.recipe, target)
     calibration = Calibration.open(options.calibration) if options.calibration else None
-    _check_options(options, recipe, target, calibration)
+    _check_options(options, target)
     found = locate(options, precision=recipe.name, progress=progress)
     output = Path(options.output) if options.output else Path(f"{found.name}-{recipe.name}-{target.name}")
     BundleWriter(output, overwrite=options.overwrite).check_output()
@@ -105,6 +108,8 @@ def prepare(options: ExportOptions, *, progress: Progress | None = None) -> Prep
     recipe = recipe.fitted(weight_shapes(spec))
     recipe.check(weight_shapes(spec))
     check_sites(spec, recipe.scheme)
+    if calibration:
+        check_gathered(calibration, recipe, spec, str(options.recipe or options.precision))
     pixels = pixels_of(checkpoint, spec)
     generation = generation_of(checkpoint)
     context = context_length(spec, options.context, generation)
@@ -186,7 +191,7 @@ def check_weights(checkpoint: Checkpoint, spec: ModelSpec) -> None:
         )
 
 
-def _check_options(options: ExportOptions, recipe: Recipe, target: Target, calibration: Calibration | None) -> None:
+def _check_options(options: ExportOptions, target: Target) -> None:
     """Options that need each other are given together, and none that contradict each other.
 
     Raises:
@@ -195,16 +200,6 @@ def _check_options(options: ExportOptions, recipe: Recipe, target: Target, calib
     if options.sm is not None and target.tensorrt is None:
         raise UsageError(
             f"--sm {options.sm} is of a GPU, and the target is {target.name!r}; leave --sm away, or --target tensorrt"
-        )
-    if recipe.calibrated and calibration is None:
-        raise UsageError(
-            f"recipe {recipe.name!r} rounds by what calibration measured, and --calibration was not given; "
-            f"`pgx calibrate` writes the file"
-        )
-    if calibration and not calibration.about.moments and any(rule.scheme.method == "gptq" for rule in recipe.rules):
-        raise UsageError(
-            f"recipe {recipe.name!r} rounds by gptq, which needs second moments, and {calibration.path} was made without; "
-            f"calibrate with --moments, or choose the method clip"
         )
     if options.gate is not None and not options.parity:
         raise UsageError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from pgxport.errors import CheckpointError, UsageError
+from pgxport.exporter.inputs.rotation import block_size, rotated_columns
 from pgxport.exporter.quantize import (
     Gptq,
     Grid,
@@ -24,12 +25,11 @@ from pgxport.exporter.quantize import (
     unpack_zero_points,
 )
 from pgxport.exporter.recipe import Scheme
-from pgxport.exporter.rotation import block_size, rotated_columns
 from pgxport.exporter.stream import FLOAT8, INT4, LazyTensor, narrow
 from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
 
 if TYPE_CHECKING:
-    from pgxport.exporter.scaling import InputStatistics
+    from pgxport.exporter.inputs.scaling import InputStatistics
 
 Layout = Literal["blocks", "columns", "rows", "groups"]
 T = TypeVar("T")

@@ -6,7 +6,7 @@ The export measures activation ranges and parity with it.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +26,21 @@ Observe = Callable[[str, str, np.ndarray], None]  # takes a kind of activation, 
 Rounding = Callable[[str, str, np.ndarray], np.ndarray]  # takes the same, and returns the values that an engine computes with
 
 
+@dataclass(frozen=True)
+class Segment:
+    """The tokens of one sample, and how many of them are its prefix."""
+
+    tokens: int
+    prefix: int = 0
+
+
 class Eager:
     """A `Writer` that computes in numpy.
 
     Args:
         feeds: The model's inputs by name.
-        prefix: The number of tokens that see each other; those after them are causal.
+        prefix: The number of tokens that see each other; those after them are causal. Or the samples that lie one after another
+            along T, and see nothing of each other.
         observe: Receives each activation.
         rounding: Replaces inputs of linears, and the cache's keys and values.
         last: The number of last tokens whose logits are computed; a graph computes one.
@@ -42,13 +51,13 @@ class Eager:
         source: TensorSource,
         feeds: dict[str, np.ndarray],
         *,
-        prefix: int = 0,
+        prefix: int | Sequence[Segment] = 0,
         dtype: Any = np.float32,
         observe: Observe | None = None,
         rounding: Rounding | None = None,
         last: int = 1,
     ):
-        self.source, self.feeds, self.prefix, self.dtype, self.last = source, feeds, prefix, np.dtype(dtype), last
+        self.source, self.feeds, self._prefix, self.dtype, self.last = source, feeds, prefix, np.dtype(dtype), last
         self.outputs: dict[str, np.ndarray] = {}
         self.observe = observe or (lambda kind, where, values: None)
         self._rounding = rounding or (lambda kind, where, values: values)
@@ -96,10 +105,18 @@ class Eager:
         rows, cols = self.source.shape(path)
         y = np.empty((*x.shape[:-1], rows), self.dtype)
         for start, stop in row_blocks(rows, 4 * cols):
-            block = to_float32(self.source.rows(path, start, stop)) * np.float32(gain)
+            block = to_float32(self.source.rows(path, start, stop))
+            block = block if gain == 1.0 else block * np.float32(gain)
             # Products of half precision are added up in float32, as engines do.
-            y[..., start:stop] = x.astype(np.float32, copy=False) @ block.astype(self.dtype).astype(np.float32).T
+            block = block.astype(self.dtype, copy=False).astype(np.float32, copy=False)
+            y[..., start:stop] = x.astype(np.float32, copy=False) @ block.T
         return y
+
+    def segments(self, tokens: int) -> Sequence[Segment]:
+        """Returns the samples that so many tokens are of."""
+        segments = [Segment(tokens, self._prefix)] if isinstance(self._prefix, int) else self._prefix
+        assert sum(s.tokens for s in segments) == tokens, f"Bug: {tokens} tokens are not those of {segments}"
+        return segments
 
     def rms_norm(self, x: np.ndarray, transform: Transform, *, eps: float) -> np.ndarray:
         return self.op("RMSNormalization", x, self.weight("weight", transform), axis=-1, epsilon=eps)
@@ -109,12 +126,14 @@ class Eager:
 
     def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, *, heads: int, scale: float) -> np.ndarray:
         q, k, v = (x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2) for x in (q, k, v))
-        return self._attend(q, k, v, scale, None, None)
+        return self._each(q, k, v, lambda q, k, v, segment: self._attend(q, k, v, scale, None, None))
 
     def cached_attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, *, layer: int, text: TextSpec) -> np.ndarray:
         tokens = q.shape[1]
         q, k, v = (x.reshape(*x.shape[:2], -1, text.head_dim).swapaxes(1, 2) for x in (q, k, v))
-        cos, sin = rotary_tables(text, tokens)
+        segments = self.segments(tokens)
+        # Each sample counts its positions from 1.
+        cos, sin = (np.concatenate(t) for t in zip(*(rotary_tables(text, s.tokens) for s in segments), strict=True))
 
         def rotate(x: np.ndarray) -> np.ndarray:
             a, b = np.split(x, 2, -1)
@@ -125,9 +144,27 @@ class Eager:
         self.observe("cache value", self.path("value"), v)
         k, v = self._rounding("cache key", self.path("key"), k), self._rounding("cache value", self.path("value"), v)
         k, v = (np.repeat(x, text.heads // text.kv_heads, 1) for x in (k, v))
-        local = layer in text.local_layers
-        mask = visible(self.prefix, tokens, text.window if local else None)
-        return self._attend(rotate(q), k, v, text.query_scale, text.attn_softcap, mask)
+        window = text.window if layer in text.local_layers else None
+
+        def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, segment: Segment) -> np.ndarray:
+            mask = visible(segment.prefix, segment.tokens, window)
+            return self._attend(q, k, v, text.query_scale, text.attn_softcap, mask)
+
+        return self._each(rotate(q), k, v, attend)
+
+    def _each(
+        self,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        attend: Callable[[np.ndarray, np.ndarray, np.ndarray, Segment], np.ndarray],
+    ) -> np.ndarray:
+        """Attends within each sample: q, k, v [B, N, T, D] -> [B, T, N*D]."""
+        parts, start = [], 0
+        for segment in self.segments(q.shape[2]):
+            of_one = slice(start, start := start + segment.tokens)
+            parts.append(attend(q[:, :, of_one], k[:, :, of_one], v[:, :, of_one], segment))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
 
     def _attend(
         self, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, cap: float | None, mask: np.ndarray | None

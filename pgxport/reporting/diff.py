@@ -19,7 +19,7 @@ from pgxport.reporting.schema import Device, Report, Row
 
 SHOWN = 40  # differences, in the rendering for people
 # Fields of a manifest that differ between any two bundles, and say nothing that the sizes do not.
-LEFT_OUT = ("files", "graphs", "parity", "ranges")
+LEFT_OUT = ("files", "graphs", "measured", "parity", "ranges")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pgx card: put a report's measurements into the model card of its bundle, which stays whole and verified."""
+"""pgx card: put a report's measurements into a bundle's model card and manifest; the bundle stays whole and verified."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgxport.bundle.manifest import CARD
+from pgxport.bundle.manifest import CARD, MeasuredAnswers
 from pgxport.bundle.model_card import CardResults, card, table
 from pgxport.bundle.reader import Bundle
 from pgxport.bundle.writer import BundleWriter
@@ -34,7 +34,7 @@ class CardOptions:
 
 
 def write_card(options: CardOptions) -> str:
-    """Write README.md of a bundle anew, and return it; the folder is exchanged for one with the new card.
+    """Write README.md of a bundle and the manifest's `measured` anew, and return README.md; the folder is exchanged for one with both.
 
     Killed in the middle, it leaves the old bundle or the new one, either sound.
 
@@ -44,14 +44,16 @@ def write_card(options: CardOptions) -> str:
     """
     bundle = Bundle.open(options.bundle)
     read = files.read(options.report) if options.report else None
-    text = card(bundle.manifest, measured(read, bundle) if read else None)
+    rows = _rows(read, bundle) if read else []
+    text = card(bundle.manifest, _card_results(rows) if read else None)
     if not options.dry_run:
         with BundleWriter(bundle.path.resolve(), overwrite=True) as writer:
             for name, info in bundle.manifest.files.items():
                 if name != CARD:
                     writer.link(bundle.path / name, info)
             writer.write(CARD, [text.encode()])
-            writer.commit(bundle.manifest.model_copy(update={"files": writer.files}))
+            told = {"files": writer.files, "measured": tuple(_answers(device, row) for device, row in rows)}
+            writer.commit(bundle.manifest.model_copy(update=told))
     return text
 
 
@@ -61,16 +63,38 @@ def measured(report: Report, bundle: Bundle) -> CardResults:
     Raises:
         UsageError: no device did.
     """
+    return _card_results(_rows(report, bundle))
+
+
+def _rows(report: Report, bundle: Bundle) -> list[tuple[Device, Row]]:
+    """Return the bundle's row of every device that measured it to the end, which is one at least."""
     digest = bundle.digest()
     rows = [(d, row) for d in report.devices if (row := next((r for r in d.rows if r.digest == digest), None))]
     if whole := [(device, row) for device, row in rows if row.status == "ok"]:
-        text = "\n".join(["## Measured\n", *(_device(device, row) for device, row in whole)])
-        return CardResults(_results(whole), text)
+        return whole
     if rows:
         raise UsageError(f"{bundle.path} failed in this report: {rows[0][1].reason}; measure it again with pgx report")
     labels = listed(sorted({row.label for device in report.devices for row in device.rows}))
     raise UsageError(
         f"this report did not measure {bundle.path} (digest {digest[:12]}), but {labels or 'nothing'}; run pgx report on it"
+    )
+
+
+def _card_results(rows: list[tuple[Device, Row]]) -> CardResults:
+    return CardResults(_results(rows), "\n".join(["## Measured\n", *(_device(device, row) for device, row in rows)]))
+
+
+def _answers(device: Device, row: Row) -> MeasuredAnswers:
+    """Return what one device's answers were like, for the manifest."""
+    top1, kl = (row.fidelity.top1, row.fidelity.kl) if row.fidelity else (None, None)
+    return MeasuredAnswers(
+        data=device.data.source,
+        samples=row.measured,
+        reference=device.reference,
+        agreement=top1,
+        kl=kl,
+        empty=row.empty,
+        malformed=row.malformed,
     )
 
 
@@ -83,7 +107,7 @@ def _device(device: Device, row: Row) -> str:
         f"On {device.name}, {e.cores} cores, {e.engine}, threads: {e.threads or 'as the engine chooses'}; {d.samples} samples of "
         f"{d.source}; baseline {device.reference}; 95 % intervals in brackets."
     )
-    shown = [_turned(tables.bundles(alone)), tables.scores(alone), tables.stages(alone)]
+    shown = [_turned(tables.bundles(alone)), tables.scores(alone), tables.fidelity(alone), tables.stages(alone)]
     return "\n".join([f"{markdown(about)}\n", *(table(t.head, t.rows) for t in shown if t.rows)])
 
 

@@ -10,27 +10,27 @@ from dataclasses import dataclass, replace
 
 from pgxport.errors import choose
 from pgxport.exporter.recipe import OUTPUT, PROJECTOR, TABLE, Recipe, Rule, Scheme
-from pgxport.exporter.recipes import NORMS, REST
+from pgxport.exporter.recipes import NORMS, REST, easier
 from pgxport.models.spec import ModelSpec
 
 FLOAT = "float16"
+_W4 = {size: Scheme(bits=4, group_size=size, symmetric=False) for size in (128, 64, 32)}
+_GPTQ = {size: replace(scheme, method="gptq") for size, scheme in _W4.items()}
 # The schemes of the named recipes are among them, so that each of those is a point of the space that is
 # searched.
 CANDIDATES = {
     FLOAT: REST.scheme,
-    "w8-dynamic": Scheme(bits=8, activations="dynamic"),
-    "w8-static": Scheme(bits=8, activations="static", scaling="smoothquant"),
-    "w8-g128": Scheme(bits=8, group_size=128),
-    "w8-g128-screened": Scheme(bits=8, group_size=128, shortlist=True),
-    "w8-g128-gptq": Scheme(bits=8, group_size=128, method="gptq"),
-    "w4-g128": Scheme(bits=4, group_size=128, symmetric=False),
-    "w4-g64": Scheme(bits=4, group_size=64, symmetric=False),
-    "w4-g32": Scheme(bits=4, group_size=32, symmetric=False),
-    "w4-g128-awq": Scheme(bits=4, group_size=128, symmetric=False, method="clip", scaling="awq"),
-    "w4-g32-awq": Scheme(bits=4, group_size=32, symmetric=False, method="clip", scaling="awq"),
-    "w4-g128-gptq": Scheme(bits=4, group_size=128, symmetric=False, method="gptq"),
-    "w4-g32-gptq": Scheme(bits=4, group_size=32, symmetric=False, method="gptq"),
-    "w4-g64-awq-gptq": Scheme(bits=4, group_size=64, symmetric=False, method="gptq", scaling="awq"),
+    "w8-dynamic": easier(Scheme(bits=8, activations="dynamic")),
+    "w8-static": easier(Scheme(bits=8, activations="static")),
+    "w8-g128": easier(Scheme(bits=8, group_size=128)),
+    "w8-g128-screened": easier(Scheme(bits=8, group_size=128, shortlist=True)),
+    "w8-g128-gptq": easier(Scheme(bits=8, group_size=128, method="gptq")),
+    "w4-g128": easier(_W4[128]),
+    "w4-g64": easier(_W4[64]),
+    "w4-g32": easier(_W4[32]),
+    "w4-g128-gptq": easier(_GPTQ[128]),
+    "w4-g64-gptq": easier(_GPTQ[64]),
+    "w4-g32-gptq": easier(_GPTQ[32]),
 }
 MOST_ALONE = 4  # layers of a stack that are still groups of their own
 
@@ -42,7 +42,7 @@ class Group:
     Attributes:
         patterns: Of the weights' names; {} stands for a layer.
         layers: None where the group belongs to no layer.
-        fixed: The patterns whose input nothing before can divide: they are never rescaled (scaling.py).
+        fixed: The patterns of what is no linear of a layer: it is never scaled or rotated (scaling.py).
         output: It is the output matrix, which alone can have a shortlist.
     """
 
@@ -55,7 +55,7 @@ class Group:
     def scheme(self, pattern: str, candidate: str) -> Scheme:
         scheme = CANDIDATES[candidate]
         if pattern in self.fixed:
-            scheme = replace(scheme, scaling="none")
+            scheme = replace(scheme, scaling="none", alpha=Scheme.alpha, rotate=None)
         if not self.output:
             scheme = replace(scheme, shortlist=False)
         if pattern in (TABLE, OUTPUT):  # rows of the table are looked up, for which a grid has to be symmetric (graphs.py)
@@ -77,12 +77,12 @@ def groups(spec: ModelSpec) -> list[Group]:
     made = [Group("token table", (TABLE,), fixed=(TABLE,), output=spec.text.tied)]
     if not spec.text.tied:
         made.append(Group("output matrix", (OUTPUT,), fixed=(OUTPUT,), output=True))
-    made.append(Group("projector", (PROJECTOR,), fixed=(PROJECTOR,)))
+    made.append(Group("projector", (PROJECTOR,)))
     for layers in runs(spec.vision.depth):
         attention = (f"{vision}self_attn.[qkv]_proj.weight", f"{vision}self_attn.out_proj.weight")
         fc1, fc2 = f"{vision}mlp.fc1.weight", f"{vision}mlp.fc2.weight"
         made.append(Group(f"vision {_span(layers)} attention", attention, layers))
-        made.append(Group(f"vision {_span(layers)} mlp", (fc1, fc2), layers, fixed=(fc2,)))
+        made.append(Group(f"vision {_span(layers)} mlp", (fc1, fc2), layers))
     for layers in runs(spec.text.depth):
         for place, pattern in (
             ("q,k,v", "self_attn.[qkv]_proj"),
@@ -117,7 +117,7 @@ def chosen(names: Sequence[str], *, calibrated: bool) -> list[str]:
 
 
 def options(group: Group, candidates: Sequence[str]) -> list[str]:
-    """Return the candidates that differ for a group: where nothing is rescaled, AWQ changes nothing."""
+    """Return the candidates that differ for a group: some keys change nothing of a table."""
     different = {tuple(group.scheme(pattern, name) for pattern in group.patterns): name for name in reversed(candidates)}
     return [name for name in candidates if name in different.values()]
 

@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("onnx_ir")
 
-from pgxport.activations.calibration_file import OBSERVERS, About, Array, Calibration, site_tensors, write_calibration
+from pgxport.activations.calibration_file import About, Array, Calibration, write_calibration
+from pgxport.activations.statistics import OBSERVERS, pack
 from pgxport.bundle.manifest import Ranges
 from pgxport.errors import IntegrityError, PgxError, UsageError
 from pgxport.files import file_sha256
@@ -30,7 +31,9 @@ def findings(*, moments: bool = True) -> dict[str, np.ndarray]:
     for path, k in WIDTHS.items():
         x = RNG.normal(size=(9, k)).astype(np.float32)
         moment = x.T @ x / np.float32(9) if moments else None
-        found |= site_tensors(path, RNG.normal(size=(4, k)), RNG.normal(size=(4, 2)), moment) | {path: moment}
+        channels, ranges = (RNG.normal(size=shape).astype(np.float32) for shape in ((4, k), (4, 2)))
+        found |= {f"inputs/{path}": channels, f"range/{path}": ranges, path: moment}
+        found |= {} if moment is None else {f"moment/{path}": pack(moment, k)}
     full = {path: found.pop(path) for path in WIDTHS}
     found |= {f"cache/0/{part}": RNG.normal(size=(2, 4)).astype(np.float32) for part in ("key", "value")}
     return found | {f"full {path}": moment for path, moment in full.items()}
@@ -91,7 +94,7 @@ def test_what_the_file_does_not_know_is_named(made):
             ask("layers.7.fc1")
     with pytest.raises(UsageError, match="observer 'best' does not exist; choose minmax"):
         calibration.range("layers.0.q_proj.weight", "best")
-    with pytest.raises(UsageError, match="layer 1 was asked for"):
+    with pytest.raises(UsageError, match=r"without .cache/1/key."):
         calibration.cache(1, "key")
 
 

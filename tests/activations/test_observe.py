@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
-from pgxport.activations.calibration_file import OBSERVERS
 from pgxport.activations.observe import (
     BINS,
     ENTROPY_BINS,
@@ -16,11 +15,13 @@ from pgxport.activations.observe import (
     PERCENTILE,
     InputObserver,
     LinearInput,
+    Needs,
     RangeHistogram,
     entropy,
     mse,
     percentile,
 )
+from pgxport.activations.statistics import OBSERVERS
 from pgxport.errors import NumericError
 
 RNG = np.random.default_rng(0)
@@ -153,7 +154,7 @@ def test_a_number_that_is_not_finite_is_refused_with_its_place(bad):
 
 
 def test_linears_that_share_an_input_are_stored_once():
-    statistics = InputObserver(moments=False)
+    statistics = InputObserver(Needs(moments=frozenset()))
     statistics.add_input(["q", "k", "v"], np.ones((1, 2, 3), np.float32))
     statistics.add_cache(0, "key", np.array([[[[1.0, -5.0]], [[2.0, 3.0]]]]))
     statistics.add_cache(0, "key", np.array([[[[-2.0, 1.0]], [[0.0, 4.0]]]]))

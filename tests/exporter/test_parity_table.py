@@ -35,9 +35,10 @@ from pgxport.activations import observe
 from pgxport.activations.calibration_file import Calibration
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import GateError, UsageError
+from pgxport.exporter.check.parity import FIRST_SCENE, EagerModel, StoredWeights, parity
 from pgxport.exporter.export import export, fit
+from pgxport.exporter.gather import Gathered
 from pgxport.exporter.graphs import write_graphs
-from pgxport.exporter.parity import FIRST_SCENE, EagerModel, StoredWeights, parity
 from pgxport.exporter.prepare import ExportOptions, PreparedExport, prepare
 from pgxport.exporter.recipe import Recipe, Rule, Scheme
 from pgxport.exporter.recipe_toml import to_toml
@@ -89,7 +90,7 @@ def simulated(made: ExportOptions, bundle: Bundle) -> tuple[PreparedExport, Eage
     """A bundle's files, to be run in numpy."""
     job = prepare(replace(made, output=bundle.path.with_name("not written")))
     assert job.calibration
-    model = fit(job)
+    model = fit(job, Gathered(job.calibration))
     graphs, shared = write_graphs(model.source, model.spec, job.masks, job.recipe, job.target, job.context, model.statistics)
     layouts = shared | {f"{name}.data": DataLayout(g.lazy_tensors.values()) for name, g in graphs.items()}
     files = {bundle.path / file: layout for file, layout in layouts.items()}

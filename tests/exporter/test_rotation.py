@@ -6,7 +6,7 @@ import pytest
 from scipy.linalg import block_diag
 from scipy.linalg import hadamard as scipys
 
-from pgxport.exporter.rotation import (
+from pgxport.exporter.inputs.rotation import (
     block_size,
     hadamard,
     rotate_moment,

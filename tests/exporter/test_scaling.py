@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("ml_dtypes")
 
 from pgxport.errors import NumericError, UsageError
-from pgxport.exporter.equivalent import Equivalent, EquivalentStatistics, equivalent, input_changes
+from pgxport.exporter.inputs.equivalent import Equivalent, EquivalentStatistics, equivalent, input_changes
+from pgxport.exporter.inputs.scaling import SampledRows, ScalingSite, awq_scale, sites, smoothquant_scale
 from pgxport.exporter.quantize import Grid, hessian_error, nearest
 from pgxport.exporter.recipe import Scheme
-from pgxport.exporter.scaling import SampledRows, ScalingSite, awq_scale, sites, smoothquant_scale
 from pgxport.models.eager import Eager
 from pgxport.models.gemma import decoder_step
 from pgxport.models.projector import projector

@@ -27,7 +27,7 @@ from pgxport.exporter.export import export
 from pgxport.exporter.prepare import ExportOptions
 from pgxport.reporting import files
 from pgxport.reporting.measured_card import CardOptions, measured, write_card
-from pgxport.reporting.schema import Report
+from pgxport.reporting.schema import Fidelity, Report
 from pgxport.text import markdown
 from pgxport.text import yaml as to_yaml
 
@@ -165,7 +165,7 @@ def test_what_was_measured_is_in_the_table_and_in_the_hubs_index(bundle: Path, t
     again = Bundle.open(bundle)
     assert (bundle / CARD).read_text() == text
     assert again.digest() == digest
-    assert again.manifest.model_copy(update={"files": manifest.files}) == manifest
+    assert again.manifest.model_copy(update={"files": manifest.files, "measured": ()}) == manifest
     inodes = {file.name: file.stat().st_ino for file in bundle.iterdir()}
     assert {name for name in before if before[name] != inodes[name]} == {CARD, MANIFEST}
     assert all(file.stat().st_nlink == 1 for file in bundle.iterdir())
@@ -176,6 +176,27 @@ def test_what_was_measured_is_in_the_table_and_in_the_hubs_index(bundle: Path, t
     tables = rendered(text).tables
     assert tables[1][0] == ["", "b-fp32", "b-int4"]
     assert {line[0]: line[2] for line in tables[1]}["answer, ms"].startswith(f"{mine.seconds['answer'].p50 * 1e3:.3g} (")
+
+
+def test_agreement_kl_and_broken_answers_are_in_the_card_and_in_the_manifest(bundle: Path, tmp_path: Path):
+    near = Fidelity(
+        identical=0.5, token_agreement=0.7, first_divergence=2, diverged=25, answers=50, positions=400, top1=0.9125, kl=0.0375, kl_worst=1.5
+    )  # fmt: skip
+    mine = row("b-int4", quality=0.8, digest=Bundle.open(bundle).digest(), fidelity=near, empty=3, malformed=7)
+    (tmp_path / "report.json").write_text(report(row("b-fp32", quality=0.9), mine).model_dump_json())
+    tables = rendered(write_card(CardOptions(bundle, tmp_path / "report.json"))).tables
+    counts = {line[0]: line[2] for line in tables[1]}
+    assert (counts["empty"], counts["malformed"]) == ("3", "7")
+    head, _, line = next(t for t in tables if "KL, nats" in t[0])
+    of = dict(zip(head, line, strict=True))
+    assert (of["top-1 along its answers"], of["KL, nats"]) == ("91.25% of 400", "0.037 (worst 1.5)")
+    (told,) = Bundle.open(bundle).manifest.measured
+    assert told.model_dump(exclude={"data"}) == {
+        "samples": 50, "reference": "b-fp32", "agreement": 0.9125, "kl": 0.0375, "empty": 3, "malformed": 7,
+    }  # fmt: skip
+    assert told.data in (bundle / CARD).read_text()
+    write_card(CardOptions(bundle))
+    assert Bundle.open(bundle).manifest.measured == ()
 
 
 def test_a_card_can_be_written_again_and_taken_back(bundle: Path, tmp_path: Path):

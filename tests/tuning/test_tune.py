@@ -26,11 +26,11 @@ from pgxport import cli
 from pgxport.data.scenes import scene_samples
 from pgxport.errors import EngineError, UsageError
 from pgxport.exporter.export import export
+from pgxport.exporter.inputs.scaling import sites
 from pgxport.exporter.prepare import ExportOptions
 from pgxport.exporter.recipe import Scheme
 from pgxport.exporter.recipe_toml import read_recipe, to_toml
 from pgxport.exporter.recipes import NORMS, RECIPE_NAMES
-from pgxport.exporter.scaling import sites
 from pgxport.exporter.targets import CPU
 from pgxport.metrics.sample import Sample
 from pgxport.models.checkpoint import Checkpoint

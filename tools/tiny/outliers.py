@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from pgxport.exporter.scaling import Rescaled, ScalingSite, sites
+from pgxport.exporter.inputs.equivalent import Equivalent
+from pgxport.exporter.inputs.scaling import ScalingSite, sites
 from pgxport.models.checkpoint import Checkpoint, TensorSource, to_float32
 from pgxport.models.spec import TINY_RESOLUTIONS, ModelSpec
 
@@ -28,19 +29,22 @@ CHANNELS, FACTOR = 3, 40.0
 
 def with_outliers(
     source: TensorSource, spec: ModelSpec, *, channels: int = CHANNELS, factor: float = FACTOR, seed: int = 0
-) -> Rescaled:
-    """The checkpoint with `channels` channels of every input that can be rescaled `factor` times as large, chosen at random."""
+) -> Equivalent:
+    """The checkpoint with `channels` channels of every input that something before can be multiplied for `factor` times as large.
+
+    They are chosen at random. What stands behind a GELU stays as it is, for that is not linear.
+    """
     rng = np.random.default_rng(seed)
     rows: dict[str, np.ndarray] = {}
     columns: dict[str, np.ndarray] = {}
     less_one: set[str] = set()
-    for site in sites(spec):
+    for site in (site for site in sites(spec) if site.before):
         larger = np.ones(source.shape(site.before[0])[0])
         larger[rng.choice(len(larger), channels, replace=False)] = factor
         rows |= dict.fromkeys(site.before, larger)
         columns |= dict.fromkeys(site.linears, 1 / read_by(site, larger))
         less_one |= set(site.before) if site.less_one else set()
-    return Rescaled(source, rows, columns, less_one)
+    return Equivalent(source, rows, columns, less_one)
 
 
 def read_by(site: ScalingSite, rows: np.ndarray) -> np.ndarray:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pgxport.exporter.inputs.scaling import InputStatistics
 from pgxport.exporter.lower_onnxruntime import uint8_grid
 from pgxport.exporter.lower_standard import activation_scale
 from pgxport.exporter.quantize import to_float8
 from pgxport.exporter.recipe import Recipe, Scheme
-from pgxport.exporter.scaling import InputStatistics
 from pgxport.exporter.targets import Target
 
 

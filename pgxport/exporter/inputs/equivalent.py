@@ -5,16 +5,16 @@ What is done to the input of a linear is folded into what makes it where that is
 `input_changes` says which. The columns of the matrix take the inverse: its scale here, its rotation where it is quantized.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pgxport.errors import NumericError, UsageError
+from pgxport.exporter.inputs.rotation import block_size, rotate_moment, rotated_inputs
+from pgxport.exporter.inputs.scaling import ChannelStatistics, ScalingSite, attention_of, check_sites, input_scale, sites
 from pgxport.exporter.recipe import Scheme
-from pgxport.exporter.rotation import block_size, rotate_moment, rotated_inputs
-from pgxport.exporter.scaling import ChannelStatistics, ScalingSite, attention_of, check_sites, input_scale, sites
 from pgxport.models.checkpoint import TensorSource, to_float32
 from pgxport.models.spec import ModelSpec
 from pgxport.models.weights import weight_shapes
@@ -143,15 +143,17 @@ class EquivalentStatistics:
         return moment
 
     def range(self, path: str, observer: str) -> tuple[float, float]:
-        """The range that was measured, times what the largest |x| of all channels changes by.
+        """The range of the changed input where that was observed; else the one of the input, times what its largest |x| changes by.
 
         That keeps the part of the range that the observer cut off, and how much
         of it is below zero. It is exact for no observer: a range says nothing
-        about single channels. Calibrating the rescaled checkpoint again does.
+        about single channels.
 
         Raises:
-            UsageError: the input is rotated, of which a range says nothing.
+            UsageError: the input is rotated, of which a range says nothing, and the changed one was not observed.
         """
+        if (observed := self._statistics.changed_range(path, observer)) is not None:
+            return observed
         if self._block(path) > 1:
             raise UsageError(f"{path} has static activations that are rotated, whose range was not measured")
         low, high = self._statistics.range(path, observer)
@@ -164,6 +166,8 @@ class EquivalentStatistics:
         largest, name = self._statistics.cache(layer, part), f"{attention_of(layer)}.v_proj.weight"
         if part != "value":
             return largest
+        if (observed := self._statistics.changed_values(layer)) is not None:
+            return observed
         if name in self._equivalent.row_blocks:
             raise UsageError(f"layer {layer} caches values that are rotated, whose range was not measured")
         return np.abs(self._equivalent.changed_values(layer, largest[None, :, None])[0, :, 0])
@@ -176,7 +180,12 @@ class EquivalentStatistics:
 
 
 def equivalent(
-    source: TensorSource, spec: ModelSpec, scheme_of: SchemeOf, statistics: ChannelStatistics | None = None
+    source: TensorSource,
+    spec: ModelSpec,
+    scheme_of: SchemeOf,
+    statistics: ChannelStatistics | None = None,
+    *,
+    only: Container[str] | None = None,
 ) -> TensorSource:
     """The checkpoint with every site scaled and rotated as the schemes of its linears ask; the source itself where none asks.
 
@@ -184,6 +193,7 @@ def equivalent(
 
     Args:
         statistics: What scales are worked out from; they have to be known where a scheme asks for scales.
+        only: The weights whose inputs alone are changed, as those of a layer; None: all.
 
     Raises:
         UsageError: linears that share an input ask for different scalings, or one asks that has none.
@@ -197,6 +207,8 @@ def equivalent(
     blocks: dict[str, int] = {}
     for site in sites(spec):
         first = site.linears[0]
+        if only is not None and first not in only:
+            continue
         blocks |= {path: n for path in site.linears if (n := _block(spec, path, scheme_of(path))) > 1}
         if first in blocks and _folds(site, blocks[first]):
             row_blocks |= dict.fromkeys(site.before, blocks[first])

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pgxport.exporter.equivalent import Equivalent
-from pgxport.exporter.rotation import hadamard
+from pgxport.exporter.inputs.equivalent import Equivalent
+from pgxport.exporter.inputs.rotation import hadamard
 
 if TYPE_CHECKING:
     import onnx_ir as ir

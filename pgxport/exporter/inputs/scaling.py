@@ -11,9 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from pgxport.errors import UsageError
+from pgxport.exporter.inputs.rotation import block_size, rotated_columns, unrotated_columns
 from pgxport.exporter.quantize import Grid, hessian_error, nearest
 from pgxport.exporter.recipe import PROJECTOR, Scheme
-from pgxport.exporter.rotation import block_size, rotated_columns, unrotated_columns
 from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
 from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
 from pgxport.models.weights import weight_shapes
@@ -52,6 +52,12 @@ class ChannelStatistics(InputStatistics, Protocol):
 
     def mean_abs(self, path: str) -> np.ndarray:
         """[K], E|x|."""
+
+    def changed_range(self, path: str, observer: str) -> tuple[float, float] | None:
+        """The range of the input as a recipe scales and rotates it, where that was observed."""
+
+    def changed_values(self, layer: int) -> np.ndarray | None:
+        """[K, D], the largest |x| of each channel of a decoder layer's values as a recipe changes them, where that was observed."""
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,21 @@ from typing import Any
 
 import numpy as np
 
+from pgxport.activations.checkpoint_pass import scored_logits
+from pgxport.activations.steps import ModelSteps, StepSample
 from pgxport.bundle.manifest import Parity, Pixels
-from pgxport.exporter.equivalent import Equivalent
+from pgxport.exporter.check.input_rounding import InputRounding
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.input_rounding import InputRounding
+from pgxport.exporter.inputs.equivalent import Equivalent
+from pgxport.exporter.inputs.rotation import rotated_inputs
+from pgxport.exporter.inputs.scaling import InputStatistics
 from pgxport.exporter.lower_onnxruntime import CANDIDATES, SHORTLIST_TABLE, prefix_copy
 from pgxport.exporter.recipe import Recipe
-from pgxport.exporter.rotation import rotated_inputs
-from pgxport.exporter.scaling import InputStatistics
 from pgxport.exporter.stream import DataLayout, Progress
 from pgxport.exporter.targets import CPU, Target
 from pgxport.metrics.fidelity import kl_divergence
 from pgxport.models.checkpoint import TensorSource, to_float32
-from pgxport.models.eager import Eager, TokenizedSample, teacher_forced_logits
+from pgxport.models.eager import Eager, Segment, TokenizedSample, teacher_forced_logits
 from pgxport.models.spec import ModelSpec
 from pgxport.models.tiny.scenes import Question, ask, draw, locations
 from pgxport.runners.image import PALIGEMMA, pixel_values
@@ -102,6 +104,10 @@ class EagerModel:
             return teacher_forced_logits(self.weights, self.spec, sample)
         return teacher_forced_logits(self.weights, self.spec, sample, rounding=self._rounding, writer=_AsStored)
 
+    def eager(self, segments: list[Segment]) -> Eager:
+        """What computes a pack of samples with the bundle's files."""
+        return _AsStored(self.weights, {}, prefix=segments, rounding=self._rounding)
+
     def _rounding(self, kind: str, where: str, x: np.ndarray) -> np.ndarray:
         """Returns x as the engine multiplies or caches it; `where` is a weight, or begins with a layer's path."""
         assert self.recipe is not None
@@ -128,8 +134,11 @@ class _AsStored(Eager):
     def _multiply(self, x: np.ndarray, path: str, gain: float) -> np.ndarray:
         if (copy := prefix_copy(path)) not in self._copies:
             return super()._multiply(x, path, gain)
-        prefix = super()._multiply(x[:, : self.prefix], copy, gain)
-        return np.concatenate([prefix, super()._multiply(x[:, self.prefix :], path, gain)], 1)
+        in_prefix = np.concatenate([np.arange(s.tokens) < s.prefix for s in self.segments(x.shape[1])])
+        y = np.empty((*x.shape[:-1], self.source.shape(path)[0]), np.float32)
+        for name, tokens in ((copy, in_prefix), (path, ~in_prefix)):
+            y[:, tokens] = super()._multiply(x[:, tokens], name, gain)
+        return y
 
     @property
     def _copies(self) -> set[str]:
@@ -138,28 +147,28 @@ class _AsStored(Eager):
 
 
 def parity(
-    exact: EagerModel, rounded: EagerModel, samples: Sequence[TokenizedSample], *, progress: Progress | None = None
+    reference: Sequence[np.ndarray], rounded: EagerModel, samples: Sequence[StepSample], *, progress: Progress | None = None
 ) -> Parity:
-    """Teacher-force both with the same answers, and compare their logits at every token."""
+    """Run a bundle's files layer by layer, teacher-forced with the samples' answers, and compare the logits at every token.
+
+    Args:
+        reference: The checkpoint's logits on the samples, each [answer tokens + 1, V].
+    """
+    model = ModelSteps(rounded.weights, rounded.spec)
+    logits = scored_logits(model, samples, rounded.eager, progress=progress, label="comparing with the checkpoint: ")
     losses: list[float] = []
     agreed = 0
-    for i, sample in enumerate(samples):
-        if progress:
-            progress("comparing with the checkpoint", i, len(samples))
-        p = exact.logits(sample)
-        q = rounded.logits(sample)
-        losses += [
-            float(kl_divergence(b[None], a[None])[0]) for a, b in zip(p, q, strict=True)
-        ]  # a token at a time: a row is wide
+    for p, q in zip(reference, logits, strict=True):
+        # A token at a time: a row is wide.
+        losses += [float(kl_divergence(b[None], a[None])[0]) for a, b in zip(p, q, strict=True)]
         agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-    if progress:
-        progress("comparing with the checkpoint", len(samples), len(samples))
     assert isinstance(rounded.weights, StoredWeights), "Bug: only a bundle's files are compared"
     matrices = ((path, m) for path, m in rounded.weights.matrices.items() if path not in rounded.weights.copies)
     # Infinite where rounding changed nothing, which JSON cannot say.
     sqnr = {path: round(m.sqnr, 2) if math.isfinite(m.sqnr) else None for path, m in matrices}
     return Parity(
         scenes=len(samples),
+        image_tokens=model.image_segment(samples[0]).tokens,
         positions=len(losses),
         kl=float(np.mean(losses)),
         kl_worst=max(losses),
