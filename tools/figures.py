@@ -213,7 +213,8 @@ def real_gemma() -> str:
     for name, of in results.items():
         kl = "0" if name == "fp32" else f"{_digits(of['kl'])} ± {_digits(2 * of['kl_error'])}"
         alone = [_digits(of["kinds"][kind]["kl"]) if "kinds" in of else "" for kind in kinds]
-        lines.append(f"| {name} | {kl} | {of['same']:.1%} | {' | '.join([f'{of["perplexity"]:.2f}', *alone])} |")
+        cells = [name, kl, f"{of['same']:.1%}", f"{of['perplexity']:.2f}", *alone]
+        lines.append(f"| {' | '.join(cells)} |")
     machine, versions = r["machine"], r["versions"]
     said = (
         f"KL to float32 in nats, ± two standard errors over tokens; {r['judging']['tokens']:,} tokens of the documentation of Python "

@@ -268,11 +268,6 @@ class KeptInputs:
         return self._folder / f"kept-{of}"
 
 
-# The range of an observer that was not wanted: no observer keeps a lowest above its
-# highest, and files of tensors hold finite numbers.
-UNKNOWN = (1.0, -1.0)
-
-
 def observed_ranges(histogram: RangeHistogram, observers: Sequence[str]) -> np.ndarray:
     """[observers, 2] lowest and highest number that each keeps; NOT_ASKED where one is not among the observers wanted."""
     ranges = [OBSERVER[name](histogram) if name in observers else NOT_ASKED for name in OBSERVERS]
