@@ -7,11 +7,11 @@ python benchmarks/accuracy.py --recipes int4 my.toml --models tiny-224          
 Models: tiny-112 and tiny-224, and both with outlier channels (tools/tiny/outliers.py), of which float32's answers are the same. For
 each recipe: the metric of every task with its 95 % bootstrap interval and its paired difference to float32, the share of answers
 that are the same, how many are empty or malformed, and how often both find the same next token likeliest when both are given
-float32's answer so far; on every fifth question also the KL divergence there. A yardstick beside them: transformers itself in
+float32's answer so far; on the questions of every fifth scene also the KL divergence there. A yardstick beside them: transformers itself in
 bfloat16, given the same answers.
 
 Every run exports anew. Answers are kept in --work as they come, under the digests of the bundle that gave them and of its
-reference: a run that was stopped goes on where it was, and no answer of an older bundle is taken for one of this code's. --json
+reference: a run that was stopped, or was of fewer questions, goes on where it was, and no answer of an older bundle is taken for one of this code's. --json
 holds what one run measured, and nothing else.
 """
 
@@ -59,7 +59,7 @@ OWN = sorted((ROOT / "benchmarks" / "recipes").glob("*.toml"))  # what shows wha
 TINY = tuple(f"tiny-{res}" for res in TINY_RESOLUTIONS)
 MODELS = (*TINY, *(f"{name}-outliers" for name in TINY))
 EXACT = "fp32"
-EVERY = 5  # questions between those whose KL is measured, which needs float32's logits too
+EVERY = 5  # scenes between those whose KL is measured, which needs float32's logits too
 MORE = {"detect": ("box_iou",)}  # beside the metric that decides
 
 
@@ -70,10 +70,10 @@ class Exported:
     path: Path
     answers: Path
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The answers so far; a line that was being written when the run was stopped is none."""
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """The answers so far, by sample; a line that was being written when the run was stopped is none."""
         whole = self.answers.read_text().split("\n")[:-1] if self.answers.exists() else []
-        return [json.loads(line) for line in whole]
+        return {row["id"]: row for row in map(json.loads, whole)}
 
 
 def named() -> list[str]:
@@ -130,33 +130,38 @@ def ask(one: Exported, reference: Exported | None, questions: int) -> list[dict[
     """The ids a bundle answers with and, along the reference's answer, how many next tokens it finds likeliest as well."""
     rows, before = one.rows(), reference.rows() if reference else None
     samples = scene_samples(questions)
-    if len(rows) >= len(samples):
-        return rows[: len(samples)]
+    if all(sample.id in rows for sample in samples):
+        return [rows[sample.id] for sample in samples]
     one.answers.parent.mkdir(parents=True, exist_ok=True)
-    one.answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one.answers.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
     with ExitStack() as stack:
         pipeline, file = stack.enter_context(Pipeline.open(one.path, threads=1)), stack.enter_context(one.answers.open("a"))
         exact = reference and stack.enter_context(Pipeline.open(reference.path, threads=1))
-        for i in range(len(rows), len(samples)):
+        for sample in (sample for sample in samples if sample.id not in rows):
             start = time.perf_counter()
-            prefix = prefix_of(pipeline, samples[i])
+            prefix = prefix_of(pipeline, sample)
             ids = list(pipeline.generate(prefix, pipeline.answer_limit(prefix)))
-            row: dict[str, Any] = {"id": samples[i].id, "ids": ids}
+            row: dict[str, Any] = {"id": sample.id, "ids": ids}
             if before is not None:
-                given = before[i]["ids"]
+                given = before[sample.id]["ids"]
                 # Where the whole answer is the same, so is every next token along it.
                 row |= {"agreed": len(given) + 1, "positions": len(given) + 1}
-                if ids != given or i % EVERY == 0:
+                if ids != given or compares(sample):
                     logits = teacher_forced(pipeline, prefix, given)
                     row["agreed"] = int((logits.argmax(-1) == [*given, pipeline.manifest.token_ids.eos]).sum())
-                if i % EVERY == 0:
+                if compares(sample):
                     assert exact is not None
-                    theirs = teacher_forced(exact, prefix_of(exact, samples[i]), given)
+                    theirs = teacher_forced(exact, prefix_of(exact, sample), given)
                     row["kl"] = float(kl_divergence(logits, theirs).sum())
-            rows.append(row | {"seconds": round(time.perf_counter() - start, 3)})
-            file.write(json.dumps(rows[-1]) + "\n")
+            rows[sample.id] = row | {"seconds": round(time.perf_counter() - start, 3)}
+            file.write(json.dumps(rows[sample.id]) + "\n")
             file.flush()
-    return rows
+    return [rows[sample.id] for sample in samples]
+
+
+def compares(sample: Sample) -> bool:
+    """Whether the KL divergence along a sample's answer is measured: on the same ones, however many are asked."""
+    return int(sample.id.split("-")[1]) % EVERY == 0
 
 
 def prefix_of(pipeline: Pipeline, sample: Sample) -> np.ndarray:
@@ -178,10 +183,10 @@ def in_bfloat16(model: str, exact: Exported, questions: int) -> dict[str, float]
     reference = PaliGemmaForConditionalGeneration.from_pretrained(
         CHECKPOINTS / model, dtype=torch.bfloat16, attn_implementation="eager"
     ).eval()
-    samples, agreed, positions, losses = scene_samples(questions), 0, 0, []
+    samples, rows, agreed, positions, losses = scene_samples(questions), exact.rows(), 0, 0, []
     with Pipeline.open(exact.path, threads=1) as pipeline, torch.inference_mode():
-        for i, (sample, row) in enumerate(zip(samples, exact.rows(), strict=False)):
-            m, answer = pipeline.manifest, row["ids"]
+        for sample in samples:
+            m, answer = pipeline.manifest, rows[sample.id]["ids"]
             prompt = pipeline.prompt_ids(sample.prompt)
             ids = torch.tensor([[*prompt, *answer]])
             logits = reference(
@@ -191,7 +196,7 @@ def in_bfloat16(model: str, exact: Exported, questions: int) -> dict[str, float]
             ).logits[0, len(prompt) - 1 :].float().numpy()  # fmt: skip
             agreed += int((logits.argmax(-1) == [*answer, m.token_ids.eos]).sum())
             positions += len(logits)
-            if i % EVERY == 0:
+            if compares(sample):
                 theirs = teacher_forced(pipeline, prefix_of(pipeline, sample), answer)
                 losses.append((float(kl_divergence(logits, theirs).sum()), len(logits)))
     return {"top1_agreement": agreed / positions, "kl": sum(k for k, _ in losses) / sum(n for _, n in losses)}

@@ -94,35 +94,28 @@ def test_the_cost_of_a_layer_is_the_difference_between_two_depths():
 def test_a_stopped_run_of_accuracies_goes_on_and_gives_the_same(tmp_path: Path):
     recipe, models = "w8a8-plain", ("tiny-112", "tiny-112-outliers")
 
-    def run(output: Path) -> dict[str, Any]:
+    def run(output: Path, questions: int = 2) -> dict[str, Any]:
         file = ROOT / "benchmarks" / "recipes" / f"{recipe}.toml"
-        given = [
-            "--recipes",
-            str(file),
-            "--models",
-            *models,
-            "--questions",
-            "2",
-            "--no-yardstick",
-            "--work",
-            str(tmp_path / "work"),
-        ]
-        command = [sys.executable, str(ROOT / "benchmarks" / "accuracy.py"), *given, "--json", str(output)]
+        given = ["--recipes", str(file), "--models", *models, "--questions", str(questions), "--no-yardstick"]
+        given += ["--work", str(tmp_path / "work"), "--json", str(output)]
+        command = [sys.executable, str(ROOT / "benchmarks" / "accuracy.py"), *given]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(output.read_text())
 
+    few = run(tmp_path / "few.json", questions=1)
     whole, answers = run(tmp_path / "whole.json"), sorted((tmp_path / "work" / "answers").iterdir())
     kept = {file: file.read_text().splitlines() for file in answers}
     assert [len(lines) for lines in kept.values()] == [2 * 5] * 4
     for file, lines in kept.items():
         file.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])  # stopped while it wrote the fourth
     again = run(tmp_path / "again.json")
-    assert again["results"] == whole["results"]
+    assert again["results"] == whole["results"] != few["results"]
+    assert run(tmp_path / "few-again.json", questions=1)["results"] == few["results"], "answers belong to their questions"
     assert (list(again["results"]), again["questions"], again["machine"]["vectors"]) == (list(models), 2, vectors())
 
     def ids(lines: list[str]) -> list[list[int]]:
-        return [json.loads(line)["ids"] for line in lines]
+        return [row["ids"] for row in sorted(map(json.loads, lines), key=lambda row: row["id"])]
 
     for model in models:
         (exact,) = (ids(lines) for file, lines in kept.items() if file.name.startswith(f"{model}-fp32-"))

@@ -86,7 +86,7 @@ def recipes() -> str:
         "",
         f"{record['questions']} test questions of each task, greedy, ONNX Runtime on the CPU ({machine['processor']} with {machine['vectors']}), all in one run. Float32's "
         "metrics, and the others' paired differences to it in points with their 95 % bootstrap intervals; then the next tokens along float32's answers that are "
-        "the same, the whole answers, the KL divergence of the next token in nats on every fifth question, and how many answers are empty or malformed. "
+        "the same, the whole answers, the KL divergence of the next token in nats on the questions of every fifth scene, and how many answers are empty or malformed. "
         f"`{record['command']} --json benchmarks/results/recipes-tiny.json` measures it again.",
     ]
     return "\n".join(lines)
