@@ -204,13 +204,13 @@ def test_the_table_is_the_comparison_of_both_logits(case, tmp_path):
 
 
 def test_the_table_names_every_rounded_matrix_with_its_noise(case, tmp_path):
-    bundle = export(options(case, "int4", tmp_path, parity=1, calibration=None))
+    bundle = export(options(case, "zeros", tmp_path, parity=1, calibration=None))
     checkpoint, arrays = Checkpoint.open(case.folder), stored_arrays(bundle.path)
-    rounded = {path for path in checkpoint.names() if MIXED["int4"].scheme(path).bits}
+    rounded = {path for path in checkpoint.names() if MIXED["zeros"].scheme(path).bits}
     assert bundle.manifest.parity.sqnr.keys() == rounded
     for path in rounded:
         w = checkpoint.rows(path, 0, checkpoint.shape(path)[0]).astype(np.float64)
-        error = stored_matrix(path, w.shape, MIXED["int4"].scheme(path), arrays) - w
+        error = stored_matrix(path, w.shape, MIXED["zeros"].scheme(path), arrays) - w
         assert bundle.manifest.parity.sqnr[path] == pytest.approx(10 * np.log10((w**2).sum() / (error**2).sum()), abs=0.02)
 
 
@@ -258,7 +258,7 @@ def test_a_recipe_of_floats_is_not_compared(case, tmp_path):
 
 
 def test_a_bundle_compared_with_itself_differs_by_its_activations_alone(case, tmp_path):
-    made = options(case, "int8", tmp_path)
+    made = options(case, "as its steps", tmp_path)
     _, run = simulated(made, export(made))
     floats = Recipe("floats", (Rule("*", Scheme()),))
     given = sample(case.folder)
