@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("onnx_ir")
 
-from pgxport.exporter.export import export  # noqa: E402
-from pgxport.exporter.prepare import ExportOptions  # noqa: E402
+from pgxport.exporter.export import export
+from pgxport.exporter.prepare import ExportOptions
 
 # Written by pgx as of 2026-11-28, without the keys `scaling`, `alpha` and `rotate`, without a calibration.
 BEFORE = json.loads((Path(__file__).parents[1] / "goldens" / "before-scaling.json").read_text())
