@@ -105,14 +105,17 @@ def runs(depth: int) -> list[tuple[int, ...]]:
 
 
 def chosen(names: Sequence[str], *, calibrated: bool) -> list[str]:
-    """Return the candidates of these names, or all that can be written; the float one is always among them.
+    """Return the candidates of these names, or all; the float one is always among them.
+
+    Args:
+        calibrated: There is a calibration. Without, GPTQ is left out, whose second moments each export would gather anew.
 
     Raises:
         UsageError: no candidate has one of the names.
     """
     for name in names:
         choose("candidates", name, CANDIDATES)
-    able = [name for name, scheme in CANDIDATES.items() if calibrated or not scheme.calibrated]
+    able = [name for name, scheme in CANDIDATES.items() if calibrated or scheme.method != "gptq"]
     return [name for name in CANDIDATES if name == FLOAT or name in (names or able)]
 
 

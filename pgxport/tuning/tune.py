@@ -48,7 +48,7 @@ class TuneOptions(ModelChoice):
         data: Samples to judge by, a file or a folder (docs/tune.md); None: the embedded scenes.
         format: Of the samples, where their content does not tell.
         samples: How many records, evenly spaced; of the scenes: of each task.
-        calibration: What `pgx calibrate` wrote; without it AWQ and GPTQ are not among the candidates.
+        calibration: What `pgx calibrate` wrote; without it statistics come from embedded scenes, and GPTQ is not among the candidates.
         max_loss: Points of the task metric that may be lost to float32.
         max_latency: Milliseconds of one answer of the mean length, without reading image and text.
         max_size: Megabytes of the bundle, 10**6 bytes each.
