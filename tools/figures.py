@@ -8,6 +8,7 @@ python tools/figures.py --check    # exit 1 if a page does not say what the resu
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -200,6 +201,34 @@ def packed() -> str:
     return "\n".join([*lines, "", f"{machine}, {record['repeat']} starts of each in turn: median (least–most). {seconds}."])
 
 
+def real_gemma() -> str:
+    """What each recipe costs the decoder of a real Gemma, and by kind of linear."""
+    r = json.loads((RESULTS / "real-gemma.json").read_text())
+    results = r["results"]
+    kinds = list(next((of["kinds"] for of in results.values() if "kinds" in of), ()))
+    lines = [
+        f"| decoder of Gemma 3 270M | {' | '.join(['KL', 'same token', 'perplexity', *(f'KL, {kind} alone' for kind in kinds)])} |",
+        "|---" * (len(kinds) + 4) + "|",
+    ]
+    for name, of in results.items():
+        kl = "0" if name == "fp32" else f"{_digits(of['kl'])} ± {_digits(2 * of['kl_error'])}"
+        alone = [_digits(of["kinds"][kind]["kl"]) if "kinds" in of else "" for kind in kinds]
+        cells = [name, kl, f"{of['same']:.1%}", f"{of['perplexity']:.2f}", *alone]
+        lines.append(f"| {' | '.join(cells)} |")
+    machine, versions = r["machine"], r["versions"]
+    said = (
+        f"KL to float32 in nats, ± two standard errors over tokens; {r['judging']['tokens']:,} tokens of the documentation of Python "
+        f"{versions['python']}, calibrated on {r['calibrating']['tokens']:,} others. {machine['cores']} cores of {machine['processor']} with "
+        f"{machine['vectors']}, transformers {versions['transformers']}. `{r['command']} --json benchmarks/results/real-gemma.json` measures it again."
+    )
+    return "\n".join([*lines, "", said])
+
+
+def _digits(value: float) -> str:
+    """Two digits that count, not in powers of ten."""
+    return f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f}" if value else "0"
+
+
 def curves() -> str:
     """What one decoder layer costs against the length, from decoders of two depths."""
     r = json.loads((RESULTS / "curves-3b-int4.json").read_text())
@@ -316,6 +345,7 @@ def _points(value: float) -> str:
 
 TABLES = {"tiny": tiny, "true_shapes": true_shapes, "recipes": recipes, "recipes_short": recipes_short, "peers": peers}
 TABLES |= {"peers_elsewhere": peers_elsewhere, "packed": packed, "curves": curves}
+TABLES |= {"real_gemma": real_gemma}
 TABLES |= {"boards": boards, "gpus": gpus}  # planned
 
 

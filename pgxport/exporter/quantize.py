@@ -7,16 +7,22 @@ Knows arrays only: no checkpoint, no recipe, no operators. Axis letters: N rows
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from pgxport.errors import NumericError
 from pgxport.exporter.stream import FLOAT8
+from pgxport.machine.cpu import usable_cores
 
 # Below half of its range a group loses more to the values that
 # are cut off than it wins for the others. AWQ searches the same.
 SHRINK = 1 - np.linspace(0, 0.5, 20, endpoint=False, dtype=np.float32)
+# What is scaled and rotated has no outliers left, so that these find
+# most of what all of them find, in a quarter of the time.
+TRIM = 1 - np.arange(5, dtype=np.float32) / 20
+CHUNK = 1 << 17  # numbers that one thread rounds at once: they stay in its core's cache
 TINY = np.finfo(np.float32).tiny
 FACTOR_BLOCK = 512
 DAMPING_TRIES = 4
@@ -74,12 +80,15 @@ class Quantized:
         return w
 
 
-def nearest(w: np.ndarray, grid: Grid, *, clip: bool = False, importance: np.ndarray | None = None) -> Quantized:
+def nearest(
+    w: np.ndarray, grid: Grid, *, clip: bool = False, shrink: np.ndarray = SHRINK, importance: np.ndarray | None = None
+) -> Quantized:
     """Round every weight to its nearest quantized value, on the scale that loses least among a few for each group.
 
     Args:
         w: [N, K]
         clip: Try ranges that cut off a group's largest values too.
+        shrink: The parts of the whole range that are tried then; the first is 1.
         importance: [K], E[x²] of each input channel: what a squared error in that column weighs. None: all the same.
 
     Raises:
@@ -87,12 +96,24 @@ def nearest(w: np.ndarray, grid: Grid, *, clip: bool = False, importance: np.nda
     """
     if not np.isfinite(w).all():
         raise ValueError("not finite")
-    columns = w.shape[1]
-    groups = _grouped(w.astype(np.float32, copy=False), grid.group_size)  # [N, G, group]
     weight = None if importance is None else _grouped(importance.astype(np.float32)[None], grid.group_size)
+    rows = max(1, CHUNK // w.shape[1])
+    blocks = [w[start : start + rows].astype(np.float32, copy=False) for start in range(0, max(len(w), 1), rows)]
+    with ThreadPoolExecutor(usable_cores()) as threads:
+        parts = list(threads.map(lambda block: _nearest(block, grid, shrink if clip else shrink[:1], weight), blocks))
+    return Quantized(grid, *(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+@np.errstate(over="ignore")  # of errors that are beyond float32
+def _nearest(
+    w: np.ndarray, grid: Grid, shrink: np.ndarray, weight: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values, scales and zero points of some rows; weight [1, G, group]."""
+    groups = _grouped(w, grid.group_size)  # [N, G, group]
     least = np.full((*groups.shape[:2], 1), np.inf, np.float32)
-    scales, zero_points = np.ones_like(least), np.full_like(least, grid.middle)
-    for scale, zero in _candidates(groups, grid, clip=clip):
+    candidates = list(_candidates(groups, grid, shrink))
+    scales, zero_points = candidates[0]
+    for scale, zero in candidates if len(candidates) > 1 else ():
         loss = _rounded(groups, scale, zero, grid)
         loss *= scale
         loss -= groups
@@ -107,8 +128,8 @@ def nearest(w: np.ndarray, grid: Grid, *, clip: bool = False, importance: np.nda
         )
     values = _rounded(groups, scales, zero_points, grid)
     values += zero_points
-    values = values.astype(np.uint8).reshape(len(w), -1)[:, :columns]
-    return Quantized(grid, np.ascontiguousarray(values), scales[..., 0], zero_points[..., 0].astype(np.uint8))
+    values = values.astype(np.uint8).reshape(len(w), -1)[:, : w.shape[1]]
+    return values, scales[..., 0], zero_points[..., 0].astype(np.uint8)
 
 
 def _grouped(w: np.ndarray, group_size: int | None) -> np.ndarray:
@@ -119,11 +140,10 @@ def _grouped(w: np.ndarray, group_size: int | None) -> np.ndarray:
     return w.reshape(len(w), -1, group_size)
 
 
-def _candidates(groups: np.ndarray, grid: Grid, *, clip: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _candidates(groups: np.ndarray, grid: Grid, shrink: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Scales and zero points, [N, G, 1] each, to choose among for each group."""
     # Zero is a weight's most frequent value, and exact on every grid.
     low, high = np.minimum(groups.min(-1, keepdims=True), 0), np.maximum(groups.max(-1, keepdims=True), 0)
-    shrink = SHRINK if clip else SHRINK[:1]
     if not grid.symmetric:
         for factor in shrink:
             scale = _safe((high / grid.highest - low / grid.highest) * factor)

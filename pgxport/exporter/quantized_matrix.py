@@ -12,6 +12,8 @@ import numpy as np
 from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.inputs.rotation import block_size, rotated_columns
 from pgxport.exporter.quantize import (
+    SHRINK,
+    TRIM,
     Gptq,
     Grid,
     Quantized,
@@ -204,8 +206,8 @@ class QuantizedMatrix:
 
     def _method(self, importance: np.ndarray | None) -> Callable[[np.ndarray], Quantized]:
         if self.scheme.method != "gptq":
-            clip = self.scheme.method == "clip"
-            return lambda w: nearest(w, self._grid, clip=clip, importance=importance)
+            clip, shrink = self.scheme.method != "nearest", TRIM if self.scheme.method == "trim" else SHRINK
+            return lambda w: nearest(w, self._grid, clip=clip, shrink=shrink, importance=importance)
         moment = None if self._statistics is None else self._statistics.moment(self.path)
         if moment is None:
             raise UsageError(

@@ -18,7 +18,7 @@ TABLE, DECODER = "*.embed_tokens.weight", "language_model.*_proj.weight"
 OUTPUT = "*.lm_head.weight"  # where it is not the table; a recipe without a rule for it has the table's
 VISION, PROJECTOR = "vision_tower.*.layers.*.weight", "multi_modal_projector.linear.weight"
 
-Method = Literal["nearest", "clip", "gptq"]
+Method = Literal["nearest", "trim", "clip", "gptq"]
 Scaling = Literal["none", "awq", "smoothquant"]
 Activations = Literal["float", "dynamic", "static"]
 Observer = Literal["minmax", "percentile", "entropy", "mse"]
@@ -35,7 +35,7 @@ class Scheme:
         format: What the 8 bits are: integers, or "e4m3", FP8 with four bits of exponent, which TensorRT multiplies from Ada on.
         group_size: Input channels that share a scale, a power of two from 16 on; the last group of a row may be shorter. None: a row.
         symmetric: The grid is symmetric around zero; else each group has a zero point.
-        method: How weights are rounded: "nearest"; "clip", nearest on the clipped range that loses least; "gptq", which
+        method: How weights are rounded: "nearest"; "trim" and "clip", nearest on the range that loses least of a few and of many; "gptq", which
             needs second moments of the inputs.
         scaling: How input channels are rescaled before rounding: "awq" or "smoothquant", one scale for all linears that share an input.
         alpha: The exponent of SmoothQuant: how much of what makes activations hard to round moves to the weights, 0 to 1.

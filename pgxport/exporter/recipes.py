@@ -49,7 +49,7 @@ def _linears(scheme: Scheme) -> tuple[Rule, ...]:
     return (*(Rule(pattern, scheme) for pattern in (DECODER, VISION, PROJECTOR)), REST)
 
 
-def _decoder(scheme: Scheme, method: Method = "nearest") -> Rule:
+def _decoder(scheme: Scheme, method: Method = "trim") -> Rule:
     return Rule(DECODER, easier(replace(scheme, method=method)))
 
 

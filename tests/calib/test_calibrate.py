@@ -26,6 +26,8 @@ from pgxport.cli import cli
 from pgxport.errors import InputError, NumericError, UsageError
 from pgxport.exporter.export import export
 from pgxport.exporter.prepare import ExportOptions
+from pgxport.exporter.recipes import RECIPES
+from pgxport.files import file_sha256
 from pgxport.models.checkpoint import Checkpoint
 from pgxport.models.config import read_config
 from pgxport.models.tiny.scenes import caption, draw
@@ -245,6 +247,20 @@ def test_work_that_was_begun_for_something_else_is_not_used(random_checkpoint, t
     with pytest.raises(UsageError, match=r"holds 'thesis\.tex'"):
         calibrate(options)
     assert (tmp_path / "c.work" / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-static", "int4-fast-kv8"])
+def test_what_is_gathered_for_a_recipe_is_read_by_its_export(tmp_path, recipe):
+    options = CalibrateOptions(tmp_path / "c", size="tiny", res=112, samples=2, recipe=recipe)
+    made = calibrate(options)
+    given = {"size": "tiny", "res": 112, "precision": recipe, "calibration": tmp_path / "c", "parity": 0}
+    assert export(ExportOptions(tmp_path / "b", **given)).manifest.provenance.calibration_sha256 == file_sha256(tmp_path / "c")
+    if recipe == "w8a8-static":  # the ranges of other observers take half of the time, and were not asked for
+        path, wanted = "language_model.model.layers.0.mlp.down_proj.weight", RECIPES["cpu"][recipe]
+        low, high = made.changed_range(path, wanted.scheme(path).observer)
+        assert low < high
+        with pytest.raises(UsageError, match=r"without what the observer 'mse' keeps; it was made for the recipe"):
+            made.changed_range(path, "mse")
 
 
 def test_a_bundle_whose_products_are_not_in_float_is_refused(tiny_112, tmp_path):
