@@ -28,9 +28,7 @@ from pgxport.terminal import Cost, stages, volume_options
 @click.option(
     "--samples", type=click.IntRange(1), default=50, show_default=True, help="Records, evenly spaced; scenes of each task."
 )
-@click.option(
-    "--calibration", type=click.Path(dir_okay=False), help="What `pgx calibrate` wrote; GPTQ is tried with it."
-)
+@click.option("--calibration", type=click.Path(dir_okay=False), help="What `pgx calibrate` wrote; GPTQ is tried with it.")
 @click.option("--max-loss", default="1%", show_default=True, metavar="POINTS", help="Points of the task metric that may be lost.")
 @click.option("--max-latency", type=click.FloatRange(0, min_open=True), metavar="MS", help="Milliseconds of one answer.")
 @click.option("--max-size", type=click.FloatRange(0, min_open=True), metavar="MB", help="Megabytes of the bundle.")
