@@ -409,7 +409,8 @@ def main() -> None:
     chosen = [row for row in rows() if args.rows is None or row.name.startswith(tuple(args.rows))]
     record = {
         "what": f"Gemma 3 270M, the decoder's linears by every recipe of target cpu, on {judging.numel():,} tokens of Python's documentation",
-        "command": f"python benchmarks/real_gemma.py --length {args.length} --judging {args.judging} --calibrating {args.calibrating}",
+        "command": f"python benchmarks/real_gemma.py --length {args.length} --judging {args.judging} --calibrating {args.calibrating}"
+        + ("" if args.kinds else " --no-kinds"),
         "versions": {p: version(p) for p in ("pgxport", "torch", "transformers", "gguf", PACKAGE)}
         | {"python": platform.python_version()},
         "machine": {"processor": processor_name(), "vectors": vectors(), "cores": usable_cores()},
