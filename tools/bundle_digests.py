@@ -65,7 +65,7 @@ def all_digests(folder: Path) -> dict[str, dict[str, str]]:
         for recipe in RECIPE_NAMES:
             name = f"{target} {recipe}"
             found["plain"][name] = export_digest(target, recipe, folder)
-            if RECIPES[target.partition("-")[0]][recipe].calibrated:
+            if found["plain"][name] != "refused" and RECIPES[target.partition("-")[0]][recipe].calibrated:
                 found["calibrated"][name] = calibrated(target, recipe, folder)
             print(name, found["plain"][name][:12], found["calibrated"].get(name, "")[:12], file=sys.stderr)
     return found

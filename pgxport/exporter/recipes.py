@@ -67,7 +67,9 @@ INT4_FAST_KV8_GPTQ = replace(INT4_FAST_GPTQ, name="int4-fast-kv8-gptq", cache="i
 # The first token as soon as w8a8 has it, the others as fast as int4-fast, for twice the memory.
 MIXED = _recipe("mixed", TABLE_8_SHORTLIST, _decoder(replace(GROUPS_128, prefill8=True)), *FAST_VISION)
 # The smallest: the table and the vision encoder in 4 bits too.
-INT4_SMALL = _recipe("int4-small", SMALL_TABLE, _decoder(GROUPS_64), Rule(VISION, easier(GROUPS_32)), *SMALL_REST)
+INT4_SMALL = _recipe(
+    "int4-small", SMALL_TABLE, _decoder(GROUPS_64), Rule(VISION, easier(replace(GROUPS_32, method="trim"))), *SMALL_REST
+)
 INT4_SMALL_GPTQ = _recipe(
     "int4-small-gptq",
     SMALL_TABLE,

@@ -14,7 +14,7 @@ from pgxport.exporter.recipes import NORMS, REST, easier
 from pgxport.models.spec import ModelSpec
 
 FLOAT = "float16"
-_W4 = {size: Scheme(bits=4, group_size=size, symmetric=False) for size in (128, 64, 32)}
+_W4 = {size: Scheme(bits=4, group_size=size, symmetric=False, method="trim") for size in (128, 64, 32)}
 _GPTQ = {size: replace(scheme, method="gptq") for size, scheme in _W4.items()}
 # The schemes of the named recipes are among them, so that each of those is a point of the space that is
 # searched.
@@ -28,6 +28,7 @@ CANDIDATES = {
     "w4-g128": easier(_W4[128]),
     "w4-g64": easier(_W4[64]),
     "w4-g32": easier(_W4[32]),
+    "w4-g32-clip": easier(replace(_W4[32], method="clip")),
     "w4-g128-gptq": easier(_GPTQ[128]),
     "w4-g64-gptq": easier(_GPTQ[64]),
     "w4-g32-gptq": easier(_GPTQ[32]),

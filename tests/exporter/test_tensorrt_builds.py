@@ -22,6 +22,7 @@ from pgxport.compile.lint import check_file
 from pgxport.errors import InputError, UsageError
 from pgxport.exporter.export import export
 from pgxport.exporter.graphs import serialized, write_graphs
+from pgxport.exporter.inputs.equivalent import equivalent
 from pgxport.exporter.prepare import ExportOptions, find_recipe
 from pgxport.exporter.recipes import RECIPES
 from pgxport.exporter.stream import DataLayout
@@ -48,6 +49,11 @@ class Ones:
     def square(self, path: str) -> np.ndarray:
         return np.ones(self._shapes[path][1], np.float32)
 
+    mean = absmax = mean_abs = square
+
+    def moment(self, path: str) -> np.ndarray | None:
+        return None
+
 
 def small(family: str) -> ModelSpec:
     """Of the published model, a layer of each kind, and few channels."""
@@ -64,7 +70,9 @@ def write(folder: Path, precision: str, trt: str, family: str = "paligemma2") ->
     random = np.random.default_rng(0)
     source = Tensors({n: random.normal(0, 0.1, shape).astype(np.float32) for n, shape in weight_shapes(spec).items()})
     masks = MaskWeights(TINY / "vae-oid.npz")
-    graphs, shared = write_graphs(source, spec, masks, target.recipe(precision), target, CONTEXT, Ones(spec))
+    recipe = target.recipe(precision)
+    source = equivalent(source, spec, recipe.scheme, Ones(spec))
+    graphs, shared = write_graphs(source, spec, masks, recipe, target, CONTEXT, Ones(spec))
     for file, layout in shared.items():
         (folder / file).write_bytes(b"".join(layout.bytes()))
     for name, g in graphs.items():
