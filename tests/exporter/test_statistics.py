@@ -62,6 +62,7 @@ def for_recipe(folder: Path, name: str, out: Path, samples: int = 2) -> Calibrat
 @pytest.mark.parametrize("name", RECIPES)
 def test_an_export_gathers_what_calibrate_writes_for_the_recipe_on_the_same_scenes(folder, tmp_path, name, monkeypatch):
     monkeypatch.setattr(gathering, "MOMENT_SCENES", 2)
+    monkeypatch.setattr(gathering, "RANGE_SCENES", 2)
     calibration = for_recipe(folder, name, tmp_path)
     job = prepare(options(folder, name, tmp_path, parity=1))
     found = gather(job, tmp_path)
@@ -89,6 +90,7 @@ def test_an_export_gathers_what_calibrate_writes_for_the_recipe_on_the_same_scen
 @pytest.mark.parametrize("name", RECIPES)
 def test_an_export_without_calibration_says_where_its_statistics_come_from(folder, tmp_path, name, monkeypatch):
     monkeypatch.setattr(gathering, "MOMENT_SCENES", 3)
+    monkeypatch.setattr(gathering, "RANGE_SCENES", 2)
     said: list[str] = []
     bundle = export(options(folder, name, tmp_path, parity=1), say=said.append)
     provenance, scenes = bundle.manifest.provenance, 3 if name == "gptq" else 2
@@ -184,7 +186,7 @@ def test_the_commands_say_what_they_did(folder, tmp_path):
     command = ["export", "--checkpoint", str(folder), "--recipe", str(tmp_path / "cache.toml"), "-o", str(tmp_path / "b")]
     done = CliRunner().invoke(cli, [*command, "--parity-tokens", "4"])
     assert done.exit_code == 0, done.output
-    assert "statistics of 2 embedded scenes" in done.stderr
+    assert "statistics of 8 embedded scenes" in done.stderr
     assert "(4 of 9 image tokens; --parity-tokens all)" in done.stdout
     done = CliRunner().invoke(cli, [*command, "--overwrite", "--parity-tokens", "all"])
     assert "image tokens" not in done.stdout
