@@ -5,7 +5,7 @@ What is done to the input of a linear is folded into what makes it where that is
 `input_changes` says which. The columns of the matrix take the inverse: its scale here, its rotation where it is quantized.
 """
 
-from collections.abc import Callable, Collection, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,7 @@ class EquivalentStatistics:
 
     def __init__(self, statistics: ChannelStatistics, equivalent: Equivalent):
         self._statistics, self._equivalent = statistics, equivalent
+        self._squares: dict[str, np.ndarray] = {}  # of second moments, which take a while to read and to rotate
 
     def mean(self, path: str) -> np.ndarray:
         return self._equivalent.changed_input(path, self._statistics.mean(path))
@@ -127,8 +128,10 @@ class EquivalentStatistics:
     def square(self, path: str) -> np.ndarray:
         """[K]; where inputs are rotated and no second moment is known, a block's mean square, as if channels were not correlated."""
         block = self._block(path)
-        if block > 1 and (moment := self.moment(path)) is not None:
-            return np.diagonal(moment).copy()
+        if block > 1 and path not in self._squares and (moment := self.moment(path)) is not None:
+            self._squares[path] = np.diagonal(moment).copy()
+        if path in self._squares:
+            return self._squares[path]
         square = self._statistics.square(path) / self._scale(path) ** 2
         return square if block == 1 else np.repeat(square.reshape(-1, block).mean(1) / np.float32(block), block)
 
@@ -180,12 +183,7 @@ class EquivalentStatistics:
 
 
 def equivalent(
-    source: TensorSource,
-    spec: ModelSpec,
-    scheme_of: SchemeOf,
-    statistics: ChannelStatistics | None = None,
-    *,
-    only: Container[str] | None = None,
+    source: TensorSource, spec: ModelSpec, scheme_of: SchemeOf, statistics: ChannelStatistics | None = None
 ) -> TensorSource:
     """The checkpoint with every site scaled and rotated as the schemes of its linears ask; the source itself where none asks.
 
@@ -193,7 +191,6 @@ def equivalent(
 
     Args:
         statistics: What scales are worked out from; they have to be known where a scheme asks for scales.
-        only: The weights whose inputs alone are changed, as those of a layer; None: all.
 
     Raises:
         UsageError: linears that share an input ask for different scalings, or one asks that has none.
@@ -207,8 +204,6 @@ def equivalent(
     blocks: dict[str, int] = {}
     for site in sites(spec):
         first = site.linears[0]
-        if only is not None and first not in only:
-            continue
         blocks |= {path: n for path in site.linears if (n := _block(spec, path, scheme_of(path))) > 1}
         if first in blocks and _folds(site, blocks[first]):
             row_blocks |= dict.fromkeys(site.before, blocks[first])
