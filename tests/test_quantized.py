@@ -319,8 +319,11 @@ REFUSED: dict[str, tuple[Recipe, str]] = {
     "zero points of integer products": (
         rules(Rule(DECODER, Scheme(bits=8, symmetric=False, activations="dynamic"))), "symmetric = false; take that out"
     ),
-    "scaling where nothing is before": (
-        rules(Rule("*.fc2.weight", replace(INT8, scaling="awq"))), r"fc2\.weight asks for scaling 'awq', and what makes its input"
+    "scaling of a table whose rows are looked up": (
+        rules(Rule(TABLE, replace(INT8, scaling="awq"))), r"embed_tokens\.weight asks for scaling 'awq', which is for the linears"
+    ),
+    "a rotation of a table whose rows are looked up": (
+        rules(Rule(TABLE, replace(INT8, rotate=32))), r"embed_tokens\.weight asks for rotate 32, which is for the linears"
     ),
     "two scalings of one input": (
         rules(Rule("*.up_proj.weight", replace(INT8, scaling="awq")), Rule("*.gate_proj.weight", INT8)),
@@ -418,7 +421,7 @@ def test_the_command_prints_what_rounding_cost(one, tmp_path):
 @pytest.mark.parametrize("precision", OTHER_ANSWERS)
 def test_answers_of_the_embedded_model_stay_those_of_float32(tiny_112, tmp_path, precision):
     rounded = export(ExportOptions(output=tmp_path / "b", size="tiny", res=112, precision=precision, parity=1)).path
-    assert Bundle.open(rounded).nbytes < 0.4 * Bundle.open(tiny_112).nbytes
+    assert Bundle.open(rounded).nbytes < 0.41 * Bundle.open(tiny_112).nbytes
     other = []
     with Runner.from_pretrained(tiny_112, threads=1) as whole, Runner.from_pretrained(rounded, threads=1) as small:
         for i in range(50):

@@ -178,7 +178,7 @@ MISTAKES = [
     (
         rule("bits = 8", 'method = "gtpq"'),
         'rule 1 ("*_proj.weight")',
-        ['"gtpq"', 'did you mean "gptq"?', '"nearest", "clip" or "gptq"'],
+        ['"gtpq"', 'did you mean "gptq"?', '"nearest", "trim", "clip" or "gptq"'],
     ),
     (rule("bits = 8", "method = 1"), 'rule 1 ("*_proj.weight")', ["method = 1 is not a string", '"nearest"']),
     (rule('dtype = "flaot16"'), 'rule 1 ("*_proj.weight")', ['did you mean "float16"?', '"float32", "float16" or "bfloat16"']),

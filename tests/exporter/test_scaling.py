@@ -77,8 +77,14 @@ class Observed:
         low, high = float(self.inputs[path].min()), float(self.inputs[path].max())
         return (low, high) if observer == "minmax" else (0.5 * low, 0.5 * high)
 
+    def changed_range(self, path: str, observer: str) -> None:
+        """Nobody observed the inputs as they are changed."""
+
     def cache(self, layer: int, part: str) -> np.ndarray:
         return np.arange(1, 33, dtype=np.float32).reshape(2, 16)
+
+    def changed_values(self, layer: int) -> None:
+        """Nor the values."""
 
 
 def checkpoint(spec: ModelSpec, dtype: Any = np.float32) -> Arrays:
