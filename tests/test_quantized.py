@@ -421,7 +421,7 @@ def test_the_command_prints_what_rounding_cost(one, tmp_path):
 @pytest.mark.parametrize("precision", OTHER_ANSWERS)
 def test_answers_of_the_embedded_model_stay_those_of_float32(tiny_112, tmp_path, precision):
     rounded = export(ExportOptions(output=tmp_path / "b", size="tiny", res=112, precision=precision, parity=1)).path
-    assert Bundle.open(rounded).nbytes < 0.41 * Bundle.open(tiny_112).nbytes
+    assert Bundle.open(rounded).nbytes < 0.4 * Bundle.open(tiny_112).nbytes
     other = []
     with Runner.from_pretrained(tiny_112, threads=1) as whole, Runner.from_pretrained(rounded, threads=1) as small:
         for i in range(50):

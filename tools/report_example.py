@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write docs/report-tiny/: the report of the embedded model in every named recipe that runs on a CPU, beside transformers.
 
-make report-example                                  # export, calibrate, measure, write; stopped, it goes on where it was
+make report-example                                  # export, measure, write; stopped, it goes on where it was
 python tools/report_example.py --limit 20 -o /tmp/example
 
 Where Chromium is installed, the page's screenshots are made as well, with the network off; else those that are there stay.
@@ -19,7 +19,6 @@ from pathlib import Path
 from PIL import Image
 
 from pgxport.benchmarking.measure import batch_sizes
-from pgxport.calib.calibrate import CalibrateOptions, calibrate
 from pgxport.data.loader import DataOptions
 from pgxport.errors import UsageError
 from pgxport.exporter.export import export
@@ -54,17 +53,11 @@ def recipes() -> list[str]:
 
 def bundles(work: Path, res: int) -> list[str]:
     """Export what is not exported yet. Names are relative, for they stand in the report."""
-    calibration = work / f"calibration-{res}.safetensors"
     paths = []
     for name in recipes():
         output = work / f"tiny-{res}-{name}"
         if not output.exists():
-            needed = TARGETS["cpu"].recipe(name).calibrated
-            if needed and not calibration.exists():
-                calibrate(CalibrateOptions(output=calibration, size="tiny", res=res, samples=32))
-            export(
-                ExportOptions(output=output, size="tiny", res=res, precision=name, calibration=calibration if needed else None)
-            )
+            export(ExportOptions(output=output, size="tiny", res=res, precision=name))
         paths.append(str(output))
     return paths
 

@@ -23,10 +23,13 @@ class Statistics:
         name: What they are called in a message, such as the path of their file.
         inputs: A linear's weight, and the weight under whose name its input is stored: q, k and v share one.
         recipe: The recipe that they were gathered for, and no more than that needs; None: for all.
+        headroom: What ranges, and the largest values of a cache, are multiplied by: other samples may give larger ones.
     """
 
-    def __init__(self, name: str, inputs: Mapping[str, str], tensors: Mapping[str, Tensor], recipe: str | None):
-        self.name, self.inputs, self.recipe = name, inputs, recipe
+    def __init__(
+        self, name: str, inputs: Mapping[str, str], tensors: Mapping[str, Tensor], recipe: str | None, *, headroom: float = 1.0
+    ):
+        self.name, self.inputs, self.recipe, self.headroom = name, inputs, recipe, headroom
         self._tensors = tensors
 
     def absmax(self, path: str) -> np.ndarray:
@@ -77,11 +80,13 @@ class Statistics:
     def cache(self, layer: int, part: str) -> np.ndarray:
         """[K, D] the largest |x| of each channel of a layer's keys after rotation, or of its values"""
         assert part in PARTS, f"Bug: a cache has no {part!r}"
-        return self._whole(f"cache/{layer}/{part}")
+        return self._whole(f"cache/{layer}/{part}") * np.float32(self.headroom)
 
     def changed_values(self, layer: int) -> np.ndarray | None:
         """[K, D] the largest |x| of each channel of a layer's values, as the recipe changes them; None where it was not gathered"""
-        return self._whole(f"changed/{layer}/value") if f"changed/{layer}/value" in self._tensors else None
+        if f"changed/{layer}/value" not in self._tensors:
+            return None
+        return self._whole(f"changed/{layer}/value") * np.float32(self.headroom)
 
     def lacking(self, tensors: Iterable[str]) -> list[str]:
         """Those of the tensors that the file does not hold: of a linear's input under the linear's own name."""
@@ -104,7 +109,7 @@ class Statistics:
         low, high = self._tensor(name).rows(row, row + 1)[0]
         if (low, high) == NOT_ASKED:
             raise UsageError(f"{self.name} has {shown(name)} without what the observer {observer!r} keeps; {self._gather()}")
-        return float(low), float(high)
+        return float(low) * self.headroom, float(high) * self.headroom
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._tensors:

@@ -220,6 +220,7 @@ def render_calibration(calibration: "Calibration", options: dict[str, Any], cost
     model = " ".join(f"--{option} {value}" for option, value in named if value)
     recipe = options["recipe"] or "int4"
     precision = f"--recipe {recipe}" if recipe.endswith(".toml") else f"--precision {recipe}"
+    precision += f" --target {options['target']}" if options["target"] != "cpu" else ""
     return (
         f"wrote {path}: {size(path.stat().st_size)} in {cost}\n"
         f"{about.samples} samples{skipped}: {about.prefix_tokens} tokens of prefix, {about.suffix_tokens} of suffix\n"

@@ -18,7 +18,7 @@ from pgxport.bundle.writer import BundleWriter
 from pgxport.compile.lint import check
 from pgxport.errors import CheckpointError, GateError
 from pgxport.exporter.check.acceptance import answer_scene
-from pgxport.exporter.check.parity import EagerModel, StoredWeights, parity
+from pgxport.exporter.check.parity import StoredModel, StoredWeights, parity
 from pgxport.exporter.gather import Gathered, Say, gather, price
 from pgxport.exporter.graph import GraphBuilder
 from pgxport.exporter.graphs import Files, NoStatistics, file_sizes, serialized, stored, token_table, write_graphs
@@ -185,7 +185,7 @@ def _compare(
         return None
     files = built.shared | {f"{name}.data": layout for name, layout in built.layouts.items()}
     weights = StoredWeights(model.source, built.graphs, {folder / name: layout for name, layout in files.items()})
-    rounded = EagerModel(weights, model.spec, job.recipe, model.statistics, job.target)
+    rounded = StoredModel(weights, model.spec, job.recipe, model.statistics, job.target)
     if say:
         say(price("the same scenes through the bundle's files", job.spec, gathered.checked))
     measured = parity(gathered.reference, rounded, gathered.checked, progress=progress)

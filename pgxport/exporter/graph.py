@@ -335,9 +335,10 @@ class GraphBuilder:
         return ir.Graph((), (), nodes=(), name=f"{self.path(name)}_{len(self.nodes)}")
 
     def linear(self, x: ir.Value, name: str, *, bias: bool = False, gain: float = 1.0) -> ir.Value:
+        path = self.path(f"{name}.weight")
+        x = changed_input(self, x, path)
         with self.scope(name):
-            path = self.path("weight")
-            y = self._lower.linear(self, changed_input(self, x, path), path, gain)
+            y = self._lower.linear(self, x, path, gain)
             return self.op("Add", y, self.weight("bias", self._bias(path, gain))) if bias else y
 
     def _bias(self, path: str, gain: float) -> Transform | None:

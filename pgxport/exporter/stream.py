@@ -16,6 +16,7 @@ Progress = Callable[[str, int, int], None]  # what is being written, bytes so fa
 INT4, FLOAT8 = np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.float8_e4m3fn)
 
 PAGE = 4096  # weights begin at a page, so that an engine can map them
+LINE = 64  # and small tables, which engines copy, at a line of the processor's cache
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,16 @@ class LazyTensor:
     """A tensor that is written block by block; the blocks joined are its bytes in row-major order.
 
     Of `INT4` the blocks are pairs in uint8, the first number of a pair in the lower half.
+
+    Attributes:
+        align: The bytes that its place in a file is a multiple of.
     """
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
     blocks: Callable[[], Iterator[np.ndarray]]
+    align: int = PAGE
 
     @property
     def stored(self) -> tuple[np.dtype, tuple[int, ...]]:
@@ -53,14 +58,14 @@ class LazyTensor:
 
 
 class DataLayout:
-    """The places of a graph's lazy tensors in its data file: one after another, each at the start of a page."""
+    """The places of a graph's lazy tensors in its data file: one after another, each where its alignment lets it begin."""
 
     def __init__(self, lazy_tensors: Iterable[LazyTensor]):
         self.lazy_tensors = list(lazy_tensors)
         self.places: dict[str, tuple[int, int]] = {}  # offset and length
         self.nbytes = 0
         for tensor in self.lazy_tensors:
-            start = -(-self.nbytes // PAGE) * PAGE
+            start = -(-self.nbytes // tensor.align) * tensor.align
             self.places[tensor.name] = (start, tensor.nbytes)
             self.nbytes = start + tensor.nbytes
 

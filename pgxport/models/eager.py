@@ -265,20 +265,12 @@ def teacher_forced_logits(
     sample: TokenizedSample,
     *,
     observe: Observe | None = None,
-    rounding: Rounding | None = None,
-    writer: type[Eager] = Eager,
 ) -> np.ndarray:
     """Returns the logits [answer tokens + 1, V] for each token of a given answer, and for the token after the last."""
 
     def run(model: Callable[[Eager, ModelSpec], None], output: str, feed: str, values: np.ndarray) -> np.ndarray:
-        eager = writer(
-            source,
-            {feed: values},
-            prefix=spec.image_tokens + len(sample.prompt),
-            observe=observe,
-            rounding=rounding,
-            last=len(sample.answer) + 1,
-        )
+        prefix, last = spec.image_tokens + len(sample.prompt), len(sample.answer) + 1
+        eager = Eager(source, {feed: values}, prefix=prefix, observe=observe, last=last)
         model(eager, spec)
         return eager.outputs[output]
 

@@ -33,10 +33,11 @@ from rounded import (
 
 from pgxport.activations import observe
 from pgxport.activations.calibration_file import Calibration
-from pgxport.activations.steps import StepSample
+from pgxport.activations.checkpoint_pass import scored_logits
+from pgxport.activations.steps import ModelSteps, StepSample
 from pgxport.bundle.reader import Bundle
 from pgxport.errors import GateError, UsageError
-from pgxport.exporter.check.parity import FIRST_SCENE, EagerModel, StoredWeights, parity
+from pgxport.exporter.check.parity import FIRST_SCENE, StoredModel, StoredWeights, parity
 from pgxport.exporter.export import export, fit
 from pgxport.exporter.gather import Gathered
 from pgxport.exporter.graphs import write_graphs
@@ -46,7 +47,7 @@ from pgxport.exporter.recipe_toml import to_toml
 from pgxport.exporter.stream import DataLayout
 from pgxport.metrics.fidelity import kl_divergence
 from pgxport.models.checkpoint import Checkpoint
-from pgxport.models.eager import TokenizedSample
+from pgxport.models.eager import Eager, TokenizedSample
 from pgxport.runners.runner import Runner
 
 # Of the largest logit, the median over the tokens of an answer. As floats agree, the worst seen is 8e-7; where a number lies
@@ -87,7 +88,7 @@ def options(case: Case, name: str, folder: Path, **more: Any) -> ExportOptions:
     )  # fmt: skip
 
 
-def simulated(made: ExportOptions, bundle: Bundle) -> tuple[PreparedExport, EagerModel]:
+def simulated(made: ExportOptions, bundle: Bundle) -> tuple[PreparedExport, StoredModel]:
     """A bundle's files, to be run in numpy."""
     job = prepare(replace(made, output=bundle.path.with_name("not written")))
     assert job.calibration
@@ -95,11 +96,15 @@ def simulated(made: ExportOptions, bundle: Bundle) -> tuple[PreparedExport, Eage
     graphs, shared = write_graphs(model.source, model.spec, job.masks, job.recipe, job.target, job.context, model.statistics)
     layouts = shared | {f"{name}.data": DataLayout(g.lazy_tensors.values()) for name, g in graphs.items()}
     files = {bundle.path / file: layout for file, layout in layouts.items()}
-    return job, EagerModel(StoredWeights(model.source, graphs, files), model.spec, job.recipe, model.statistics)
+    return job, StoredModel(StoredWeights(model.source, graphs, files), model.spec, job.recipe, model.statistics)
 
 
-def logits(run: EagerModel, given: TokenizedSample) -> np.ndarray:
-    return run.logits(given)
+def scored(given: TokenizedSample) -> StepSample:
+    return StepSample(lambda: given.pixels, tuple(given.prompt), tuple(given.answer), scored=True)
+
+
+def logits(run: StoredModel, given: TokenizedSample) -> np.ndarray:
+    return scored_logits(ModelSteps(run.weights, run.spec), [scored(given)], run.eager)[0]
 
 
 @pytest.mark.parametrize("name", ["int4", "w8a8", "zeros", "everything"])
@@ -159,11 +164,12 @@ def test_a_prefix_and_a_new_token_are_each_multiplied_by_weights_of_their_own(ca
             assert np.array_equal(decoders["twice"].feed(token), decoders["as its steps"].feed(token))
 
 
-def test_without_a_recipe_a_run_is_transformers(case):
+def test_the_steps_of_a_checkpoint_are_transformers(case):
     given = sample(case.folder)
     job = prepare(ExportOptions(checkpoint=case.folder, output=case.folder / "not written"))
     expected = transformers_logits(case.model, given)
-    assert np.abs(logits(EagerModel(job.checkpoint, job.spec), given) - expected).max() < 1e-4 * np.abs(expected).max()
+    got = scored_logits(ModelSteps(job.checkpoint, job.spec), [scored(given)], lambda s: Eager(job.checkpoint, {}, prefix=s))[0]
+    assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_divergence_is_that_of_torch():
@@ -262,10 +268,10 @@ def test_a_bundle_compared_with_itself_differs_by_its_activations_alone(case, tm
     _, run = simulated(made, export(made))
     floats = Recipe("floats", (Rule("*", Scheme()),))
     given = sample(case.folder)
-    scene = StepSample(lambda: given.pixels, tuple(given.prompt), tuple(given.answer), scored=True)
-    reference = replace(run, recipe=None).logits(given)
-    tables = [parity([reference], replace(run, recipe=r), [scene]) for r in (floats, run.recipe)]
-    assert (tables[0].kl, tables[0].kl_worst, tables[0].agreement) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9), 1)
+    steps = ModelSteps(run.weights, run.spec)
+    reference = scored_logits(steps, [scored(given)], lambda segments: Eager(run.weights, {}, prefix=segments))
+    tables = [parity(reference, replace(run, recipe=r), [scored(given)]) for r in (floats, run.recipe)]
+    assert (tables[0].kl, tables[0].kl_worst, tables[0].agreement) == (0, 0, 1)
     assert tables[1].kl > 0
 
 

@@ -28,7 +28,7 @@ from pgxport.exporter.stream import DataLayout, Progress
 from pgxport.exporter.targets import CPU, Target
 from pgxport.metrics.fidelity import kl_divergence
 from pgxport.models.checkpoint import TensorSource, to_float32
-from pgxport.models.eager import Eager, Segment, TokenizedSample, teacher_forced_logits
+from pgxport.models.eager import Eager, Segment, TokenizedSample
 from pgxport.models.spec import ModelSpec
 from pgxport.models.tiny.scenes import Question, ask, draw, locations
 from pgxport.runners.image import PALIGEMMA, pixel_values
@@ -89,20 +89,14 @@ class StoredWeights:
 
 
 @dataclass(frozen=True)
-class EagerModel:
-    """A model to run in numpy: its weights, its spec, and the recipe by which its inputs are rounded."""
+class StoredModel:
+    """A bundle's files to run in numpy, and what its engine rounds by."""
 
-    weights: TensorSource
+    weights: StoredWeights
     spec: ModelSpec
-    recipe: Recipe | None = None
+    recipe: Recipe
     statistics: InputStatistics | None = None
     target: Target = CPU
-
-    def logits(self, sample: TokenizedSample) -> np.ndarray:
-        """Teacher-forced logits [answer tokens + 1, V]."""
-        if self.recipe is None:
-            return teacher_forced_logits(self.weights, self.spec, sample)
-        return teacher_forced_logits(self.weights, self.spec, sample, rounding=self._rounding, writer=_AsStored)
 
     def eager(self, segments: list[Segment]) -> Eager:
         """What computes a pack of samples with the bundle's files."""
@@ -110,8 +104,6 @@ class EagerModel:
 
     def _rounding(self, kind: str, where: str, x: np.ndarray) -> np.ndarray:
         """Returns x as the engine multiplies or caches it; `where` is a weight, or begins with a layer's path."""
-        assert self.recipe is not None
-        assert isinstance(self.weights, StoredWeights), "Bug: only a bundle's files are rounded"
         engine = InputRounding(self.recipe, self.target, self.statistics)
         if kind != "linear input":
             layer = int(where.partition(".layers.")[2].partition(".")[0])
@@ -147,7 +139,7 @@ class _AsStored(Eager):
 
 
 def parity(
-    reference: Sequence[np.ndarray], rounded: EagerModel, samples: Sequence[StepSample], *, progress: Progress | None = None
+    reference: Sequence[np.ndarray], rounded: StoredModel, samples: Sequence[StepSample], *, progress: Progress | None = None
 ) -> Parity:
     """Run a bundle's files layer by layer, teacher-forced with the samples' answers, and compare the logits at every token.
 
@@ -162,7 +154,6 @@ def parity(
         # A token at a time: a row is wide.
         losses += [float(kl_divergence(b[None], a[None])[0]) for a, b in zip(p, q, strict=True)]
         agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-    assert isinstance(rounded.weights, StoredWeights), "Bug: only a bundle's files are compared"
     matrices = ((path, m) for path, m in rounded.weights.matrices.items() if path not in rounded.weights.copies)
     # Infinite where rounding changed nothing, which JSON cannot say.
     sqnr = {path: round(m.sqnr, 2) if math.isfinite(m.sqnr) else None for path, m in matrices}

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pgxport.exporter.inputs.equivalent import Equivalent
-from pgxport.exporter.inputs.rotation import hadamard
+from pgxport.exporter.inputs.rotation import input_rotation
+from pgxport.exporter.stream import LINE, LazyTensor
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,12 +23,13 @@ def changed_input(g: GraphBuilder, x: ir.Value, path: str) -> ir.Value:
     if change is None:
         return x
     if change.divided:
-        x = g.op("Mul", x, g.table(f"input.{path}.factor", (g.source.shape(path)[1],), lambda: _factor(g, path)))
+        shape = g.source.shape(path)[1:]
+        factor = LazyTensor(f"input.{path}.factor", g.dtype, shape, lambda: iter([_factor(g, path).astype(g.dtype)]), LINE)
+        x = g.op("Mul", x, g.inside(g.graph).initializer(factor))
     key = ("rotated", x.name, change.block)
     if change.block > 1 and key not in g.shared:
-        # One product of small matrices: as fast as any form that was tried (docs/decisions/0031).
         blocks = g.op("Reshape", x, [0, 0, -1, change.block])
-        turned = g.op("MatMul", blocks, g.constant(hadamard(change.block) / np.float32(change.block), g.dtype))
+        turned = g.op("MatMul", blocks, g.constant(input_rotation(change.block), g.dtype))
         g.shared[key] = g.op("Reshape", turned, [0, 0, -1])
     return g.shared.get(key, x)
 

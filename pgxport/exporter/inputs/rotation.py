@@ -33,9 +33,14 @@ def hadamard(n: int) -> np.ndarray:
     return h
 
 
+def input_rotation(n: int) -> np.ndarray:
+    """float32 [n, n], symmetric, what each block of n inputs is multiplied by."""
+    return hadamard(n) / np.float32(n)
+
+
 def rotated_inputs(x: np.ndarray, n: int) -> np.ndarray:
-    """[..., K] -> [..., K], each block of n numbers times H / n, in x's type."""
-    return _by_blocks(x, hadamard(n) / np.float32(n))
+    """[..., K] -> [..., K], each block of n numbers times `input_rotation(n)`, in x's type."""
+    return _by_blocks(x, input_rotation(n))
 
 
 def rotated_columns(w: np.ndarray, n: int) -> np.ndarray:
@@ -52,7 +57,7 @@ def rotate_moment(moment: np.ndarray, n: int) -> None:
     """E[x xᵀ] [K, K] becomes that of the rotated inputs, in its own memory, for the largest are gigabytes."""
     if n == 1:
         return
-    rotation = (hadamard(n) / np.float32(n)).astype(moment.dtype)
+    rotation = input_rotation(n).astype(moment.dtype)
     for start in range(0, len(moment), n):
         moment[start : start + n] = rotation @ rotated_inputs(moment[start : start + n], n)
 
