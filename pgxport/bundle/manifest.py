@@ -9,7 +9,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 from pgxport.errors import IntegrityError
 
 MANIFEST = "manifest.json"
+
+
 CARD = "README.md"  # the model card, for people and the hub
+
+
 MAX_MANIFEST_BYTES = 16 << 20
 
 
@@ -23,14 +27,32 @@ FileName = Annotated[str, AfterValidator(_plain)]
 
 
 TokenId = Annotated[int, Field(ge=0)]
+
+
 Float = Literal["float32", "float16", "bfloat16"]
+
+
 WeightDtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+
+
 CountedDtype = Literal["float32", "float16", "bfloat16", "int8", "int4", "float8"]
+
+
 CacheDtype = Literal["float32", "float16", "bfloat16", "int8"]  # in a KV cache
+
+
 TrtVersion = Literal["10.3", "10.16", "11"]
+
+
 CacheKind = Literal["shared", "delta", "update"]
+
+
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}  # numpy alone does not know bfloat16
+
+
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]  # as Pillow calls them
+
+
 Level = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -170,9 +192,7 @@ class Parity(_Frozen):
     """What quantization cost against the checkpoint, teacher-forced, at every token of the answers."""
 
     scenes: int
-    image_tokens: int | None = (
-        None  # of each scene that were compared, an even subset where it is less than the model's; None: all
-    )
+    image_tokens: int | None = None  # of each scene, an even subset where it is less than the model's; None: all
     positions: int
     kl: float  # mean Kullback-Leibler divergence from the checkpoint's next-token distribution, in nats
     kl_worst: float
