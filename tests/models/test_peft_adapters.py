@@ -59,6 +59,7 @@ def fresh(base: Path) -> Any:
 def trained(base: Path, folder: Path, *, name: str = "default", seed: int = 11, **config: Any) -> Path:
     """Saves an adapter of random weights with PEFT; returns its folder."""
     kind = peft.AdaLoraConfig if "init_r" in config else peft.LoraConfig
+    torch.manual_seed(seed)  # PEFT draws what A begins with from the generator that all tests share
     model = peft.get_peft_model(
         fresh(base), kind(**{"r": 3, "lora_alpha": 7, "target_modules": TEXT, **config}), adapter_name=name
     )
@@ -233,6 +234,7 @@ def test_an_adapted_embedding_and_lm_head_give_the_logits_of_peft(base: Path, tm
 def test_embeddings_that_peft_saves_beside_the_adapter_are_those_of_the_base(
     gemma2: Path, tmp_path: Path, config: dict[str, Any]
 ):
+    torch.manual_seed(0)  # PEFT draws from the generator that all tests share
     model = peft.get_peft_model(fresh(gemma2), peft.LoraConfig(**{"target_modules": TEXT, "init_lora_weights": False, **config}))
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(0.1)
@@ -249,6 +251,7 @@ def rewritten(folder: Path, change: Callable[[str], str]) -> Path:
 
 def test_ranks_that_adalora_took_away_are_gone(gemma2: Path, tmp_path: Path):
     config = peft.AdaLoraConfig(init_r=3, target_modules=["q_proj"], exclude_modules=".*vision.*", total_step=10, lora_alpha=5)
+    torch.manual_seed(0)  # PEFT draws from the generator that all tests share
     model, noise = peft.get_peft_model(fresh(gemma2), config), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -356,6 +359,7 @@ def test_a_parameter_that_the_config_does_not_list_is_loaded_as_peft_does(gemma2
 def test_an_embedding_that_grew_in_training_is_refused_with_the_fix(gemma2: Path, tmp_path: Path):
     model = fresh(gemma2)
     model.resize_token_embeddings(330)
+    torch.manual_seed(0)  # PEFT draws from the generator that all tests share
     peft.get_peft_model(model, peft.LoraConfig(target_modules=TEXT, modules_to_save=["embed_tokens", "lm_head"])).save_pretrained(
         tmp_path
     )
