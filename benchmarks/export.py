@@ -3,7 +3,8 @@
 
 python tools/make_checkpoint.py --size 3b --res 448 ck
 python benchmarks/export.py ck --precision fp16 --repeat 3 --json benchmarks/results/export-3b-448-fp16.json
-python benchmarks/export.py ck --precision int4 --no-copy --json benchmarks/results/export-3b-448-int4.json     # statistics and check included
+python benchmarks/export.py ck --precision int4 --no-copy --json benchmarks/results/export-3b-448-int4.json     # statistics, check, answer
+python benchmarks/export.py ck --precision int4 --no-copy --no-answer --json benchmarks/results/export-3b-448-int4-no-answer.json
 python benchmarks/export.py ck28 --precision fp16 --limit-data 1024 --no-copy     # MiB of private memory; sparse checkpoints
 
 Export and copy run in turn. Private memory is RssAnon of /proc, sampled 50 times a second; --limit-data sets RLIMIT_DATA, which
@@ -28,15 +29,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from pgxport.machine.cpu import processor_name  # noqa: E402
+from pgxport.machine.cpu import processor_name, vectors  # noqa: E402
 from pgxport.machine.memory import process_memory  # noqa: E402
 
 
-def export(checkpoint: Path, precision: str, target: str, out: Path, *, limit: int | None, parity: int | None) -> dict:
+def export(
+    checkpoint: Path, precision: str, target: str, out: Path, *, limit: int | None, parity: int | None, answer: bool
+) -> dict:
     """Run the command once, and watch its memory."""
     command = [sys.executable, "-m", "pgxport", "export", "--checkpoint", str(checkpoint), "--precision", precision]
     command += ["--target", target, "-o", str(out), "--json"]
     command += [] if parity is None else ["--parity", str(parity)]
+    command += [] if answer else ["--no-answer"]
 
     def confine() -> None:
         if limit:
@@ -82,6 +86,7 @@ def main() -> None:
     parser.add_argument(
         "--parity", type=int, help="scenes to compare a rounded bundle on at its end; 0: none [the command's default]"
     )
+    parser.add_argument("--no-answer", action="store_true", help="leave the engine's answer at the end out")
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--limit-data", type=int, help="MiB")
@@ -99,7 +104,8 @@ def main() -> None:
                 copies.append(copy(files, scratch / "copy"))
                 shutil.rmtree(scratch / "copy")
             out = args.keep if args.keep and i + 1 == args.repeat else scratch / "bundle"
-            runs.append(export(args.checkpoint, args.precision, args.target, out, limit=args.limit_data, parity=args.parity))
+            options = {"limit": args.limit_data, "parity": args.parity, "answer": not args.no_answer}
+            runs.append(export(args.checkpoint, args.precision, args.target, out, **options))
             shutil.rmtree(scratch / "bundle", ignore_errors=True)
             print(
                 {k: round(v, 2) if isinstance(v, float) else v for k, v in runs[-1].items()},
@@ -111,9 +117,10 @@ def main() -> None:
     seconds = [r["seconds"] for r in runs]
     record = {
         "what": f"pgx export of {args.checkpoint.name} to {args.precision} for {args.target}"
-        + (", compared as by default" if args.parity is None else f", compared on {args.parity} scenes"),
+        + (", compared as by default" if args.parity is None else f", compared on {args.parity} scenes")
+        + (", not answered" if args.no_answer else ""),
         "command": "python benchmarks/export.py " + " ".join(a for a in sys.argv[1:] if not a.startswith("/")),
-        "machine": {"cores": os.cpu_count(), "processor": processor_name(), "system": platform.platform()},
+        "machine": {"cores": os.cpu_count(), "processor": processor_name(), "vectors": vectors(), "system": platform.platform()},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("pgxport", "numpy", "onnx-ir")}},
         "checkpoint_bytes": sum(f.stat().st_size for f in files),
         "bundle_bytes": runs[-1]["bytes"],

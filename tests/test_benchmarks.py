@@ -289,3 +289,22 @@ def test_what_was_not_built_is_said(builds: Any):
     built = [case for case in builds.cases() if case not in lacking]
     for part in ("size", "family", "trt", "precision", "res", "layers"):
         assert {getattr(case, part) for case in built} == {getattr(case, part) for case in builds.cases()}, part
+
+
+def test_the_price_of_rotations_is_that_of_every_rotation(tmp_path: Path):
+    pytest.importorskip("onnxruntime")
+    from pgxport.exporter.export import export
+    from pgxport.exporter.prepare import ExportOptions
+
+    bundle = Bundle.open(export(ExportOptions(size="tiny", res=112, precision="int4", output=tmp_path / "b", answer=False)).path)
+    path = list(sys.path)
+    rotation = script("rotation")
+    sys.path[:] = path
+    blocks = rotation.rotations(bundle.graph("decoder_step"))
+    # The inputs of q, k and v, of gate and up, and of down; v's rows take the rotation of o's input.
+    assert len(blocks) == 3 * 3 * bundle.manifest.cache.layers
+    assert set(blocks.values()) == {32}
+    found = rotation.profiled(bundle, tmp_path, 2)
+    assert (len(found["prefill"]), len(found["decode step"])) == (2, 2 * rotation.STEPS)
+    for of in (found["vision_encoder"], found["prefill"], found["decode step"]):
+        assert all(0 < turned < whole for whole, turned in of)

@@ -95,11 +95,13 @@ def export(options: ExportOptions, *, progress: Progress | None = None, say: Say
     """
     job = prepare(options, progress=progress)
     with BundleWriter(job.output, overwrite=options.overwrite) as writer, ThreadPoolExecutor(1) as beside:
-        digest = beside.submit(checkpoint_sha256, job.checkpoint.files())
-        if job.calibration:
+        digest = beside.submit(checkpoint_sha256, job.checkpoint.files()) if job.calibration else None
+        if job.calibration and digest:
             job.calibration.check(digest.result(), job.found.name)
         with TemporaryDirectory(dir=writer.staging) as work:
             gathered = gather(job, Path(work), progress=progress, say=say)
+            # Not before: a product on all cores waits for the last of them, and hashing beside it cost a third of the pass.
+            digest = digest or beside.submit(checkpoint_sha256, job.checkpoint.files())
             model = fit(job, gathered)
             built = build(job, model)
             _write(job, built, writer, progress)

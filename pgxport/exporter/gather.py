@@ -38,7 +38,7 @@ SCENES, RANGE_SCENES, MOMENT_SCENES, SCENE_TOKENS = 2, 8, 32, 64
 # with 1.25 and 0.0019 with 1.5; int4-fast-kv8 0.0099, 0.0080 and 0.0074, and 0.0073 with 2.
 HEADROOM = 1.5
 # Image tokens of a scene of the check at most: the first of these with which a scene takes no more multiplications than that.
-CHECK_TOKENS, CHECK_PRODUCTS = (256, 64), 4e12
+CHECK_TOKENS, CHECK_PRODUCTS = (256, 64), 2e11
 WIDENING = 60  # tokens whose products take about as long as reading a weight and making a float32 of it
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize a matrix, a block of rows at a time: nearest, clipped, or GPTQ; and pack them as engines read them.
+"""Quantize a matrix, a block of rows at a time: nearest, clipped, or GPTQ.
 
 Knows arrays only: no checkpoint, no recipe, no operators. Axis letters: N rows
 (output channels), K columns (input channels), G groups of columns that share a scale.
@@ -7,14 +7,13 @@ Knows arrays only: no checkpoint, no recipe, no operators. Axis letters: N rows
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from pgxport.errors import NumericError
 from pgxport.exporter.stream import FLOAT8
-from pgxport.machine.cpu import usable_cores
+from pgxport.machine.threads import in_order
 
 # Below half of its range a group loses more to the values that
 # are cut off than it wins for the others. AWQ searches the same.
@@ -22,7 +21,7 @@ SHRINK = 1 - np.linspace(0, 0.5, 20, endpoint=False, dtype=np.float32)
 # What is scaled and rotated has no outliers left, so that these find
 # most of what all of them find, in a quarter of the time.
 TRIM = 1 - np.arange(5, dtype=np.float32) / 20
-CHUNK = 1 << 17  # numbers that one thread rounds at once: they stay in its core's cache
+CHUNK = 1 << 18  # numbers that are rounded at once: they stay in a core's cache
 TINY = np.finfo(np.float32).tiny
 FACTOR_BLOCK = 512
 DAMPING_TRIES = 4
@@ -72,16 +71,24 @@ class Quantized:
 
     def dequantized(self) -> np.ndarray:
         """float32 [N, K]"""
-        columns = self.values.shape[1]
+        (rows, columns), groups = self.values.shape, self.scales.shape[1]
         group_size = self.grid.group_size or columns
-        w = self.values.astype(np.float32)
-        w -= np.repeat(self.zero_points.astype(np.float32), group_size, 1)[:, :columns]
-        w *= np.repeat(self.scales, group_size, 1)[:, :columns]
-        return w
+        whole = np.zeros((rows, groups * group_size), np.float32)
+        whole[:, :columns] = self.values
+        w = whole.reshape(rows, groups, group_size)
+        w -= self.zero_points[..., None]
+        w *= self.scales[..., None]
+        return whole[:, :columns]
 
 
 def nearest(
-    w: np.ndarray, grid: Grid, *, clip: bool = False, shrink: np.ndarray = SHRINK, importance: np.ndarray | None = None
+    w: np.ndarray,
+    grid: Grid,
+    *,
+    clip: bool = False,
+    shrink: np.ndarray = SHRINK,
+    importance: np.ndarray | None = None,
+    threads: int | None = 1,
 ) -> Quantized:
     """Round every weight to its nearest quantized value, on the scale that loses least among a few for each group.
 
@@ -90,17 +97,17 @@ def nearest(
         clip: Try ranges that cut off a group's largest values too.
         shrink: The parts of the whole range that are tried then; the first is 1.
         importance: [K], E[x²] of each input channel: what a squared error in that column weighs. None: all the same.
+        threads: How many round; None: one for each core.
 
     Raises:
         ValueError: a weight is infinite or not a number.
     """
     if not np.isfinite(w).all():
         raise ValueError("not finite")
-    weight = None if importance is None else _grouped(importance.astype(np.float32)[None], grid.group_size)
+    weight = None if importance is None else importance.astype(np.float32)[None]
     rows = max(1, CHUNK // w.shape[1])
     blocks = [w[start : start + rows].astype(np.float32, copy=False) for start in range(0, max(len(w), 1), rows)]
-    with ThreadPoolExecutor(usable_cores()) as threads:
-        parts = list(threads.map(lambda block: _nearest(block, grid, shrink if clip else shrink[:1], weight), blocks))
+    parts = list(in_order(lambda block: _nearest(block, grid, shrink if clip else shrink[:1], weight), blocks, threads))
     return Quantized(grid, *(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
@@ -108,11 +115,12 @@ def nearest(
 def _nearest(
     w: np.ndarray, grid: Grid, shrink: np.ndarray, weight: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values, scales and zero points of some rows; weight [1, G, group]."""
-    groups = _grouped(w, grid.group_size)  # [N, G, group]
-    least = np.full((*groups.shape[:2], 1), np.inf, np.float32)
-    candidates = list(_candidates(groups, grid, shrink))
+    """Values, scales and zero points of some rows; weight [1, K]."""
+    groups, axis = _grouped(w, grid.group_size)
+    weight = None if weight is None else _grouped(weight, grid.group_size)[0]
+    candidates = list(_candidates(groups, axis, grid, shrink))
     scales, zero_points = candidates[0]
+    least = np.full_like(scales, np.inf)
     for scale, zero in candidates if len(candidates) > 1 else ():
         loss = _rounded(groups, scale, zero, grid)
         loss *= scale
@@ -120,7 +128,7 @@ def _nearest(
         loss *= loss
         if weight is not None:
             loss *= weight
-        total = loss.sum(-1, keepdims=True)
+        total = loss.sum(axis, keepdims=True) if axis else _pairwise_sum(loss)[None]
         # The first always counts, though its error may be beyond float32.
         better = (total < least) | (least == np.inf)
         least, scales, zero_points = (
@@ -128,22 +136,36 @@ def _nearest(
         )
     values = _rounded(groups, scales, zero_points, grid)
     values += zero_points
-    values = values.astype(np.uint8).reshape(len(w), -1)[:, : w.shape[1]]
-    return values, scales[..., 0], zero_points[..., 0].astype(np.uint8)
+    values = np.moveaxis(values.astype(np.uint8), axis, -1).reshape(len(w), -1)[:, : w.shape[1]]
+    return values, scales.reshape(len(w), -1), zero_points.reshape(len(w), -1).astype(np.uint8)
 
 
-def _grouped(w: np.ndarray, group_size: int | None) -> np.ndarray:
-    """[N, K] -> [N, G, group_size]; zeros, which every grid has, fill up the last group"""
-    group_size = group_size or w.shape[1]
+def _grouped(w: np.ndarray, group_size: int | None) -> tuple[np.ndarray, int]:
+    """[N, K] -> [group, N, G], or [N, 1, K] where the group is the row; and the axis of the group.
+
+    What is done to all groups at once is several times as fast as what is done to each of them. Zeros, which every grid
+    has, fill up the last group.
+    """
+    if group_size is None:
+        return w[:, None], -1
     if short := -w.shape[1] % group_size:
         w = np.pad(w, ((0, 0), (0, short)))
-    return w.reshape(len(w), -1, group_size)
+    return np.ascontiguousarray(np.moveaxis(w.reshape(len(w), -1, group_size), -1, 0)), 0
 
 
-def _candidates(groups: np.ndarray, grid: Grid, shrink: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Scales and zero points, [N, G, 1] each, to choose among for each group."""
+def _pairwise_sum(x: np.ndarray) -> np.ndarray:
+    """[group, N, G] -> [N, G], added in the order in which numpy adds numbers side by side, so that what is equally near stays it."""
+    if len(x) > 128:
+        half = len(x) // 16 * 8
+        return _pairwise_sum(x[:half]) + _pairwise_sum(x[half:])
+    a, b, c, d, e, f, g, h = x.reshape(-1, 8, *x.shape[1:]).sum(0)
+    return ((a + b) + (c + d)) + ((e + f) + (g + h))
+
+
+def _candidates(groups: np.ndarray, axis: int, grid: Grid, shrink: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Scales and zero points, each of the shape of groups with 1 along the axis, to choose among for each group."""
     # Zero is a weight's most frequent value, and exact on every grid.
-    low, high = np.minimum(groups.min(-1, keepdims=True), 0), np.maximum(groups.max(-1, keepdims=True), 0)
+    low, high = np.minimum(groups.min(axis, keepdims=True), 0), np.maximum(groups.max(axis, keepdims=True), 0)
     if not grid.symmetric:
         for factor in shrink:
             scale = _safe((high / grid.highest - low / grid.highest) * factor)
@@ -245,8 +267,8 @@ class Gptq:
         # As the paper's code does: an input that is always zero
         # multiplies nothing, and should not widen its group's range.
         w = np.where(self._dead, np.float32(0), w.astype(np.float32, copy=False))
-        roundings = [nearest(w, self._grid, clip=True, importance=self._importance)] if clip else []
-        roundings.append(nearest(w, self._grid))
+        roundings = [nearest(w, self._grid, clip=True, importance=self._importance, threads=None)] if clip else []
+        roundings.append(nearest(w, self._grid, threads=None))
         best = self._solve(w, roundings[0], clip=clip)
         for rounding in roundings:
             best = self._better(w, best, rounding)
@@ -333,42 +355,6 @@ def to_float8(x: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
     array([  1.,   1., 448.], dtype=float32)
     """
     return np.clip(x / scale, -FLOAT8_LARGEST, FLOAT8_LARGEST).astype(FLOAT8)
-
-
-def pack(values: np.ndarray, bits: int, group_size: int) -> np.ndarray:
-    """[N, K] -> uint8 [N, G, group * bits / 8], as MatMulNBits has it: the low nibble first, the last group filled with middles.
-
-    >>> pack(np.array([[1, 2, 3]], np.uint8), 4, 4)
-    array([[[ 33, 131]]], dtype=uint8)
-    """
-    filled = np.pad(values, ((0, 0), (0, -values.shape[1] % group_size)), constant_values=1 << (bits - 1))
-    return _nibbles(filled.reshape(len(values), -1, group_size), bits)
-
-
-def unpack(packed: np.ndarray, bits: int, k: int) -> np.ndarray:
-    """[N, G, group * bits / 8] -> uint8 [N, K], what `pack` was given."""
-    return _unpacked(packed, bits).reshape(len(packed), -1)[:, :k]
-
-
-def pack_zero_points(zero_points: np.ndarray, bits: int) -> np.ndarray:
-    """[N, G] -> uint8 [N, ceil(G * bits / 8)], the low nibble first; of an odd number, the last high nibble is 0."""
-    return _nibbles(np.pad(zero_points, ((0, 0), (0, zero_points.shape[1] % 2 if bits == 4 else 0))), bits)
-
-
-def unpack_zero_points(packed: np.ndarray, bits: int, groups: int) -> np.ndarray:
-    """[N, ceil(G * bits / 8)] -> uint8 [N, G], what `pack_zeros` was given."""
-    return _unpacked(packed, bits)[:, :groups]
-
-
-def _nibbles(values: np.ndarray, bits: int) -> np.ndarray:
-    values = values.astype(np.uint8, copy=False)
-    return values if bits == 8 else values[..., ::2] | values[..., 1::2] << 4
-
-
-def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
-    if bits == 8:
-        return packed
-    return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
 
 
 def sqnr(signal: float, noise: float) -> float:

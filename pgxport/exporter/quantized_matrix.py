@@ -11,6 +11,7 @@ import numpy as np
 
 from pgxport.errors import CheckpointError, UsageError
 from pgxport.exporter.inputs.rotation import block_size, rotated_columns
+from pgxport.exporter.packing import pack, pack_zero_points, unpack, unpack_zero_points
 from pgxport.exporter.quantize import (
     SHRINK,
     TRIM,
@@ -18,16 +19,13 @@ from pgxport.exporter.quantize import (
     Grid,
     Quantized,
     nearest,
-    pack,
-    pack_zero_points,
     row_scales,
     sqnr,
     to_float8,
-    unpack,
-    unpack_zero_points,
 )
 from pgxport.exporter.recipe import Scheme
 from pgxport.exporter.stream import FLOAT8, INT4, LazyTensor, narrow
+from pgxport.machine.threads import in_order
 from pgxport.models.checkpoint import TensorSource, row_blocks, to_float32
 
 if TYPE_CHECKING:
@@ -182,23 +180,33 @@ class QuantizedMatrix:
         (n, k), statistics, weight = self.shape, self._statistics, self._weight()
         self._scales, self._zero_points, self._signal, self._noise = [], [], 0.0, 0.0
         mean = statistics.mean(self.path) if statistics is not None and self.scheme.compensate else None
-        lost = []
-        for start, stop in row_blocks(n, 4 * k // (GPTQ_ROWS if self.scheme.method == "gptq" else 1)):
-            block = to_float32(self._source.rows(self.path, start, stop))
-            if not np.isfinite(block).all():
-                row, column = np.argwhere(~np.isfinite(block))[0]
-                raise CheckpointError(
-                    f"{self.path} holds {block[row, column]} at [{start + row}, {column}]; integers cannot stand for it"
-                )
-            block = rotated_columns(block, block_size(k, self.scheme.rotate))
+        gptq = self.scheme.method == "gptq"
+
+        def each(rows: tuple[int, int]) -> tuple[T, float, float, np.ndarray | None]:
+            block = self._read(*rows)
             q, floats = rounded(block)
             error = floats - block
-            self._signal += _energy(block, weight)
-            self._noise += _energy(error, weight)
-            if mean is not None:
-                lost.append(-error @ mean * np.float32(self.gain))
+            lost = None if mean is None else -error @ mean * np.float32(self.gain)
+            return q, _energy(block, weight), _energy(error, weight), lost
+
+        losses: list[np.ndarray] = []
+        # GPTQ takes all cores for one block, and seven times its size.
+        for q, signal, noise, lost in in_order(each, row_blocks(n, 4 * k // (GPTQ_ROWS if gptq else 1)), 1 if gptq else None):
+            self._signal += signal
+            self._noise += noise
+            losses += [] if lost is None else [lost]
             yield q
-        self.compensation = np.concatenate(lost) if mean is not None else None
+        self.compensation = np.concatenate(losses) if mean is not None else None
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Rows of the matrix, rotated."""
+        block = to_float32(self._source.rows(self.path, start, stop))
+        if not np.isfinite(block).all():
+            row, column = np.argwhere(~np.isfinite(block))[0]
+            raise CheckpointError(
+                f"{self.path} holds {block[row, column]} at [{start + row}, {column}]; integers cannot stand for it"
+            )
+        return rotated_columns(block, block_size(self.shape[1], self.scheme.rotate))
 
     def _weight(self) -> np.ndarray | None:
         """E[x²] of the inputs [K], where it is known"""

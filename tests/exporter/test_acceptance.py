@@ -21,6 +21,7 @@ from reference import random_paligemma
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from pgxport.bundle.reader import Bundle
 from pgxport.errors import EngineError, GateError, IntegrityError, NumericError
 from pgxport.exporter import acceptance
 from pgxport.exporter import export as export_module
@@ -69,12 +70,27 @@ def test_what_cannot_answer_gets_no_name(
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(acceptance.Runner, "answer", fail)
+    monkeypatch.setattr(acceptance.Pipeline, "generate", fail)
     with pytest.raises(type(error)):
         export(ExportOptions(checkpoint=random_checkpoint, output=tmp_path / "b"))
     assert os.listdir(tmp_path) == []
     export(ExportOptions(checkpoint=random_checkpoint, output=tmp_path / "b", answer=False))
     assert os.listdir(tmp_path) == ["b"]
+
+
+def test_the_decoder_reads_a_subset_of_a_large_picture(tiny_224: Path, monkeypatch: pytest.MonkeyPatch):
+    prefixes = []
+    true = acceptance.Pipeline.generate
+
+    def generate(self: acceptance.Pipeline, prefix: np.ndarray, limit: int) -> Any:
+        prefixes.append(prefix.shape[1])
+        return true(self, prefix, limit)
+
+    monkeypatch.setattr(acceptance.Pipeline, "generate", generate)
+    bundle = Bundle.open(tiny_224)
+    assert acceptance.answer_scene(bundle, 0) is None
+    with Runner(bundle) as runner:
+        assert prefixes == [len(runner.prompt_ids("caption en")) - 256 + 64]
 
 
 def test_a_machine_without_the_memory_is_not_asked(random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

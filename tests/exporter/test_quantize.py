@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from pgxport.errors import NumericError
 from pgxport.exporter import quantize
+from pgxport.exporter.packing import pack, pack_zero_points, unpack, unpack_zero_points
 from pgxport.exporter.quantize import (
     SHRINK,
     Gptq,
@@ -19,11 +20,7 @@ from pgxport.exporter.quantize import (
     Quantized,
     hessian_error,
     nearest,
-    pack,
-    pack_zero_points,
     sqnr,
-    unpack,
-    unpack_zero_points,
 )
 
 GRIDS = [Grid(bits, group, symmetric) for bits in (4, 8) for group in (16, 32, None) for symmetric in (True, False)]
@@ -48,6 +45,26 @@ def lost(q: Quantized, w: np.ndarray, importance: np.ndarray | None = None) -> n
     squares = (q.dequantized().astype(np.float64) - w) ** 2 * (1 if importance is None else importance)
     group = q.grid.group_size or w.shape[1]
     return np.add.reduceat(squares, range(0, w.shape[1], group), axis=1)
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, Grid(4, 128, False), Grid(4, 256, True)])
+@pytest.mark.parametrize("columns", [512, 300, 7])
+def test_each_group_has_the_first_of_the_scales_that_lose_least_in_float32(grid: Grid, columns: int):
+    """Losses are added as numpy adds a row, so that two that are equally near are chosen among as they ever were."""
+    w, importance = weights(64, columns), np.random.default_rng(2).random(columns, np.float32)
+    w[::3] = np.round(w[::3] * 50) / np.float32(64)  # few different values: many losses that are nearly equal
+    q = nearest(w, grid, clip=True, importance=importance)
+    group = grid.group_size or columns
+    short = -columns % group
+    padded, weight = (np.pad(x, ((0, 0), (0, short))).reshape(len(x), -1, group) for x in (w, importance[None]))
+    tried = [nearest(w, grid, clip=True, shrink=SHRINK[:1] * f, importance=importance) for f in SHRINK]
+    losses = []
+    for t in tried:
+        loss = np.pad(t.dequantized(), ((0, 0), (0, short))).reshape(padded.shape) - padded
+        losses.append((loss * loss * weight).sum(-1))
+    best = np.min(losses, 0)
+    chosen = np.pad(q.dequantized(), ((0, 0), (0, short))).reshape(padded.shape) - padded
+    assert ((chosen * chosen * weight).sum(-1) <= best).all()
 
 
 @pytest.mark.parametrize("grid", GRIDS)

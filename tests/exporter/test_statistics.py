@@ -172,8 +172,9 @@ def test_a_recipe_that_cannot_be_calibrated_for_is_refused(folder, tmp_path, rec
 
 
 def test_the_check_compares_an_even_subset_and_all_where_asked(tmp_path, folder):
-    """256 of a picture's patches at most, fewer of the largest model; what was compared is in the manifest."""
-    assert check_tokens(published("paligemma2", "3b", 448), None) == CHECK_TOKENS[0] == 256
+    """256 of a picture's patches at most, 64 of the models that are published; what was compared is in the manifest."""
+    assert check_tokens(prepare(options(folder, "cache", tmp_path)).spec, None) == CHECK_TOKENS[0] == 256
+    assert check_tokens(published("paligemma2", "3b", 224), None) == CHECK_TOKENS[1] == 64
     assert check_tokens(published("paligemma2", "28b", 896), None) == CHECK_TOKENS[1]
     assert check_tokens(published("paligemma2", "28b", 896), 0) == 4096
     tables = {}
