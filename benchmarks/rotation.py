@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rotating the inputs of linears costs at run time: the time of Reshape, MatMul, Reshape in ONNX Runtime's own profile.
+"""What rotating the inputs of linears costs at run time: each graph as it is, and without its rotations, in turn.
 
 python tools/make_checkpoint.py --size 3b --res 448 ck
-pgx export --checkpoint ck --precision int4 -o b
-python benchmarks/rotation.py b --json benchmarks/results/rotation-3b-448-int4.json
+pgx export --checkpoint ck --precision w8a8 -o b
+python benchmarks/rotation.py b --json benchmarks/results/rotation-3b-448-w8a8.json
 
-One picture is encoded and answered several times; of each graph the fastest run counts, prefills and steps apart. A profile
-slows a step down, by a few microseconds for each node, so that the share of a step is an upper limit.
+A graph without its rotations reads the same weights and answers nonsense; it does all the other work. Times are the
+fastest of several, of a decode step of many.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,92 +23,104 @@ sys.path[:0] = [str(ROOT)]
 
 import numpy as np  # noqa: E402
 import onnx  # noqa: E402
-import onnxruntime  # noqa: E402
 
 from pgxport.bundle.reader import Bundle  # noqa: E402
 from pgxport.machine.conditions import describe_machine  # noqa: E402
-from pgxport.runners import ort as runner  # noqa: E402
+from pgxport.runners.loop import Decoder  # noqa: E402
+from pgxport.runners.ort import OrtSession  # noqa: E402
 from pgxport.runners.pipeline import Pipeline  # noqa: E402
 
-STEPS = 16
+STEPS = 32
+SHORT = 16  # tokens before steps, whose weights take the same time whatever came before
 
 
-def rotations(graph: Path) -> dict[str, int]:
-    """The nodes of a graph that rotate, by name, and the size of their blocks."""
-    nodes = onnx.load(graph, load_external_data=False).graph
-    square = {t.name: t.dims[0] for t in nodes.initializer if len(t.dims) == 2 and t.dims[0] == t.dims[1] <= 128}
-    made = {name: node for node in nodes.node for name in node.output}
-    read = {name: node for node in nodes.node for name in node.input}
-    found = {}
-    for node in nodes.node:
+def without_rotations(graph: Path, folder: Path) -> tuple[Path, list[int]]:
+    """The graph beside links to its data, each Reshape, MatMul, Reshape left out; and the sizes of their blocks."""
+    model = onnx.load(graph, load_external_data=False)
+    nodes = model.graph.node
+    square = {t.name: t.dims[0] for t in model.graph.initializer if len(t.dims) == 2 and t.dims[0] == t.dims[1] <= 128}
+    made = {name: node for node in nodes for name in node.output}
+    read = {name: node for node in nodes for name in node.input}
+    blocks, left_out, renamed = [], set(), {}
+    for node in nodes:
         if node.op_type == "MatMul" and node.input[1] in square:
-            for part in (made[node.input[0]], node, read[node.output[0]]):
-                found[part.name] = square[node.input[1]]
+            first, last = made[node.input[0]], read[node.output[0]]
+            left_out |= {first.name, node.name, last.name}
+            renamed[last.output[0]] = first.input[0]
+            blocks.append(square[node.input[1]])
+    kept = [node for node in nodes if node.name not in left_out]
+    for node in kept:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    del nodes[:]
+    nodes.extend(kept)
+    for data in graph.parent.glob("*.*"):
+        if data.suffix in (".data", ".bin"):
+            (folder / data.name).hardlink_to(data)
+    onnx.save(model, folder / graph.name)
+    return folder / graph.name, blocks
+
+
+def in_turn(runs: dict[str, Callable[[], None]], repeat: int) -> dict[str, float]:
+    """The fastest seconds of each, run in turn."""
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(repeat):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def measured(bundle: Bundle, scratch: Path, repeat: int) -> dict[str, Any]:
+    """Of the vision encoder, a prefill and a step: milliseconds with rotations and without, and the share of the rotations."""
+    m = bundle.manifest
+    found: dict[str, Any] = {}
+
+    def sessions(name: str) -> tuple[dict[str, OrtSession], list[int]]:
+        (scratch / name).mkdir()
+        plain, blocks = without_rotations(bundle.graph(name), scratch / name)
+        return {"with": OrtSession(bundle.graph(name)), "without": OrtSession(plain)}, blocks
+
+    def add(what: str, best: dict[str, float], blocks: list[int]) -> None:
+        of = {name: round(1e3 * seconds, 3) for name, seconds in best.items()}
+        share = round(1 - best["without"] / best["with"], 4)
+        found[what] = {"ms": of, "share": share, "rotations": len(blocks), "blocks": sorted(set(blocks))}
+
+    pixels = np.random.default_rng(0).standard_normal((1, 3, m.resolution, m.resolution)).astype(np.float32)
+    opened, blocks = sessions("vision_encoder")
+    calls = {name: (lambda s=s: s.run({"pixel_values": pixels})) for name, s in opened.items()}
+    add("vision encoder", in_turn(calls, repeat), blocks)
+    del opened, calls
+    with Pipeline(bundle, low_memory=True) as pipeline:
+        ids = pipeline.prompt_ids("caption en")
+        features = np.random.default_rng(1).standard_normal((1, m.image_tokens, m.spec["text"]["width"])).astype(np.float32)
+        prefix, word = pipeline.prefix(features, ids), pipeline.embed(ids[-1:])
+    opened, blocks = sessions("decoder_step")
+    calls = {name: (lambda s=s: Decoder(s, m, prefix.shape[1]).feed(prefix)) for name, s in opened.items()}
+    add("prefill", in_turn(calls, repeat), blocks)
+    decoders = {name: Decoder(s, m, SHORT + repeat * STEPS) for name, s in opened.items()}
+    for decoder in decoders.values():
+        decoder.feed(prefix[:, -SHORT:])
+    steps = {name: (lambda d=d: d.feed(word)) for name, d in decoders.items()}
+    add("decode step", in_turn(steps, repeat * STEPS), blocks)
     return found
-
-
-def runs(profile: Path, names: set[str]) -> list[tuple[float, float]]:
-    """Milliseconds of each run of a session, and of the nodes with these names in it."""
-    events = [e for e in json.loads(profile.read_text()) if "dur" in e]
-    nodes = [(e["ts"], e["dur"]) for e in events if e["name"].removesuffix("_kernel_time") in names]
-    whole = [(e["ts"], e["dur"]) for e in events if e["name"] == "model_run"]
-    return [(dur / 1e3, sum(d for ts, d in nodes if start <= ts < start + dur) / 1e3) for start, dur in whole]
-
-
-def profiled(bundle: Bundle, folder: Path, repeat: int) -> dict[str, list[tuple[float, float]]]:
-    """The runs of each graph, those of the decoder as prefills and steps."""
-    plain, opened = runner.session_options, []
-
-    def options(**how: Any) -> onnxruntime.SessionOptions:
-        opened.append(folder / f"session-{len(opened)}-")
-        made = plain(**how)
-        made.enable_profiling, made.profile_file_prefix = True, str(opened[-1])
-        return made
-
-    runner.session_options = options
-    try:
-        with Pipeline(bundle) as pipeline:
-            order = pipeline.loaded
-            picture = np.random.default_rng(0).integers(0, 256, (768, 1024, 3), np.uint8)
-            ids = pipeline.prompt_ids("caption en")
-            for _ in range(repeat):
-                prefix = pipeline.prefix(pipeline.encode([picture]), ids)
-                for _ in pipeline.teacher_forced(prefix, ids[-1:] * STEPS):
-                    pass
-    finally:
-        runner.session_options = plain
-    found = {}
-    for name, prefix in zip(order, opened, strict=True):
-        (file,) = folder.glob(f"{prefix.name}*")
-        found[name] = runs(file, set(rotations(bundle.graph(name))))
-    decoder = found.pop("decoder_step")
-    starts = range(0, len(decoder), STEPS + 1)
-    return found | {
-        "prefill": [decoder[i] for i in starts],
-        "decode step": [r for i in starts for r in decoder[i + 1 : i + STEPS + 1]],
-    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--scratch", type=Path, help="on the bundle's disk, for links [beside the bundle]")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
-    with tempfile.TemporaryDirectory() as folder:
-        found = profiled(bundle, Path(folder), args.repeat)
     m = bundle.manifest
     record: dict[str, Any] = {
-        "what": f"rotated inputs of {m.name}, {m.recipe}, in ONNX Runtime's profile",
+        "what": f"rotated inputs of {m.name} in {m.recipe}: each graph as it is, and without its rotations, in turn",
         "machine": describe_machine(),
-        "blocks": {name: sorted(set(rotations(bundle.graph(name)).values())) for name in m.graphs},
-        "ms": {},
     }
-    for name, of in found.items():
-        if rotated := [r for r in of if r[1]]:
-            whole, turned = min(rotated)
-            record["ms"][name] = {"whole": round(whole, 3), "rotations": round(turned, 3), "share": round(turned / whole, 4)}
+    with tempfile.TemporaryDirectory(dir=args.scratch or args.bundle.resolve().parent) as folder:
+        record["found"] = measured(bundle, Path(folder), args.repeat)
     print(json.dumps(record, indent=1))
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")

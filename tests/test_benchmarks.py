@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the scripts in benchmarks/ work out from what they measured, and what they give to the peers."""
 
+import collections
 import importlib.util
 import json
 import subprocess
@@ -293,6 +294,8 @@ def test_what_was_not_built_is_said(builds: Any):
 
 def test_the_price_of_rotations_is_that_of_every_rotation(tmp_path: Path):
     pytest.importorskip("onnxruntime")
+    import onnx
+
     from pgxport.exporter.export import export
     from pgxport.exporter.prepare import ExportOptions
 
@@ -300,11 +303,15 @@ def test_the_price_of_rotations_is_that_of_every_rotation(tmp_path: Path):
     path = list(sys.path)
     rotation = script("rotation")
     sys.path[:] = path
-    blocks = rotation.rotations(bundle.graph("decoder_step"))
+    graph = bundle.graph("decoder_step")
+    plain, blocks = rotation.without_rotations(graph, tmp_path)
     # The inputs of q, k and v, of gate and up, and of down; v's rows take the rotation of o's input.
-    assert len(blocks) == 3 * 3 * bundle.manifest.cache.layers
-    assert set(blocks.values()) == {32}
-    found = rotation.profiled(bundle, tmp_path, 2)
-    assert (len(found["prefill"]), len(found["decode step"])) == (2, 2 * rotation.STEPS)
-    for of in (found["vision_encoder"], found["prefill"], found["decode step"]):
-        assert all(0 < turned < whole for whole, turned in of)
+    assert blocks == [32] * 3 * bundle.manifest.cache.layers
+    before, after = (
+        collections.Counter(node.op_type for node in onnx.load(g, load_external_data=False).graph.node) for g in (graph, plain)
+    )
+    assert before - after == {"Reshape": 2 * len(blocks), "MatMul": len(blocks)}
+    assert not after - before
+    found = rotation.measured(bundle, tmp_path, 1)
+    assert found.keys() == {"vision encoder", "prefill", "decode step"}
+    assert all(of["ms"]["with"] > 0 < of["ms"]["without"] for of in found.values())
