@@ -9,11 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 from pgxport.errors import IntegrityError
 
 MANIFEST = "manifest.json"
-
-
 CARD = "README.md"  # the model card, for people and the hub
-
-
 MAX_MANIFEST_BYTES = 16 << 20
 
 
@@ -27,32 +23,14 @@ FileName = Annotated[str, AfterValidator(_plain)]
 
 
 TokenId = Annotated[int, Field(ge=0)]
-
-
 Float = Literal["float32", "float16", "bfloat16"]
-
-
 WeightDtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
-
-
 CountedDtype = Literal["float32", "float16", "bfloat16", "int8", "int4", "float8"]
-
-
 CacheDtype = Literal["float32", "float16", "bfloat16", "int8"]  # in a KV cache
-
-
 TrtVersion = Literal["10.3", "10.16", "11"]
-
-
 CacheKind = Literal["shared", "delta", "update"]
-
-
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}  # numpy alone does not know bfloat16
-
-
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]  # as Pillow calls them
-
-
 Level = Annotated[float, Field(allow_inf_nan=False)]
 
 

@@ -49,8 +49,8 @@ def lost(q: Quantized, w: np.ndarray, importance: np.ndarray | None = None) -> n
 
 @pytest.mark.parametrize("grid", [*GRIDS, Grid(4, 128, False), Grid(4, 256, True)])
 @pytest.mark.parametrize("columns", [512, 300, 7])
-def test_each_group_has_the_first_of_the_scales_that_lose_least_in_float32(grid: Grid, columns: int):
-    """Losses are added as numpy adds a row, so that two that are equally near are chosen among as they ever were."""
+def test_each_group_has_a_scale_that_loses_least_in_float32(grid: Grid, columns: int):
+    """Losses are added in the order in which numpy adds a row: which of two is less may hang on the last digit."""
     w, importance = weights(64, columns), np.random.default_rng(2).random(columns, np.float32)
     w[::3] = np.round(w[::3] * 50) / np.float32(64)  # few different values: many losses that are nearly equal
     q = nearest(w, grid, clip=True, importance=importance)
